@@ -1,0 +1,74 @@
+# Everything runs in .venv, which the first target makes. It is made with $(PYTHON); where that
+# interpreter already has a torch >= 2.10, .venv uses that torch, otherwise it gets $(TORCH).
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DATA ?=
+ARGS ?=
+BASE ?=
+
+BIN := .venv/bin
+PY := $(BIN)/python
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+CXX_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' 2>/dev/null)
+FIND_TORCH := from importlib import metadata, util; \
+  assert tuple(map(int, metadata.version("torch").split(".")[:2])) >= (2, 10); \
+  print(util.find_spec("torch").origin.rsplit("/torch/", 1)[0])
+
+.DEFAULT_GOAL := help
+.PHONY: help train test bench bench-compare build lint format abi-check clean torch-requirement
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+	@echo "Variables: PYTHON=python3.12 (makes .venv), TORCH='torch==2.13.0 --index-url URL', ARGS='...' (added to the command)"
+
+train: .venv/built .venv/installed  ## train a GRU language model on real text (DATA=notes.txt: on your own)
+	$(BIN)/genkernels train rnn $(if $(DATA),--data "$(DATA)") $(ARGS)
+
+test: .venv/built .venv/installed  ## run the test suite (ARGS='-k gru')
+	$(PY) -m pytest $(ARGS)
+
+bench: .venv/built .venv/installed  ## run the benchmarks and print the table
+	$(PY) -m pytest benchmarks $(ARGS)
+
+bench-compare: .venv/built .venv/installed  ## compare this tree with another revision (BASE=main)
+	$(PY) -m benchmarks.compare --base "$(BASE)" $(ARGS)
+
+build: .venv/built .venv/installed  ## build the extension into the source tree; quick after an edit in csrc
+
+lint: .venv/dependencies  ## ruff, mypy, clang-format; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: .venv/dependencies  ## let ruff and clang-format rewrite the files
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+abi-check: .venv/dependencies  ## one wheel, run beside torch 2.10.0 and the newest torch (downloads gigabytes)
+	$(PY) tools/abi_check.py $(ARGS)
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info genkernels/*.so .venv/built .venv/installed
+
+.venv/dependencies: requirements-dev.txt $(if $(filter command line,$(origin TORCH)),torch-requirement)
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@if torch="$$($(PYTHON) -c '$(FIND_TORCH)' 2>/dev/null)"; then \
+	  echo "Using the torch in $$torch"; \
+	  echo "$$torch" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/existing_torch.pth"; \
+	fi
+	$(PY) -m pip install -r requirements-dev.txt
+	@$(if $(filter command line,$(origin TORCH)),false,$(PY) -c '$(FIND_TORCH)' >/dev/null 2>&1) || { \
+	  echo "Installing $(TORCH)"; $(PY) -m pip install $(TORCH); \
+	}
+	@touch $@
+
+.venv/built: .venv/dependencies setup.py build_backend.py CMakeLists.txt $(CSRC)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# After the build, which pip would run without showing its progress.
+.venv/installed: pyproject.toml setup.py build_backend.py | .venv/built
+	$(PY) -m pip install --no-build-isolation -e .
+	@touch $@
