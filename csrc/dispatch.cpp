@@ -1,0 +1,75 @@
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstring>
+
+#if defined(GENKERNELS_HAVE_AVX2)
+GENKERNELS_DECLARE_GRU(avx2)
+#endif
+#if defined(GENKERNELS_HAVE_AVX512)
+GENKERNELS_DECLARE_GRU(avx512)
+#endif
+#if defined(GENKERNELS_HAVE_AVX512_BF16)
+GENKERNELS_DECLARE_GRU(avx512_bf16)
+#endif
+
+namespace genkernels {
+namespace {
+
+#define GENKERNELS_LEVEL_ENTRY(level, condition) \
+  {#level, [] { return bool(condition); }, level::gru_forward, level::gru_backward}
+
+// __builtin_cpu_supports also asks whether the operating system saves the wider registers.
+constexpr Kernels kLevels[] = {
+    GENKERNELS_LEVEL_ENTRY(baseline, true),
+#if defined(GENKERNELS_HAVE_AVX2)
+    GENKERNELS_LEVEL_ENTRY(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+#endif
+#if defined(GENKERNELS_HAVE_AVX512)
+    GENKERNELS_LEVEL_ENTRY(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")),
+#endif
+#if defined(GENKERNELS_HAVE_AVX512_BF16)
+    GENKERNELS_LEVEL_ENTRY(avx512_bf16, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                                            __builtin_cpu_supports("avx512bf16")),
+#endif
+    {},
+};
+constexpr size_t kLevelCount = sizeof kLevels / sizeof kLevels[0] - 1;
+
+struct Supported {
+  const Kernels* levels[kLevelCount + 1] = {};
+  std::atomic<const Kernels*> active;
+
+  Supported() {
+    size_t count = 0;
+    for (const Kernels* level = kLevels; level->level != nullptr; ++level)
+      if (level->is_supported()) levels[count++] = level;
+    active = levels[count - 1];
+  }
+};
+
+Supported& supported() {
+  static Supported instance;
+  return instance;
+}
+
+}  // namespace
+
+const Kernels* built_levels() { return kLevels; }
+
+const Kernels* const* supported_levels() { return supported().levels; }
+
+const Kernels& kernels() { return *supported().active.load(std::memory_order_relaxed); }
+
+bool select_level(const char* level) {
+  for (const Kernels* const* entry = supported_levels(); *entry != nullptr; ++entry)
+    if (std::strcmp((*entry)->level, level) == 0) {
+      supported().active = *entry;
+      return true;
+    }
+  return false;
+}
+
+}  // namespace genkernels

@@ -1,0 +1,30 @@
+// Chooses the SIMD level that kernels run at.
+#pragma once
+
+#include "kernels/gru.h"
+
+GENKERNELS_DECLARE_GRU(baseline)
+
+namespace genkernels {
+
+// The kernels of one level.
+struct Kernels {
+  const char* level;
+  bool (*is_supported)();
+  decltype(&baseline::gru_forward) gru_forward;
+  decltype(&baseline::gru_backward) gru_backward;
+};
+
+// The levels of this build, lowest first, ended by one without a name.
+const Kernels* built_levels();
+
+// Those of them that this CPU has, lowest first, ended by null.
+const Kernels* const* supported_levels();
+
+// The level in use: the highest supported one, unless select_level() chose another.
+const Kernels& kernels();
+
+// Returns false, and changes nothing, if this CPU or this build lacks the level.
+bool select_level(const char* level);
+
+}  // namespace genkernels

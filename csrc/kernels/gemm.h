@@ -1,0 +1,201 @@
+// The one matrix product under every kernel: a tile of rows by vectors held in registers, over a packed right operand.
+//
+// The right operand B [K, N] is packed into panels of at most kPanelVectors vectors, each panel holding its columns of
+// row 0, then of row 1, and so on, so that the innermost loop reads it as one stream:
+// [panel][ceil(K / group)][vectors][lanes][group]. `group` is 1, or 2 where an instruction multiplies pairs (bf16).
+#pragma once
+
+#include "simd.h"
+
+namespace genkernels::GENKERNELS_LEVEL {
+
+constexpr int kPanelVectors = 3;
+
+// Longest run of products summed in registers before it is added to the total. One chain over all of K has twice
+// PyTorch's rounding error at K = 512 and ten times at 8192; 256 costs one addition in 256.
+constexpr int64_t kChain = 256;
+
+// The type operands are multiplied in. bf16 is multiplied as it is where the CPU can, else widened when packed.
+template <class T>
+struct OperandOf {
+  using type = T;
+};
+#if !defined(__AVX512BF16__)
+template <>
+struct OperandOf<bfloat16> {
+  using type = float;
+};
+#endif
+template <class T>
+using Operand = typename OperandOf<T>::type;
+
+template <class E>
+constexpr int kGroup = 1;
+template <>
+constexpr int kGroup<bfloat16> = 2;
+
+template <class E, int kVectors>
+struct Panel {
+  static constexpr int64_t kStep = kVectors * kLanes<E> * kGroup<E>;  // elements per group of rows
+};
+
+// sum[i][v] += a[i][:] b[:][v] for K products. Row i of `a` starts at a + i * row_stride; `step` elements lie between
+// one group of k and the next.
+template <class E, int kRows, int kVectors>
+GENKERNELS_INLINE void multiply(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
+                                Vector<E> (&sum)[kRows][kVectors]) {
+  for (int64_t k = 0; k < K; ++k) {
+    Vector<E> column[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * kLanes<E>);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vector<E> row = broadcast(a[i * row_stride]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[i][v] += row * column[v];
+    }
+    a += step;
+    b += kVectors * kLanes<E>;
+  }
+}
+
+#if defined(__AVX512BF16__)
+template <class E, int kRows, int kVectors>
+GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff_t step, const bfloat16* b, int64_t K,
+                                Vector<float> (&sum)[kRows][kVectors]) {
+  constexpr int kPair = 2 * kLanes<float>;
+  const auto pairs = [&](auto load_pair) __attribute__((always_inline)) {
+    __m512bh column[kVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) column[v] = (__m512bh)_mm512_loadu_si512(b + v * kPair);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const __m512bh row = (__m512bh)_mm512_set1_epi32(load_pair(a + i * row_stride));
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = (Vector<float>)_mm512_dpbf16_ps((__m512)sum[i][v], row, column[v]);
+    }
+  };
+  for (int64_t k = 0; k + 1 < K; k += 2) {
+    pairs([](const bfloat16* at) {
+      int pair;
+      __builtin_memcpy(&pair, at, sizeof pair);
+      return pair;
+    });
+    a += step;
+    b += kVectors * kPair;
+  }
+  // An odd K ends in half a pair: the element after it may belong to someone else, or to nobody.
+  if (K % 2) pairs([](const bfloat16* at) { return int(at->bits); });
+}
+#endif
+
+// The whole product of a tile, summed in chains: total[i][v] = a[i][:] b[:][v].
+template <class E, int kRows, int kVectors>
+GENKERNELS_INLINE void product(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
+                               Vector<E> (&total)[kRows][kVectors]) {
+  for (int64_t k = 0; k < K || k == 0; k += kChain) {
+    Vector<E> sum[kRows][kVectors] = {};
+    multiply<E, kRows, kVectors>(a + k / kGroup<E> * step, row_stride, step,
+                                 b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kChain, K - k), sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) total[i][v] = k == 0 ? sum[i][v] : total[i][v] + sum[i][v];
+  }
+}
+
+// Calls body.operator()<rows>(first) for full tiles and once for the rows left over.
+template <int kMost, class Body>
+GENKERNELS_INLINE void for_last_rows(int64_t rows, int64_t first, const Body& body) {
+  if constexpr (kMost > 0) {
+    if (rows == kMost) return body.template operator()<kMost>(first);
+    for_last_rows<kMost - 1>(rows, first, body);
+  }
+}
+
+template <class Body>
+GENKERNELS_INLINE void for_row_tiles(int64_t rows, const Body& body) {
+  int64_t first = 0;
+  for (; first + kTileRows <= rows; first += kTileRows) body.template operator()<kTileRows>(first);
+  for_last_rows<kTileRows - 1>(rows - first, first, body);
+}
+
+// How N columns are cut into panels: as few as fit, their widths differing by at most one vector, so that 64 columns
+// are 2 + 2 vectors and not 3 + 1 (a tile one vector wide waits for the adder).
+template <class E>
+struct Columns {
+  int64_t count;    // columns
+  int64_t vectors;  // vectors that hold them, the last one perhaps in part
+  int64_t panels;
+
+  explicit Columns(int64_t n) : count(n), vectors(ceil_div(n, kLanes<E>)), panels(ceil_div(vectors, kPanelVectors)) {}
+
+  int64_t first_vector(int64_t panel) const { return panels == 0 ? 0 : panel * vectors / panels; }
+  int64_t width(int64_t panel) const { return first_vector(panel + 1) - first_vector(panel); }
+  int64_t first_column(int64_t panel) const { return first_vector(panel) * kLanes<E>; }
+  // Elements from the packed start to a panel of K rows, and of all panels.
+  int64_t offset(int64_t panel, int64_t K) const { return first_column(panel) * ceil_div(K, kGroup<E>) * kGroup<E>; }
+  int64_t packed_size(int64_t K) const { return offset(panels, K); }
+
+  // Calls body.operator()<vectors>().
+  template <class Body>
+  GENKERNELS_INLINE void with_width(int64_t panel, const Body& body) const {
+    static_assert(kPanelVectors == 3);
+    switch (width(panel)) {
+      case 1: return body.template operator()<1>();
+      case 2: return body.template operator()<2>();
+      default: return body.template operator()<3>();
+    }
+  }
+};
+
+// Packs one panel of B. row(k) gives the address of row k of B, or null for a row of zeros.
+template <class E, class T, class Row>
+void pack_panel(const Columns<E>& columns, int64_t panel, int64_t K, const Row& row, E* packed) {
+  constexpr int kGroupSize = kGroup<E>;
+  const int64_t first = columns.first_column(panel);
+  const int64_t width = columns.width(panel) * kLanes<E>;
+  const int64_t used = smaller(columns.count - first, width);
+  E* to = packed + columns.offset(panel, K);
+  for (int64_t k = 0; k < K; k += kGroupSize, to += width * kGroupSize) {
+    for (int g = 0; g < kGroupSize; ++g) {
+      const T* from = k + g < K ? row(k + g) : nullptr;
+      if (from == nullptr) {
+        for (int64_t n = 0; n < width; ++n) to[n * kGroupSize + g] = E{};
+        continue;
+      }
+      for (int64_t n = 0; n < used; ++n) to[n * kGroupSize + g] = as<E>(from[first + n]);
+      for (int64_t n = used; n < width; ++n) to[n * kGroupSize + g] = E{};
+    }
+  }
+}
+
+// Packs kTileRows columns of A [K, columns] as the rows of a tile of A^T: [ceil(K / group)][kTileRows][group].
+template <class E>
+void pack_transposed(const E* from, int64_t stride, int64_t K, int64_t count, E* packed) {
+  constexpr int kGroupSize = kGroup<E>;
+  int64_t k = 0;
+  if (count == kTileRows)
+    for (; k + kGroupSize <= K; k += kGroupSize)
+      for (int i = 0; i < kTileRows; ++i)
+        for (int g = 0; g < kGroupSize; ++g) *packed++ = from[(k + g) * stride + i];
+  for (; k < K; k += kGroupSize)
+    for (int i = 0; i < kTileRows; ++i)
+      for (int g = 0; g < kGroupSize; ++g) *packed++ = i < count && k + g < K ? from[(k + g) * stride + i] : E{};
+}
+
+// sum[i] += all K elements of row i of such a tile. Chains of 32 that are then added up: one long chain has more than
+// twice the error of PyTorch's pairwise sum.
+template <class E>
+void sum_tile_rows(const E* packed, int64_t K, double (&sum)[kTileRows]) {
+  constexpr int64_t kShortChain = 32;
+  for (int64_t first = 0; first < K; first += kShortChain) {
+    double part[kTileRows] = {};
+    for (int64_t k = first; k < smaller(K, first + kShortChain); k += kGroup<E>)
+      for (int i = 0; i < kTileRows; ++i)
+        for (int g = 0; g < kGroup<E>; ++g) part[i] += double(as<Accumulator<E>>(*packed++));
+    for (int i = 0; i < kTileRows; ++i) sum[i] += part[i];
+  }
+}
+
+}  // namespace genkernels::GENKERNELS_LEVEL

@@ -1,0 +1,571 @@
+#include "gru.h"
+
+#include "gemm.h"
+#include "math.h"
+
+GENKERNELS_DECLARE_GRU(GENKERNELS_LEVEL)
+
+namespace genkernels::GENKERNELS_LEVEL {
+namespace {
+
+template <class S>
+S* allocate(const Runtime& runtime, int64_t count) {
+  return static_cast<S*>(runtime.allocate(runtime.owner, size_t(count) * sizeof(S)));
+}
+
+template <class Body>
+void parallel(const Runtime& runtime, int64_t count, const Body& body) {
+  if (count == 1) return body(0);
+  runtime.parallel(
+      count, [](void* argument, int64_t i) { (*static_cast<const Body*>(argument))(i); }, const_cast<Body*>(&body));
+}
+
+// Rows of a matrix; the elements of a row are contiguous.
+template <class T>
+struct Rows {
+  T* first;
+  int64_t stride;
+  T* operator[](int64_t i) const { return first + i * stride; }
+};
+
+// The geometry of a sequence, dense or packed, in the order in which it is run.
+template <class T>
+struct Sequence {
+  const Gru& gru;
+  const int64_t* offsets;  // [T + 1] first row of each step, or null when every step has `batch` rows
+
+  Sequence(const Gru& g, const Runtime& runtime) : gru(g), offsets(nullptr) {
+    if (g.batch_sizes == nullptr) return;
+    int64_t* sums = allocate<int64_t>(runtime, g.steps + 1);
+    sums[0] = 0;
+    for (int64_t t = 0; t < g.steps; ++t) sums[t + 1] = sums[t] + g.batch_sizes[t];
+    offsets = sums;
+  }
+
+  int64_t time(int64_t s) const { return gru.reverse ? gru.steps - 1 - s : s; }
+  int64_t before(int64_t t) const { return gru.reverse ? t + 1 : t - 1; }
+  bool is_first(int64_t t) const { return t == time(0); }
+  int64_t size(int64_t t) const { return gru.batch_sizes ? gru.batch_sizes[t] : gru.batch; }
+  int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * gru.batch; }
+  int64_t rows() const { return offset(gru.steps); }
+
+  // Rows of step t from row b on.
+  template <class S>
+  Rows<S> at(S* data, int64_t stride_t, int64_t stride_b, int64_t t, int64_t b) const {
+    return {data + (offsets ? offsets[t] * stride_b : t * stride_t) + b * stride_b, stride_b};
+  }
+  Rows<const T> input(int64_t t, int64_t b) const {
+    return at(static_cast<const T*>(gru.input), gru.input_stride_t, gru.input_stride_b, t, b);
+  }
+  Rows<T> output(int64_t t, int64_t b) const {
+    const int64_t H = gru.hidden_size;
+    return at(static_cast<T*>(gru.output), gru.batch * H, H, t, b);
+  }
+  T* gates(int64_t t, int64_t b) const { return static_cast<T*>(gru.gates) + (offset(t) + b) * 4 * gru.hidden_size; }
+
+  // The hidden state that row b enters step t with; null if it is reset to zero.
+  const T* state(int64_t t, int64_t b) const {
+    if (gru.resets && gru.resets[t * gru.batch + b]) return nullptr;
+    // A row of a packed sequence run backwards starts at its own last step.
+    if (is_first(t) || b >= size(before(t))) return static_cast<const T*>(gru.hx) + b * gru.hidden_size;
+    return output(before(t), b)[0];
+  }
+  // Whether the states of rows [b, end) at step t are rows of one matrix.
+  bool state_is_matrix(int64_t t, int64_t b, int64_t end) const {
+    if (!is_first(t) && b < size(before(t)) && end > size(before(t))) return false;
+    if (gru.resets)
+      for (int64_t i = b; i < end; ++i)
+        if (gru.resets[t * gru.batch + i]) return false;
+    return true;
+  }
+
+  // The first row of a thread's share, when each thread takes neighbouring rows of about as many steps in all.
+  int64_t share(int64_t thread, int64_t threads) const {
+    if (offsets == nullptr) return gru.batch * thread / threads;
+    int64_t b = 0, t = gru.steps;  // row b has t steps
+    for (int64_t done = 0; b < gru.batch; ++b) {
+      while (t > 0 && gru.batch_sizes[t - 1] <= b) --t;
+      if (done * threads >= rows() * thread) break;
+      done += t;
+    }
+    return b;
+  }
+};
+
+int64_t row_shares(const Gru& gru, const Runtime& runtime) { return smaller(runtime.threads, gru.batch); }
+
+// Copies rows side by side for a product to read: as its operand type, and never a power of two apart. Rows 4096
+// bytes apart share one set of the L1 cache, and a tile of 8 of them would fill it.
+template <class E, class T, class Row>
+Rows<const E> stage(E* to, int64_t stride, int64_t rows, int64_t columns, const Row& row) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = row(i);
+    for (int64_t k = 0; k < columns; ++k) to[i * stride + k] = from ? as<E>(from[k]) : E{};
+  }
+  return {to, stride};
+}
+
+template <class E>
+int64_t staged_stride(int64_t columns) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(E));
+  return ceil_div(columns, kLine) * kLine + kLine;
+}
+
+template <class E>
+bool collides(int64_t stride) {
+  return (stride * int64_t(sizeof(E))) % 4096 == 0 && stride != 0;
+}
+
+// Both weights and the biases, packed so that one tile holds the three gates of the same units: per block of units
+// [ceil(I / group)][3][lanes][group] of W_ih, then as much of W_hh.
+template <class T>
+struct GateWeights {
+  using E = Operand<T>;
+  using A = Accumulator<T>;
+  static constexpr int kUnits = kLanes<A>;
+  static constexpr int64_t kStep = Panel<E, 3>::kStep;
+
+  const Gru& gru;
+  int64_t blocks, input_size, block_size;
+  E* packed;
+  A* biases;  // [block][4][lanes]: b_ir + b_hr, b_iz + b_hz, b_in, b_hn
+
+  GateWeights(const Gru& g, const Runtime& runtime)
+      : gru(g),
+        blocks(ceil_div(g.hidden_size, kUnits)),
+        input_size(ceil_div(g.input_size, kGroup<E>) * kStep),
+        block_size(input_size + ceil_div(g.hidden_size, kGroup<E>) * kStep),
+        packed(allocate<E>(runtime, blocks * block_size)),
+        biases(allocate<A>(runtime, blocks * 4 * kUnits)) {
+    parallel(runtime, smaller(runtime.threads, blocks), [&](int64_t i) {
+      const int64_t shares = smaller(runtime.threads, blocks);
+      for (int64_t j = blocks * i / shares; j < blocks * (i + 1) / shares; ++j) pack(j);
+    });
+  }
+
+  const E* of_input(int64_t block) const { return packed + block * block_size; }
+  const E* of_state(int64_t block) const { return of_input(block) + input_size; }
+  const A* bias(int64_t block) const { return biases + block * 4 * kUnits; }
+
+  void pack(int64_t block) const {
+    const int64_t H = gru.hidden_size, first = block * kUnits, units = smaller(kUnits, H - first);
+    pack_rows(static_cast<const T*>(gru.weight_ih), gru.input_size, first, units, packed + block * block_size);
+    pack_rows(static_cast<const T*>(gru.weight_hh), H, first, units, packed + block * block_size + input_size);
+    const T* bias_ih = static_cast<const T*>(gru.bias_ih);
+    const T* bias_hh = static_cast<const T*>(gru.bias_hh);
+    A* to = biases + block * 4 * kUnits;
+    for (int64_t u = 0; u < kUnits; ++u) {
+      const bool used = bias_ih != nullptr && u < units;
+      const auto value = [&](const T* bias, int gate) { return used ? as<A>(bias[gate * H + first + u]) : A(0); };
+      to[u] = value(bias_ih, 0) + value(bias_hh, 0);
+      to[kUnits + u] = value(bias_ih, 1) + value(bias_hh, 1);
+      to[2 * kUnits + u] = value(bias_ih, 2);
+      to[3 * kUnits + u] = value(bias_hh, 2);
+    }
+  }
+
+  // Transposes as it goes: 16 elements of a row are read at a time, so that what is written stays in L1.
+  void pack_rows(const T* weight, int64_t K, int64_t first, int64_t units, E* to) const {
+    constexpr int64_t kBlock = 16, kGroupSize = kGroup<E>;
+    const int64_t padded = ceil_div(K, kGroupSize) * kGroupSize;
+    for (int64_t k0 = 0; k0 < padded; k0 += kBlock)
+      for (int64_t gate = 0; gate < 3; ++gate)
+        for (int64_t u = 0; u < kUnits; ++u) {
+          const T* row = weight + (gate * gru.hidden_size + first + u) * K;
+          E* column = to + (gate * kUnits + u) * kGroupSize;
+          for (int64_t k = k0; k < smaller(k0 + kBlock, padded); ++k)
+            column[k / kGroupSize * kStep + k % kGroupSize] = u < units && k < K ? as<E>(row[k]) : E{};
+        }
+  }
+};
+
+template <class T, int kRows>
+GENKERNELS_INLINE void forward_tile(const GateWeights<T>& weights, int64_t block, Rows<const Operand<T>> input,
+                                    Rows<const Operand<T>> state, T* output, T* gates) {
+  using E = Operand<T>;
+  using A = Accumulator<T>;
+  constexpr int kUnits = kLanes<A>;
+  const int64_t H = weights.gru.hidden_size, first = block * kUnits;
+  const int count = int(smaller(kUnits, H - first));
+  Vector<A> from_input[kRows][3], from_state[kRows][3];
+  product<E, kRows, 3>(input.first, input.stride, kGroup<E>, weights.of_input(block), weights.gru.input_size,
+                       from_input);
+  product<E, kRows, 3>(state.first, state.stride, kGroup<E>, weights.of_state(block), H, from_state);
+  const A* bias = weights.bias(block);
+  const Vector<A> b_r = load(bias), b_z = load(bias + kUnits);
+  const Vector<A> b_in = load(bias + 2 * kUnits), b_hn = load(bias + 3 * kUnits);
+  for (int i = 0; i < kRows; ++i) {
+    const Vector<A> r = sigmoid(from_input[i][0] + from_state[i][0] + b_r);
+    const Vector<A> z = sigmoid(from_input[i][1] + from_state[i][1] + b_z);
+    const Vector<A> hn = from_state[i][2] + b_hn;
+    const Vector<A> n = tanh(from_input[i][2] + b_in + r * hn);
+    const Vector<A> h = load(state[i] + first, count);
+    store(output + i * H + first, n + z * (h - n), count);
+    if (gates != nullptr) {
+      T* row = gates + i * 4 * H + first;
+      store(row, r, count);
+      store(row + H, z, count);
+      store(row + 2 * H, n, count);
+      store(row + 3 * H, hn, count);
+    }
+  }
+}
+
+// Runs rows [begin, end) through the whole sequence. Rows do not depend on each other, so threads that share out the
+// batch never wait for one another.
+template <class T>
+void forward_rows(const Sequence<T>& sequence, const GateWeights<T>& weights, int64_t begin, int64_t end,
+                  Operand<T>* scratch) {
+  using E = Operand<T>;
+  const Gru& gru = sequence.gru;
+  const int64_t I = gru.input_size, H = gru.hidden_size;
+  const int64_t input_stride = staged_stride<E>(I), state_stride = staged_stride<E>(H);
+  E* staged_state = scratch + (end - begin) * input_stride;
+  for (int64_t s = 0; s < gru.steps; ++s) {
+    const int64_t t = sequence.time(s), rows = smaller(end, sequence.size(t)) - begin;
+    if (rows <= 0) continue;
+    Rows<const E> input, state;
+    const Rows<const T> input_rows = sequence.input(t, begin);
+    const auto stage_input = [&] {
+      return stage<E, T>(scratch, input_stride, rows, I, [&](int64_t i) { return input_rows[i]; });
+    };
+    const auto stage_state = [&] {
+      return stage<E, T>(staged_state, state_stride, rows, H, [&](int64_t i) { return sequence.state(t, begin + i); });
+    };
+    if constexpr (__is_same(T, E)) {
+      input = collides<E>(input_rows.stride) ? stage_input() : input_rows;
+      state = collides<E>(H) || !sequence.state_is_matrix(t, begin, begin + rows)
+                  ? stage_state()
+                  : Rows<const E>{sequence.state(t, begin), H};
+    } else {
+      input = stage_input();
+      state = stage_state();
+    }
+    T* output = sequence.output(t, begin)[0];
+    T* gates = gru.gates ? sequence.gates(t, begin) : nullptr;
+    for (int64_t block = 0; block < weights.blocks; ++block)
+      for_row_tiles(rows, [&]<int kRows>(int64_t i) {
+        forward_tile<T, kRows>(weights, block, {input[i], input.stride}, {state[i], state.stride}, output + i * H,
+                               gates ? gates + i * 4 * H : nullptr);
+      });
+  }
+}
+
+template <class T>
+void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
+  using E = Operand<T>;
+  const Sequence<T> sequence(gru, runtime);
+  const GateWeights<T> weights(gru, runtime);
+  const int64_t H = gru.hidden_size, shares = row_shares(gru, runtime);
+  const int64_t row_scratch = staged_stride<E>(gru.input_size) + staged_stride<E>(H);
+  E* scratch = allocate<E>(runtime, gru.batch * row_scratch);
+  parallel(runtime, shares, [&](int64_t i) {
+    const int64_t begin = sequence.share(i, shares), end = sequence.share(i + 1, shares);
+    forward_rows(sequence, weights, begin, end, scratch + begin * row_scratch);
+  });
+  if (h_n == nullptr) return;
+  for (int64_t b = 0, t = gru.steps - 1; b < gru.batch; ++b) {
+    while (!gru.reverse && sequence.size(t) <= b) --t;
+    __builtin_memcpy(h_n + b * H, sequence.output(gru.reverse ? 0 : t, b)[0], size_t(H) * sizeof(T));
+  }
+}
+
+// A weight [3H, N] as the right operand of a product with K = 3H, its rows taken in the order of the gradient's
+// columns.
+template <class T>
+struct BackwardWeight {
+  using E = Operand<T>;
+  Columns<E> columns;
+  E* packed;
+
+  BackwardWeight(const T* weight, int64_t H, int64_t N, bool n_first, const Runtime& runtime) : columns(N) {
+    packed = allocate<E>(runtime, columns.packed_size(3 * H));
+    const int64_t shares = smaller(runtime.threads, columns.panels);
+    parallel(runtime, shares, [&](int64_t i) {
+      for (int64_t p = columns.panels * i / shares; p < columns.panels * (i + 1) / shares; ++p)
+        pack_panel<E, T>(
+            columns, p, 3 * H, [&](int64_t k) { return weight + (n_first ? (k < H ? k + 2 * H : k - H) : k) * N; },
+            packed);
+    });
+  }
+};
+
+// rows(i)[:] = product with (or plus product with) B, over `rows` rows.
+template <class E, class Store>
+void multiply_rows(const Columns<E>& columns, const E* packed, int64_t K, Rows<const E> a, int64_t rows,
+                   const Store& store_vector) {
+  using A = Accumulator<E>;
+  for (int64_t p = 0; p < columns.panels; ++p)
+    columns.with_width(p, [&]<int kVectors>() {
+      for_row_tiles(rows, [&]<int kRows>(int64_t first) {
+        Vector<A> sum[kRows][kVectors];
+        product<E, kRows, kVectors>(a[first], a.stride, kGroup<E>, packed + columns.offset(p, K), K, sum);
+        for (int i = 0; i < kRows; ++i)
+          for (int v = 0; v < kVectors; ++v) {
+            const int64_t column = columns.first_column(p) + v * kLanes<A>;
+            store_vector(first + i, column, int(smaller(kLanes<A>, columns.count - column)), sum[i][v]);
+          }
+      });
+    });
+}
+
+// Backpropagation through time in blocks of steps. Per block: the time loop writes the gradients of the gates of all
+// its rows (`delta`), then products that read them while they are in the cache add to the weights' gradients and form
+// the input's.
+//
+// A row of `delta` is [n | r | z | hn], so that both right operands are matrices of neighbouring columns: [n r z] goes
+// with x and W_ih, [r z hn] with h and W_hh.
+template <class T>
+struct Backward {
+  using E = Operand<T>;
+  using A = Accumulator<T>;
+  static constexpr int64_t kBlockRows = 512;
+
+  const Gru& gru;
+  const GruGradients& grad;
+  const Runtime& runtime;
+  const Sequence<T> sequence;
+  const int64_t I, H, delta_stride;
+  int64_t block_rows;
+  E* delta;
+  A* carry;  // gradient of the hidden state, carried from step to step: [B, H]
+
+  Backward(const Gru& g, const GruGradients& gradients, const Runtime& r)
+      : gru(g),
+        grad(gradients),
+        runtime(r),
+        sequence(g, r),
+        I(g.input_size),
+        H(g.hidden_size),
+        delta_stride(staged_stride<E>(4 * g.hidden_size)),
+        block_rows(larger(kBlockRows, g.batch)),
+        delta(allocate<E>(r, block_rows * delta_stride)),
+        carry(allocate<A>(r, g.batch * g.hidden_size)) {}
+
+  // The gradients of the gates of one row at one step, and what of dh passes by the gates.
+  void delta_row(int64_t t, int64_t b, E* to) const {
+    const T* saved = sequence.gates(t, b);
+    const T* state = sequence.state(t, b);
+    const T* from_output = grad.grad_output ? sequence.at(static_cast<const T*>(grad.grad_output),
+                                                          grad.grad_output_stride_t, grad.grad_output_stride_b, t, b)[0]
+                                            : nullptr;
+    for (int64_t u = 0; u < H; u += kLanes<A>) {
+      const int count = int(smaller(kLanes<A>, H - u));
+      Vector<A> dh = load(carry + b * H + u, count);
+      if (from_output) dh += load(from_output + u, count);
+      const Vector<A> r = load(saved + u, count), z = load(saved + H + u, count);
+      const Vector<A> n = load(saved + 2 * H + u, count), hn = load(saved + 3 * H + u, count);
+      const Vector<A> h = state ? load(state + u, count) : Vector<A>{};
+      const Vector<A> dn = dh * (A(1) - z) * (A(1) - n * n);
+      const Vector<A> dz = dh * (h - n) * z * (A(1) - z);
+      const Vector<A> dr = dn * hn * r * (A(1) - r);
+      store_operand(to + u, dn, count);
+      store_operand(to + H + u, dr, count);
+      store_operand(to + 2 * H + u, dz, count);
+      store_operand(to + 3 * H + u, dn * r, count);
+      store(carry + b * H + u, dh * z, count);
+    }
+  }
+  static void store_operand(E* to, Vector<A> v, int count) { store(to, v, count); }
+
+  void steps(int64_t first, int64_t last, int64_t base, const BackwardWeight<T>& weight_hh, int64_t begin,
+             int64_t end) const {
+    for (int64_t s = last; s-- > first;) {
+      const int64_t t = sequence.time(s), rows = smaller(end, sequence.size(t)) - begin;
+      if (rows <= 0) continue;
+      E* step_delta = delta + (sequence.offset(t) + begin - base) * delta_stride;
+      for (int64_t i = 0; i < rows; ++i) delta_row(t, begin + i, step_delta + i * delta_stride);
+      multiply_rows<E>(weight_hh.columns, weight_hh.packed, 3 * H, {step_delta + H, delta_stride}, rows,
+                       [&](int64_t i, int64_t column, int count, Vector<A> sum) {
+                         A* to = carry + (begin + i) * H + column;
+                         store(to, load(to, count) + sum, count);
+                       });
+      for (int64_t i = 0; gru.resets && i < rows; ++i)
+        if (gru.resets[t * gru.batch + begin + i])
+          for (int64_t u = 0; u < H; ++u) carry[(begin + i) * H + u] = A(0);
+    }
+  }
+
+  // grad_weight += delta^T operand, for both weights, over the rows of one block of steps; the bias with it.
+  struct WeightGradients {
+    Columns<E> input_columns, state_columns;
+    int64_t gate_tiles;        // row tiles of a gate
+    E *input, *state;          // the block's x and h, packed
+    E* transposed;             // the block's delta, packed as rows of tiles: [4][gate_tiles][K][kTileRows]
+    A *weight_ih, *weight_hh;  // [3H, I], [3H, H]
+    double* bias;              // [4H]: n, r, z, hn. Sums over all rows of all steps: double costs one add in I + H
+  };
+
+  void run() {
+    const int64_t shares = row_shares(gru, runtime);
+    for (int64_t i = 0; i < gru.batch * H; ++i)
+      carry[i] = grad.grad_h_n ? as<A>(static_cast<const T*>(grad.grad_h_n)[i]) : A(0);
+    const BackwardWeight<T> weight_hh(static_cast<const T*>(gru.weight_hh), H, H, false, runtime);
+    // A GRU whose input needs no gradient packs nothing for it.
+    const BackwardWeight<T> weight_ih(static_cast<const T*>(gru.weight_ih), H, grad.grad_input ? I : 0, true, runtime);
+    WeightGradients sums = prepare_weight_gradients();
+    bool is_first_block = true;
+    for (int64_t last = gru.steps; last > 0;) {
+      int64_t first = last, rows = 0;
+      while (first > 0 && (first == last || rows + sequence.size(sequence.time(first - 1)) <= block_rows))
+        rows += sequence.size(sequence.time(--first));
+      const int64_t base = smaller(sequence.offset(sequence.time(first)), sequence.offset(sequence.time(last - 1)));
+      parallel(runtime, shares, [&](int64_t i) {
+        steps(first, last, base, weight_hh, sequence.share(i, shares), sequence.share(i + 1, shares));
+      });
+      if (grad.grad_input) input_gradient(base, rows, weight_ih);
+      if (grad.needs_weights) weight_gradients(sums, first, last, base, rows, is_first_block);
+      is_first_block = false;
+      last = first;
+    }
+    for (int64_t i = 0; i < gru.batch * H; ++i) narrow(static_cast<T*>(grad.grad_hx) + i, carry[i]);
+    if (grad.needs_weights) finish_weight_gradients(sums);
+  }
+
+  void input_gradient(int64_t base, int64_t rows, const BackwardWeight<T>& weight_ih) const {
+    const int64_t tiles = ceil_div(rows, kTileRows), shares = smaller(runtime.threads, tiles);
+    parallel(runtime, shares, [&](int64_t i) {
+      const int64_t begin = tiles * i / shares * kTileRows;
+      const int64_t end = smaller(rows, tiles * (i + 1) / shares * kTileRows);
+      T* to = static_cast<T*>(grad.grad_input) + (base + begin) * I;
+      multiply_rows<E>(
+          weight_ih.columns, weight_ih.packed, 3 * H, {delta + begin * delta_stride, delta_stride}, end - begin,
+          [&](int64_t row, int64_t column, int count, Vector<A> sum) { store(to + row * I + column, sum, count); });
+    });
+  }
+
+  WeightGradients prepare_weight_gradients() const {
+    const bool needed = grad.needs_weights;
+    const Columns<E> input_columns(needed ? I : 0), state_columns(needed ? H : 0);
+    const int64_t gate_tiles = needed ? ceil_div(H, kTileRows) : 0;
+    const int64_t K = ceil_div(block_rows, kGroup<E>) * kGroup<E>;
+    const auto sums = [&](void* gradient, int64_t columns) {
+      if constexpr (__is_same(T, A)) return static_cast<A*>(gradient);
+      return allocate<A>(runtime, needed ? 3 * H * columns : 0);
+    };
+    return {input_columns,
+            state_columns,
+            gate_tiles,
+            allocate<E>(runtime, input_columns.packed_size(K)),
+            allocate<E>(runtime, state_columns.packed_size(K)),
+            allocate<E>(runtime, 4 * gate_tiles * kTileRows * K),
+            sums(grad.grad_weight_ih, I),
+            sums(grad.grad_weight_hh, H),
+            allocate<double>(runtime, 4 * H)};
+  }
+
+  void weight_gradients(const WeightGradients& to, int64_t first, int64_t last, int64_t base, int64_t rows,
+                        bool is_first_block) const {
+    const int64_t panels = to.input_columns.panels + to.state_columns.panels;
+    const int64_t tiles = 4 * to.gate_tiles, K = ceil_div(rows, kGroup<E>) * kGroup<E>;
+    // Row k of the block is row b of step t.
+    const int64_t low = smaller(sequence.time(first), sequence.time(last - 1));
+    const auto row_of = [&](int64_t k, auto&& address) -> const T* {
+      int64_t t = low;
+      if (sequence.offsets == nullptr)
+        t += k / gru.batch;
+      else
+        while (sequence.offset(t + 1) - base <= k) ++t;
+      return address(t, base + k - sequence.offset(t));
+    };
+    const int64_t shares = runtime.threads;
+    parallel(runtime, shares, [&](int64_t i) {
+      for (int64_t p = panels * i / shares; p < panels * (i + 1) / shares; ++p)
+        if (p < to.input_columns.panels)
+          pack_panel<E, T>(
+              to.input_columns, p, rows,
+              [&](int64_t k) {
+                return row_of(k, [&](int64_t t, int64_t b) -> const T* { return sequence.input(t, b)[0]; });
+              },
+              to.input);
+        else
+          pack_panel<E, T>(
+              to.state_columns, p - to.input_columns.panels, rows,
+              [&](int64_t k) { return row_of(k, [&](int64_t t, int64_t b) { return sequence.state(t, b); }); },
+              to.state);
+      for (int64_t tile = tiles * i / shares; tile < tiles * (i + 1) / shares; ++tile) {
+        const int64_t gate = tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
+        const int64_t units = smaller(kTileRows, H - unit);
+        const E* from = delta + gate * H + unit;
+        pack_transposed<E>(from, delta_stride, rows, units, to.transposed + tile * kTileRows * K);
+        double sum[kTileRows] = {};
+        sum_tile_rows(to.transposed + tile * kTileRows * K, K, sum);
+        for (int64_t u = 0; u < units; ++u) {
+          double& total = to.bias[gate * H + unit + u];
+          total = is_first_block ? sum[u] : total + sum[u];
+        }
+      }
+    });
+    // Each thread keeps the rows of the gradients that are its own, so that no order of adding depends on the threads.
+    parallel(runtime, shares, [&](int64_t i) {
+      const auto accumulate = [&](const Columns<E>& columns, const E* packed, int64_t gate0, A* sums, int64_t N) {
+        const int64_t mine = 3 * to.gate_tiles;
+        for (int64_t p = 0; p < columns.panels; ++p)
+          columns.with_width(p, [&]<int kVectors>() {
+            for (int64_t tile = mine * i / shares; tile < mine * (i + 1) / shares; ++tile) {
+              const int64_t gate = gate0 + tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
+              // Columns of delta are n, r, z, hn; rows of both gradients r, z, n.
+              A* rows_to = sums + ((gate + 2) % 3 * H + unit) * N;
+              add_tile<kVectors>(columns, p, packed, to.transposed + (gate * to.gate_tiles * kTileRows + unit) * K,
+                                 rows, int(smaller(kTileRows, H - unit)), rows_to, N, is_first_block);
+            }
+          });
+      };
+      accumulate(to.input_columns, to.input, 0, to.weight_ih, I);
+      accumulate(to.state_columns, to.state, 1, to.weight_hh, H);
+    });
+  }
+
+  template <int kVectors>
+  static void add_tile(const Columns<E>& columns, int64_t p, const E* packed, const E* transposed, int64_t K, int rows,
+                       A* to, int64_t stride, bool is_first_block) {
+    Vector<A> sum[kTileRows][kVectors];
+    product<E, kTileRows, kVectors>(transposed, kGroup<E>, kTileRows * kGroup<E>, packed + columns.offset(p, K), K,
+                                    sum);
+    for (int i = 0; i < rows; ++i)
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t column = columns.first_column(p) + v * kLanes<A>;
+        const int count = int(smaller(kLanes<A>, columns.count - column));
+        A* at = to + i * stride + column;
+        store(at, is_first_block ? sum[i][v] : load(at, count) + sum[i][v], count);
+      }
+  }
+
+  void finish_weight_gradients(const WeightGradients& from) const {
+    if constexpr (!__is_same(T, A)) {
+      for (int64_t i = 0; i < 3 * H * I; ++i) narrow(static_cast<T*>(grad.grad_weight_ih) + i, from.weight_ih[i]);
+      for (int64_t i = 0; i < 3 * H * H; ++i) narrow(static_cast<T*>(grad.grad_weight_hh) + i, from.weight_hh[i]);
+    }
+    if (grad.grad_bias_ih == nullptr) return;
+    for (int64_t gate = 0; gate < 3; ++gate)
+      for (int64_t u = 0; u < H; ++u) {
+        const auto write = [&](void* to, int64_t column) {
+          narrow(static_cast<T*>(to) + gate * H + u, A(from.bias[column * H + u]));
+        };
+        write(grad.grad_bias_ih, (gate + 1) % 3);
+        write(grad.grad_bias_hh, gate + 1);
+      }
+  }
+
+  static void narrow(T* to, A value) { store(to, broadcast(value), 1); }
+};
+
+}  // namespace
+
+void gru_forward(const Gru& gru, void* h_n, const Runtime& runtime) {
+  switch (gru.dtype) {
+    case DType::float32: return forward(gru, static_cast<float*>(h_n), runtime);
+    case DType::float64: return forward(gru, static_cast<double*>(h_n), runtime);
+    case DType::bfloat16: return forward(gru, static_cast<bfloat16*>(h_n), runtime);
+  }
+}
+
+void gru_backward(const Gru& gru, const GruGradients& grad, const Runtime& runtime) {
+  switch (gru.dtype) {
+    case DType::float32: return Backward<float>(gru, grad, runtime).run();
+    case DType::float64: return Backward<double>(gru, grad, runtime).run();
+    case DType::bfloat16: return Backward<bfloat16>(gru, grad, runtime).run();
+  }
+}
+
+}  // namespace genkernels::GENKERNELS_LEVEL

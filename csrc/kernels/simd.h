@@ -1,0 +1,126 @@
+// Vectors of the SIMD level this file is compiled for. Everything sits in the level's own namespace,
+// because the same sources are compiled once per level into one library.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#define GENKERNELS_INLINE inline __attribute__((always_inline))
+
+namespace genkernels::GENKERNELS_LEVEL {
+
+// A tile of kTileRows rows by three vectors has to fit the registers, with three more for the
+// packed operand: 8 x 3 of the 32 registers of AVX-512 and NEON, 4 x 3 of the 16 of AVX2 and SSE.
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kTileRows = 8;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileRows = 4;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 8;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileRows = 4;
+#endif
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// The type that sums are kept in.
+template <class T>
+struct AccumulatorOf {
+  using type = T;
+};
+template <>
+struct AccumulatorOf<bfloat16> {
+  using type = float;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;
+
+// One register of T's; bf16 is computed with as float.
+template <class T>
+struct VectorOf {
+  typedef Accumulator<T> type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = kVectorBytes / int(sizeof(Accumulator<T>));
+
+template <class S>
+GENKERNELS_INLINE Vector<S> broadcast(S value) {
+  return Vector<S>{} + value;
+}
+
+template <class S>
+GENKERNELS_INLINE Vector<S> load(const S* from) {
+  Vector<S> v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
+}
+
+GENKERNELS_INLINE Vector<float> load(const bfloat16* from) {
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  Narrow narrow;
+  __builtin_memcpy(&narrow, from, sizeof narrow);
+  return (Vector<float>)(__builtin_convertvector(narrow, Vector<uint32_t>) << 16);
+}
+
+template <class S>
+GENKERNELS_INLINE void store(S* to, Vector<S> v) {
+  __builtin_memcpy(to, &v, sizeof v);
+}
+
+// Rounds to nearest, ties to even. A NaN keeps its sign and becomes quiet: rounding its payload up
+// could carry into the exponent and turn it into an infinity.
+GENKERNELS_INLINE void store(bfloat16* to, Vector<float> v) {
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  const Vector<uint32_t> bits = (Vector<uint32_t>)v;
+  const Vector<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Vector<uint32_t> quiet = (bits >> 16) | 0x40;
+  const Narrow narrow = __builtin_convertvector(v == v ? rounded : quiet, Narrow);
+  __builtin_memcpy(to, &narrow, sizeof narrow);
+}
+
+// The last, incomplete vector of a row: `count` elements, the other lanes are zero.
+template <class T>
+GENKERNELS_INLINE Vector<T> load(const T* from, int count) {
+  if (count == kLanes<T>) return load(from);
+  T lanes[kLanes<T>] = {};
+  __builtin_memcpy(lanes, from, size_t(count) * sizeof(T));
+  return load(lanes);
+}
+
+template <class T>
+GENKERNELS_INLINE void store(T* to, Vector<T> v, int count) {
+  if (count == kLanes<T>) return store(to, v);
+  T lanes[kLanes<T>];
+  store(lanes, v);
+  __builtin_memcpy(to, lanes, size_t(count) * sizeof(T));
+}
+
+GENKERNELS_INLINE float convert(bfloat16 x, float) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+template <class T>
+GENKERNELS_INLINE T convert(T x, T) {
+  return x;
+}
+
+// One element as the type E that products are taken in: `as<E>(x)`.
+template <class E, class T>
+GENKERNELS_INLINE E as(T x) {
+  return convert(x, E{});
+}
+
+GENKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+GENKERNELS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+GENKERNELS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace genkernels::GENKERNELS_LEVEL

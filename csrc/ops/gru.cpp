@@ -1,0 +1,222 @@
+// genkernels::gru_forward, gru_backward and their one-step forms gru_cell_forward, gru_cell_backward.
+// Schemas and their meaning: genkernels/ops/gru.py.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "../dispatch.h"
+#include "checks.h"
+#include "runtime.h"
+#include "stats.h"
+
+namespace genkernels {
+namespace {
+
+using torch::stable::contiguous;
+using torch::stable::new_empty;
+using OptionalTensor = std::optional<Tensor>;
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(contiguous(*tensor)) : std::nullopt;
+}
+
+// The checked, contiguous arguments of a call, alive as long as the kernel reads them.
+struct Arguments {
+  Tensor input, hx, weight_ih, weight_hh;
+  OptionalTensor bias_ih, bias_hh, batch_sizes, resets;
+  Gru gru{};
+  double operations;
+
+  Arguments(const Tensor& input_, const Tensor& hx_, const Tensor& weight_ih_, const Tensor& weight_hh_,
+            const OptionalTensor& bias_ih_, const OptionalTensor& bias_hh_, const OptionalTensor& batch_sizes_,
+            const OptionalTensor& resets_, bool reverse, bool is_step)
+      : input(with_contiguous_rows(input_)),
+        hx(contiguous(hx_)),
+        weight_ih(contiguous(weight_ih_)),
+        weight_hh(contiguous(weight_hh_)),
+        bias_ih(contiguous_or_none(bias_ih_)),
+        bias_hh(contiguous_or_none(bias_hh_)),
+        batch_sizes(contiguous_or_none(batch_sizes_)),
+        resets(contiguous_or_none(resets_)) {
+    STD_TORCH_CHECK(input.dim() == (batch_sizes || is_step ? 2 : 3), "input: got ", input.dim(), " dimensions");
+    STD_TORCH_CHECK(hx.dim() == 2, "hx: expected 2 dimensions, got ", hx.dim());
+    const int64_t B = hx.size(0), H = hx.size(1), I = input.size(input.dim() - 1);
+    gru.dtype = dtype_of(input);
+    gru.reverse = reverse;
+    gru.steps = is_step ? 1 : batch_sizes ? batch_sizes->size(0) : input.size(0);
+    gru.batch = B;
+    gru.input_size = I;
+    gru.hidden_size = H;
+    if (batch_sizes)
+      check_batch_sizes();
+    else if (is_step)
+      check_shape("input", input, {B, I});
+    else
+      check_shape("input", input, {gru.steps, B, I});
+    for (const auto& [name, tensor] : {std::pair{"hx", &hx}, {"weight_ih", &weight_ih}, {"weight_hh", &weight_hh}})
+      check_like(name, *tensor, input);
+    check_shape("weight_ih", weight_ih, {3 * H, I});
+    check_shape("weight_hh", weight_hh, {3 * H, H});
+    STD_TORCH_CHECK(bias_ih.has_value() == bias_hh.has_value(), "bias_ih, bias_hh: expected both or none");
+    if (bias_ih) {
+      check_like("bias_ih", *bias_ih, input);
+      check_like("bias_hh", *bias_hh, input);
+      check_shape("bias_ih", *bias_ih, {3 * H});
+      check_shape("bias_hh", *bias_hh, {3 * H});
+    }
+    if (resets) {
+      STD_TORCH_CHECK(!batch_sizes && resets->is_cpu() && resets->scalar_type() == ScalarType::Bool,
+                      "resets: expected a bool CPU tensor, and no batch_sizes beside it");
+      check_shape("resets", *resets, {gru.steps, B});
+      gru.resets = static_cast<const bool*>(resets->const_data_ptr());
+    }
+    gru.input = input.const_data_ptr();
+    gru.input_stride_t = input.stride(0);
+    gru.input_stride_b = input.stride(input.dim() - 2);
+    gru.hx = hx.const_data_ptr();
+    gru.weight_ih = weight_ih.const_data_ptr();
+    gru.weight_hh = weight_hh.const_data_ptr();
+    gru.bias_ih = data(bias_ih);
+    gru.bias_hh = data(bias_hh);
+    const double rows = batch_sizes ? double(input.size(0)) : double(gru.steps) * double(B);
+    operations = 6.0 * rows * double(H) * double(I + H);
+  }
+
+  // [T, B, columns], [sum(batch_sizes), columns], or [B, columns] for one step.
+  Tensor new_like_output(int64_t columns) const {
+    return input.dim() == 2 ? new_large(input, {input.size(0), columns})
+                            : new_large(input, {gru.steps, gru.batch, columns});
+  }
+
+ private:
+  void check_batch_sizes() {
+    STD_TORCH_CHECK(batch_sizes->is_cpu() && batch_sizes->scalar_type() == ScalarType::Long && batch_sizes->dim() == 1,
+                    "batch_sizes: expected a CPU tensor of int64 with 1 dimension");
+    const int64_t* sizes = static_cast<const int64_t*>(batch_sizes->const_data_ptr());
+    int64_t rows = 0;
+    for (int64_t t = 0; t < gru.steps; ++t) {
+      STD_TORCH_CHECK(sizes[t] > 0 && (t == 0 ? sizes[t] == gru.batch : sizes[t] <= sizes[t - 1]),
+                      "batch_sizes: expected hx's batch size ", gru.batch, " first, then positive, never larger sizes");
+      rows += sizes[t];
+    }
+    STD_TORCH_CHECK(rows == input.size(0), "batch_sizes: expected a sum of ", input.size(0), " rows of input, got ",
+                    rows);
+    gru.batch_sizes = sizes;
+  }
+};
+
+std::tuple<Tensor, Tensor> run_forward(Arguments& arguments, Tensor output, Tensor* h_n, bool save_gates) {
+  Gru& gru = arguments.gru;
+  Tensor gates = save_gates ? arguments.new_like_output(4 * gru.hidden_size) : new_empty(arguments.input, {0});
+  gru.output = output.mutable_data_ptr();
+  gru.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
+  CallRuntime runtime(arguments.operations);
+  kernels().gru_forward(gru, h_n ? h_n->mutable_data_ptr() : nullptr, runtime.get());
+  return {output, gates};
+}
+
+Gradients run_backward(Arguments& arguments, const OptionalTensor& grad_output_, const OptionalTensor& grad_h_n_,
+                       const Tensor& output, const Tensor& gates_, bool input_grad, bool weight_grad) {
+  Gru& gru = arguments.gru;
+  const Tensor& input = arguments.input;
+  const int64_t I = gru.input_size, H = gru.hidden_size;
+  const OptionalTensor grad_output = grad_output_ ? OptionalTensor(with_contiguous_rows(*grad_output_)) : std::nullopt;
+  const OptionalTensor grad_h_n = contiguous_or_none(grad_h_n_);
+  const Tensor saved_output = contiguous(output), gates = contiguous(gates_);
+  const int64_t rows = input.dim() == 2 ? input.size(0) : gru.steps * gru.batch;
+  for (const auto& [name, tensor, columns] :
+       {std::tuple{"output", &saved_output, H}, std::tuple{"gates", &gates, 4 * H},
+        std::tuple{"grad_output", grad_output ? &*grad_output : &saved_output, H}}) {
+    check_like(name, *tensor, input);
+    if (input.dim() == 2)
+      check_shape(name, *tensor, {rows, columns});
+    else
+      check_shape(name, *tensor, {gru.steps, gru.batch, columns});
+  }
+  GruGradients grad{};
+  if (grad_output) {
+    grad.grad_output = grad_output->const_data_ptr();
+    grad.grad_output_stride_t = grad_output->stride(0);
+    grad.grad_output_stride_b = grad_output->stride(grad_output->dim() - 2);
+  }
+  if (grad_h_n) {
+    check_like("grad_h_n", *grad_h_n, input);
+    check_shape("grad_h_n", *grad_h_n, {gru.batch, H});
+    grad.grad_h_n = grad_h_n->const_data_ptr();
+  }
+  gru.output = const_cast<void*>(saved_output.const_data_ptr());
+  gru.gates = const_cast<void*>(gates.const_data_ptr());
+
+  const auto weight = [&](std::initializer_list<int64_t> shape, bool needed, void*& to) {
+    Tensor gradient = needed ? new_empty(input, shape) : new_empty(input, {0});
+    to = needed ? gradient.mutable_data_ptr() : nullptr;
+    return gradient;
+  };
+  Tensor grad_hx = new_empty(input, {gru.batch, H});
+  grad.grad_hx = grad_hx.mutable_data_ptr();
+  Tensor grad_input = input_grad ? arguments.new_like_output(I) : new_empty(input, {0});
+  grad.grad_input = input_grad ? grad_input.mutable_data_ptr() : nullptr;
+  grad.needs_weights = weight_grad;
+  const bool bias_grad = weight_grad && arguments.bias_ih;
+  Tensor grad_weight_ih = weight({3 * H, I}, weight_grad, grad.grad_weight_ih);
+  Tensor grad_weight_hh = weight({3 * H, H}, weight_grad, grad.grad_weight_hh);
+  Tensor grad_bias_ih = weight({3 * H}, bias_grad, grad.grad_bias_ih);
+  Tensor grad_bias_hh = weight({3 * H}, bias_grad, grad.grad_bias_hh);
+  CallRuntime runtime(2 * arguments.operations);
+  kernels().gru_backward(gru, grad, runtime.get());
+  return {grad_input, grad_hx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh};
+}
+
+CallCounter forward_calls("gru_forward"), backward_calls("gru_backward");
+CallCounter cell_forward_calls("gru_cell_forward"), cell_backward_calls("gru_cell_backward");
+
+std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh,
+                                               OptionalTensor bias_ih, OptionalTensor bias_hh,
+                                               OptionalTensor batch_sizes, OptionalTensor resets, bool reverse,
+                                               bool save_gates) {
+  Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, false);
+  ++forward_calls.calls;
+  Tensor h_n = new_empty(hx, {arguments.gru.batch, arguments.gru.hidden_size});
+  const auto [output, gates] =
+      run_forward(arguments, arguments.new_like_output(arguments.gru.hidden_size), &h_n, save_gates);
+  return {output, h_n, gates};
+}
+
+Gradients gru_backward(OptionalTensor grad_output, OptionalTensor grad_h_n, Tensor input, Tensor hx, Tensor weight_ih,
+                       Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh, Tensor output, Tensor gates,
+                       OptionalTensor batch_sizes, OptionalTensor resets, bool reverse, bool input_grad,
+                       bool weight_grad) {
+  Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, false);
+  ++backward_calls.calls;
+  return run_backward(arguments, grad_output, grad_h_n, output, gates, input_grad, weight_grad);
+}
+
+std::tuple<Tensor, Tensor> gru_cell_forward(Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh,
+                                            OptionalTensor bias_ih, OptionalTensor bias_hh, bool save_gates) {
+  Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, {}, {}, false, true);
+  ++cell_forward_calls.calls;
+  return run_forward(arguments, arguments.new_like_output(arguments.gru.hidden_size), nullptr, save_gates);
+}
+
+Gradients gru_cell_backward(Tensor grad_h, Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh,
+                            OptionalTensor bias_ih, OptionalTensor bias_hh, Tensor gates, bool input_grad,
+                            bool weight_grad) {
+  Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, {}, {}, false, true);
+  ++cell_backward_calls.calls;
+  // One step enters with hx alone, so its output is not read.
+  return run_backward(arguments, grad_h, {}, arguments.hx, gates, input_grad, weight_grad);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
+  m.impl("gru_forward", TORCH_BOX(&gru_forward));
+  m.impl("gru_backward", TORCH_BOX(&gru_backward));
+  m.impl("gru_cell_forward", TORCH_BOX(&gru_cell_forward));
+  m.impl("gru_cell_backward", TORCH_BOX(&gru_cell_backward));
+}
+
+}  // namespace genkernels

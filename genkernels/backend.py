@@ -1,0 +1,233 @@
+"""Which kernel runs an op, and why.
+
+Backends: ``"cpp"`` (the compiled CPU kernels), ``"triton"`` (GPU kernels) and ``"reference"``
+(plain PyTorch). Left to itself an op takes the first that can run its arguments, in that order, and
+warns once if that is the reference. ``use_backend`` or the environment variable
+``GENKERNELS_BACKEND`` asks for one; an op that it cannot run then raises. ``GENKERNELS_STRICT=1``
+makes every fall back to the reference raise.
+"""
+
+import contextlib
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BACKENDS = ("cpp", "triton", "reference")
+CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+_python_calls: Counter[tuple[str, str]] = Counter()
+_warned: set[tuple[str, str]] = set()
+
+
+def _load_extension() -> tuple[Any, str]:
+    try:
+        from . import _C
+    except ImportError as error:
+        return None, f"the compiled extension genkernels._C could not be loaded ({error})"
+    return _C, ""
+
+
+def _one_of(variable: str, allowed: tuple[str, ...] | list[str]) -> str | None:
+    value = os.environ.get(variable)
+    if value and value not in allowed:
+        raise ImportError(f"{variable}={value}: expected one of {', '.join(allowed)}")
+    return value or None
+
+
+_extension, _extension_error = _load_extension()
+_requested: str | None = _one_of("GENKERNELS_BACKEND", BACKENDS)
+_strict = os.environ.get("GENKERNELS_STRICT", "0") not in ("", "0")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend an op would take for given arguments, and what stands against the others."""
+
+    op: str
+    backend: str | None
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend can run this'}"]
+        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run an op on this device in this dtype; None if it can."""
+    if backend == "cpp":
+        if device.type != "cpu":
+            return f"it runs on CPU tensors, and these are on {device.type}"
+        if _extension is None:
+            return _extension_error
+        if dtype not in CPP_DTYPES:
+            return f"it has no kernel for {dtype}"
+    if backend == "triton":
+        return "this version has no Triton kernel for it"
+    return None
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs `op`. Warns once for each op and reason when that is the reference and
+    nobody asked for it.
+
+    Raises:
+        RuntimeError: the requested backend cannot run it, or it would fall back and
+            GENKERNELS_STRICT is set.
+    """
+    if _requested is not None:
+        obstacle = _obstacle(_requested, device, dtype)
+        if obstacle is not None:
+            raise RuntimeError(
+                f"genkernels.{op}: backend {_requested!r} was asked for, but {obstacle}"
+            )
+        return _requested
+    if device.type == "meta":  # shapes only: nothing runs
+        return "reference"
+    preferred = "cpp" if device.type == "cpu" else "triton"
+    obstacle = _obstacle(preferred, device, dtype)
+    if obstacle is None:
+        return preferred
+    if _strict:
+        raise RuntimeError(
+            f"genkernels.{op}: GENKERNELS_STRICT is set, and backend {preferred!r} cannot run: "
+            f"{obstacle}"
+        )
+    if not torch.compiler.is_compiling() and (op, obstacle) not in _warned:
+        _warned.add((op, obstacle))
+        warnings.warn(f"genkernels.{op} runs the plain PyTorch reference: {obstacle}", stacklevel=3)
+    return "reference"
+
+
+def count(op: str, backend: str) -> None:
+    """Notes one call of a kernel that is written in Python; compiled kernels count their own."""
+    if not torch.compiler.is_compiling():
+        _python_calls[op, backend] += 1
+
+
+def stats(reset: bool = False) -> dict[tuple[str, str], int]:
+    """How often each op ran on each backend in this process.
+
+    Args:
+        reset: set all counts back to zero after reading them.
+
+    Returns:
+        ``{(op, backend): calls}``, for example ``{("gru_forward", "cpp"): 3}``; forward and
+        backward are ops of their own, and the reference counts one call for its whole op. What
+        ``torch.compile`` inlines of the reference is not counted.
+    """
+    calls = {key: number for key, number in _python_calls.items() if number}
+    if _extension is not None:
+        calls |= {(op, "cpp"): number for op, number in _extension.call_counts().items() if number}
+    if reset:
+        _python_calls.clear()
+        if _extension is not None:
+            _extension.reset_call_counts()
+    return calls
+
+
+def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
+    """Says which backend `op` would take for these arguments, and why the others would not run.
+
+    Args:
+        op: a public op (``genkernels.gru``) or its name (``"gru"``).
+        args, kwargs: what the op would be called with; nothing is computed.
+
+    Raises:
+        ValueError: an unknown op, or no tensor among the arguments.
+    """
+    from . import ops
+
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in ops.__all__:
+        raise ValueError(f"op: expected one of {', '.join(ops.__all__)}, got {name!r}")
+    tensor = next(
+        (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None
+    )
+    if tensor is None:
+        raise ValueError("explain needs the tensors that the op would be called with")
+    dtype = tensor.dtype
+    if ops.library.is_autocast_enabled(tensor.device.type):
+        dtype = torch.get_autocast_dtype(tensor.device.type)
+    obstacles = {backend: _obstacle(backend, tensor.device, dtype) for backend in BACKENDS}
+    able = [backend for backend, obstacle in obstacles.items() if obstacle is None]
+    if _requested is not None:
+        able = [backend for backend in able if backend == _requested]
+    elif _strict:
+        able = [backend for backend in able if backend != "reference"]
+    chosen = able[0] if able else None
+    reasons = {}
+    for backend, obstacle in obstacles.items():
+        if backend == chosen:
+            level = f" at SIMD level {simd_level()}" if backend == "cpp" else ""
+            reasons[backend] = f"runs{level}"
+        elif obstacle is not None:
+            reasons[backend] = obstacle
+        elif _requested is not None:
+            reasons[backend] = f"backend {_requested!r} was asked for"
+        elif _strict and backend == "reference":
+            reasons[backend] = "GENKERNELS_STRICT is set"
+        else:
+            reasons[backend] = f"{chosen} comes before it"
+    return Explanation(name, chosen, reasons)
+
+
+class use_backend(contextlib.AbstractContextManager):
+    """Makes every op use one backend, from the call on or for a ``with`` block. Process-wide.
+
+    Args:
+        backend: ``"cpp"``, ``"triton"``, ``"reference"``, or None to let each op choose.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        global _requested
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(
+                f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}"
+            )
+        self._previous = _requested
+        _requested = backend
+
+    def __exit__(self, *exc: object) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def simd_levels() -> list[str]:
+    """The SIMD levels of this build that this CPU has, lowest first; none without the extension."""
+    return [] if _extension is None else _extension.simd_levels()
+
+
+def simd_level() -> str | None:
+    """The SIMD level that the CPU kernels run at; None without the extension."""
+    return None if _extension is None else _extension.simd_level()
+
+
+@contextlib.contextmanager
+def use_simd(level: str) -> Iterator[None]:
+    """Runs the CPU kernels of one SIMD level inside a ``with`` block. Process-wide; meant for tests
+    and comparisons.
+
+    Raises:
+        ValueError: a level that this build or this CPU lacks.
+    """
+    if level not in simd_levels():
+        raise ValueError(f"level: expected one of {', '.join(simd_levels())}, got {level!r}")
+    previous = _extension.simd_level()
+    _extension.select_simd_level(level)
+    try:
+        yield
+    finally:
+        _extension.select_simd_level(previous)
+
+
+if _extension is not None and (_level := _one_of("GENKERNELS_SIMD", simd_levels())):
+    _extension.select_simd_level(_level)

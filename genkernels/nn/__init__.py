@@ -1,0 +1,5 @@
+"""Drop-in modules: the names, arguments, parameters and state_dict of torch.nn's."""
+
+from .gru import GRU, GRUCell
+
+__all__ = ["GRU", "GRUCell"]

@@ -1,0 +1,479 @@
+"""The fused gated recurrent unit: a whole sequence (`gru`) and one step (`gru_cell`)."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import backend, reference
+from ..reference.gru import gru_backward as reference_backward
+from ..reference.gru import gru_double_backward
+from ..reference.gru import gru_forward as reference_forward
+from .library import autocast, define, is_transformed, map_slices, needs_autograd
+
+_INPUTS = (
+    "Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh"
+)
+_GRADIENTS = (
+    "(Tensor grad_input, Tensor grad_hx, Tensor grad_weight_ih, Tensor grad_weight_hh, "
+    "Tensor grad_bias_ih, Tensor grad_bias_hh)"
+)
+
+
+def gru(
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One direction of one layer of a gated recurrent unit over a whole sequence.
+
+    Equivalent to: ``torch.nn.GRU(I, H)(input, hx[None])`` with these weights, ``h_n[0]`` for
+        ``h_n``.
+
+    Args:
+        input: [T, B, I], any strides; with ``batch_sizes`` [sum(batch_sizes), I], as
+            ``PackedSequence.data``. float32, bfloat16 or float64 in the compiled CPU kernel; every
+            dtype of PyTorch in the reference.
+        hx: [B, H], the state before the first step.
+        weight_ih, weight_hh: [3H, I] and [3H, H], the gates r, z, n one below the other.
+        bias_ih, bias_hh: [3H], both or none.
+        batch_sizes: int64 CPU tensor [T], as ``PackedSequence.batch_sizes``: rows that take part in
+            each step, hx's B first and never more than the step before.
+        resets: bool [T, B]; where true, the state is zero before the step (a new episode begins).
+            Not with ``batch_sizes``.
+        reverse: run from the last step to the first.
+
+    Returns:
+        output: [T, B, H], or [sum(batch_sizes), H], the state after each step.
+        h_n: [B, H], each row's state after its last step.
+
+        Both in input's dtype. Under autocast the inside runs in autocast's dtype and, as with
+        ``torch.nn.GRU`` on the CPU, the results come back in the dtype that input has.
+
+    Gradients reach input, hx, the weights and the biases, and can be differentiated again (by the
+    plain PyTorch formula, counted as ``("gru_backward", "reference")`` in ``stats()``).
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit; the message names the argument and
+            both shapes.
+
+    Source: Cho et al. 2014, https://arxiv.org/abs/1406.1078, in the variant of ``torch.nn.GRU``.
+    """
+    dtype, device = input.dtype, input.device
+    tensors: Any = autocast(device.type, input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    _check("gru", *tensors, batch_sizes=batch_sizes, resets=resets)
+    if backend.select("gru", device, tensors[0].dtype) == "reference":
+        backend.count("gru", "reference")
+        output, h_n = reference.gru(
+            *tensors, batch_sizes=batch_sizes, resets=resets, reverse=reverse
+        )
+    elif needs_autograd(*tensors) or is_transformed():
+        output, h_n, _ = _Gru.apply(*tensors, batch_sizes, resets, reverse)
+    else:
+        output, h_n, _ = _gru_forward(*tensors, batch_sizes, resets, reverse, False)
+    return output.to(dtype), h_n.to(dtype)
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> Tensor:
+    """One step of a gated recurrent unit.
+
+    Equivalent to: ``torch.gru_cell(input, hx, weight_ih, weight_hh, bias_ih, bias_hh)``.
+
+    Args:
+        input: [B, I]; dtypes as in :func:`gru`.
+        hx: [B, H].
+        weight_ih, weight_hh: [3H, I] and [3H, H], the gates r, z, n one below the other.
+        bias_ih, bias_hh: [3H], both or none.
+
+    Returns:
+        The next state, [B, H], in input's dtype.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit; the message names the argument and
+            both shapes.
+
+    Source: as :func:`gru`.
+    """
+    dtype, device = input.dtype, input.device
+    tensors: Any = autocast(device.type, input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    _check("gru_cell", *tensors)
+    if backend.select("gru_cell", device, tensors[0].dtype) == "reference":
+        backend.count("gru_cell", "reference")
+        h = reference.gru_cell(*tensors)
+    elif needs_autograd(*tensors) or is_transformed():
+        h, _ = _GruCell.apply(*tensors)
+    else:
+        h, _ = _gru_cell_forward(*tensors, False)
+    return h.to(dtype)
+
+
+def _check(
+    op: str,
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    *,
+    batch_sizes: Tensor | None = None,
+    resets: Tensor | None = None,
+) -> None:
+    def reject(name: str, expected: str, got: object) -> NoReturn:
+        raise RuntimeError(f"genkernels.{op}: {name}: expected {expected}, got {got}")
+
+    is_sequence = op == "gru" and batch_sizes is None
+    if input.dim() != (3 if is_sequence else 2):
+        reject("input", f"{3 if is_sequence else 2} dimensions", f"shape {list(input.shape)}")
+    if hx.dim() != 2:
+        reject("hx", "2 dimensions", f"shape {list(hx.shape)}")
+    (B, H), I = hx.shape, input.size(-1)
+    if is_sequence and input.size(0) == 0:
+        reject("input", "a sequence length larger than 0", f"shape {list(input.shape)}")
+    if (bias_ih is None) != (bias_hh is None):
+        reject("bias_ih and bias_hh", "both or none", "one")
+    shapes: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
+        ("input", None if batch_sizes is not None else input, (*input.shape[:-2], B, I)),
+        ("hx", hx, (B, H)),
+        ("weight_ih", weight_ih, (3 * H, I)),
+        ("weight_hh", weight_hh, (3 * H, H)),
+        ("bias_ih", bias_ih, (3 * H,)),
+        ("bias_hh", bias_hh, (3 * H,)),
+    )
+    for name, tensor, shape in shapes:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            reject(name, f"shape {list(shape)}", f"{list(tensor.shape)}")
+        if tensor.dtype != input.dtype:
+            reject(name, f"input's dtype {input.dtype}", tensor.dtype)
+        if tensor.device != input.device:
+            reject(name, f"input's device {input.device}", tensor.device)
+    if batch_sizes is not None:
+        is_cpu_int64 = batch_sizes.dtype == torch.int64 and batch_sizes.device.type == "cpu"
+        if not is_cpu_int64 or batch_sizes.dim() != 1:
+            got = f"{batch_sizes.dtype} on {batch_sizes.device}, shape {list(batch_sizes.shape)}"
+            reject("batch_sizes", "an int64 CPU tensor of 1 dimension", got)
+        if resets is not None:
+            reject("resets", "None beside batch_sizes", f"shape {list(resets.shape)}")
+    if resets is not None:
+        if resets.dtype != torch.bool:
+            reject("resets", "dtype torch.bool", resets.dtype)
+        if resets.shape != input.shape[:2]:
+            reject("resets", f"shape {list(input.shape[:2])}", f"{list(resets.shape)}")
+
+
+def _rows(input: Tensor, columns: int) -> Tensor:
+    return input.new_empty((*input.shape[:-1], columns))
+
+
+def _fake_forward(
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+    save_gates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    _check("gru", input, hx, *weights, batch_sizes=batch_sizes, resets=resets)
+    H = hx.size(1)
+    return (
+        _rows(input, H),
+        hx.new_empty(hx.shape),
+        _rows(input, 4 * H) if save_gates else input.new_empty(0),
+    )
+
+
+def _fake_gradients(
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    input_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, ...]:
+    def gradient(of: Tensor | None, needed: bool) -> Tensor:
+        return input.new_empty(of.shape if of is not None and needed else 0)
+
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    return (
+        gradient(input, input_grad),
+        gradient(hx, True),
+        *(gradient(w, weight_grad) for w in weights),
+    )
+
+
+def _fake_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    output: Tensor,
+    gates: Tensor,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+    reverse: bool,
+    input_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(
+        input, hx, weight_ih, weight_hh, bias_ih, bias_hh, input_grad, weight_grad
+    )
+
+
+def _reference_cell_forward(
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    save_gates: bool,
+) -> tuple[Tensor, Tensor]:
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    _, h, gates = reference_forward(input.unsqueeze(0), hx, *weights, None, None, False, save_gates)
+    return h, gates.squeeze(0)
+
+
+def _fake_cell_forward(
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    save_gates: bool,
+) -> tuple[Tensor, Tensor]:
+    _check("gru_cell", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    return hx.new_empty(hx.shape), _rows(input, 4 * hx.size(1)) if save_gates else input.new_empty(
+        0
+    )
+
+
+def _reference_cell_backward(
+    grad_h: Tensor,
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    gates: Tensor,
+    input_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, ...]:
+    step = (input.unsqueeze(0), hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    # One step enters with hx alone: what stands for the output is not read.
+    gradients = reference_backward(
+        None,
+        grad_h,
+        *step,
+        hx.unsqueeze(0),
+        gates.unsqueeze(0),
+        None,
+        None,
+        False,
+        input_grad,
+        weight_grad,
+    )
+    return gradients[0].view(input.shape if input_grad else 0), *gradients[1:]
+
+
+def _fake_cell_backward(
+    grad_h: Tensor,
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    gates: Tensor,
+    input_grad: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(
+        input, hx, weight_ih, weight_hh, bias_ih, bias_hh, input_grad, weight_grad
+    )
+
+
+# gates: what the backward pass needs of every step, [.., 4H] beside output's [.., H]: r, z, n and
+# W_hn h + b_hn. They cost four times the memory of the output; without save_gates they have no
+# elements. Gradients that input_grad and weight_grad do not ask for (or that a missing bias cannot
+# have) have none either: a raw op returns tensors, not None.
+_gru_forward = define(
+    f"gru_forward({_INPUTS}, Tensor? batch_sizes, Tensor? resets, bool reverse, bool save_gates) "
+    "-> (Tensor output, Tensor h_n, Tensor gates)",
+    reference_forward,
+    _fake_forward,
+)
+_gru_backward = define(
+    f"gru_backward(Tensor? grad_output, Tensor? grad_h_n, {_INPUTS}, Tensor output, Tensor gates, "
+    "Tensor? batch_sizes, Tensor? resets, bool reverse, bool input_grad, bool weight_grad) "
+    f"-> {_GRADIENTS}",
+    reference_backward,
+    _fake_backward,
+)
+_gru_cell_forward = define(
+    f"gru_cell_forward({_INPUTS}, bool save_gates) -> (Tensor h, Tensor gates)",
+    _reference_cell_forward,
+    _fake_cell_forward,
+)
+_gru_cell_backward = define(
+    f"gru_cell_backward(Tensor grad_h, {_INPUTS}, Tensor gates, bool input_grad, bool weight_grad) "
+    f"-> {_GRADIENTS}",
+    _reference_cell_backward,
+    _fake_cell_backward,
+)
+
+
+def _or_none(
+    gradients: tuple[Tensor, ...], of: tuple[Tensor | None, ...], needed: list[bool]
+) -> list[Tensor | None]:
+    return [
+        gradient if tensor is not None and need else None
+        for gradient, tensor, need in zip(gradients, of, needed, strict=True)
+    ]
+
+
+class _Gru(torch.autograd.Function):
+    @staticmethod
+    def forward(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse):
+        return _gru_forward(
+            input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, True
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        output, _, gates = output
+        ctx.mark_non_differentiable(gates)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:8], output, gates)
+        ctx.reverse = inputs[8]
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_h_n, _):
+        *inputs, batch_sizes, resets, output, gates = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[:6])
+        if grad_output is None and grad_h_n is None:
+            return (None,) * 9
+        args = (grad_output, grad_h_n, *inputs, output, gates, batch_sizes, resets, ctx.reverse)
+        wanted = (needed[0], any(needed[2:]))
+        if needs_autograd(grad_output, grad_h_n, *inputs):
+            gradients = _GruBackward.apply(*args, *wanted)
+        else:
+            gradients = _gru_backward(*args, *wanted)
+        return *_or_none(gradients, tuple(inputs), needed), None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return map_slices(_Gru, info, in_dims, args)
+
+
+class _GruBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return _gru_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:12])
+        ctx.reverse = inputs[12]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *cotangents):
+        backend.count("gru_backward", "reference")
+        args: Any = (cotangents, *ctx.saved_tensors, ctx.reverse)
+        gradients = gru_double_backward(*args)
+        return *gradients, *(None,) * 7
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return map_slices(_GruBackward, info, in_dims, args)
+
+
+class _GruCell(torch.autograd.Function):
+    @staticmethod
+    def forward(input, hx, weight_ih, weight_hh, bias_ih, bias_hh):
+        return _gru_cell_forward(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, gates = output
+        ctx.mark_non_differentiable(gates)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, gates)
+
+    @staticmethod
+    def backward(ctx, grad_h, _):
+        *inputs, gates = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad)
+        if grad_h is None:
+            return (None,) * 6
+        args = (grad_h, *inputs, gates, needed[0], any(needed[2:]))
+        if needs_autograd(grad_h, *inputs):
+            gradients = _GruCellBackward.apply(*args)
+        else:
+            gradients = _gru_cell_backward(*args)
+        return tuple(_or_none(gradients, tuple(inputs), needed))
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return map_slices(_GruCell, info, in_dims, args)
+
+
+class _GruCellBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return _gru_cell_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:8])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *cotangents):
+        grad_h, input, hx, *weights, gates = ctx.saved_tensors
+        d_input, *d_others = cotangents
+        backend.count("gru_cell_backward", "reference")
+        d_sequence = [None if d_input is None else d_input.unsqueeze(0), *d_others]
+        sequence = (None, grad_h, input.unsqueeze(0), hx, *weights)
+        # One step enters with hx alone: what stands for its output is not read.
+        saved = (hx.unsqueeze(0), gates.unsqueeze(0), None, None, False)
+        args: Any = (d_sequence, *sequence, *saved)
+        _, grad_grad_h, grad_input, *gradients = gru_double_backward(*args)
+        assert grad_input is not None
+        return grad_grad_h, grad_input.squeeze(0), *gradients, *(None,) * 3
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return map_slices(_GruCellBackward, info, in_dims, args)
