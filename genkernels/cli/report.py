@@ -1,0 +1,83 @@
+"""What the commands show while they work and when they are done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from ..backend import simd_level
+from ..training import Evaluation, Step
+
+Calls = Mapping[tuple[str, str], int]
+
+
+def evaluation_lines(result: Evaluation, baseline: float | None) -> Iterator[str]:
+    """Yield the measures of a text, a line each, the first beside the Markov model's."""
+    beside = "" if baseline is None else f"  (order-3 Markov model: {baseline:.4f})"
+    yield f"bits per byte   {result.bits_per_byte:.4f}{beside}"
+    yield f"cross-entropy   {result.cross_entropy:.4f} nats per token"
+    yield f"perplexity      {result.perplexity:.3f}"
+    yield f"token accuracy  {result.token_accuracy:.2%} of {result.tokens:,} tokens"
+
+
+def calls_between(before: Calls, after: Calls) -> dict[tuple[str, str], int]:
+    """Return how often each (op, backend) ran between two answers of `genkernels.stats()`."""
+    calls = {key: count - before.get(key, 0) for key, count in after.items()}
+    return {key: count for key, count in calls.items() if count > 0}
+
+
+def kernel_calls(calls: Calls) -> str:
+    """Return every (op, backend) that ran with how often, and the SIMD level of the C++ kernels."""
+    ran = ", ".join(f"{op} {backend} x {count:,}" for (op, backend), count in calls.items())
+    level = f" (SIMD level {simd_level()})" if "cpp" in backend_names(calls) else ""
+    return (ran or "none of genkernels") + level
+
+
+def backend_names(calls: Calls) -> str:
+    """Return the backends that ran, as in "cpp"; "none" where no op of genkernels did."""
+    return "+".join(sorted({backend for _, backend in calls})) or "none"
+
+
+class TrainingDisplay:
+    """A table with a row for each evaluation; on a terminal also a progress bar below it."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("training", total=1.0)
+
+    def __enter__(self) -> TrainingDisplay:
+        self._bar.start()
+        self.console.print("    step     loss  bits/byte   held-out    tokens/s  gru kernel")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, step: Step) -> None:
+        description = f"step {step.number:,}  loss {step.loss:.4f}"
+        self._bar.update(self._task, completed=step.progress, description=description)
+
+    def row(
+        self, step: Step, loss: float, training: float, held_out: float, speed: float, kernel: str
+    ) -> None:
+        self.console.print(
+            f"{step.number:8,} {loss:8.4f} {training:10.4f} {held_out:10.4f} {speed:11,.0f}"
+            f"  {kernel}"
+        )

@@ -1,0 +1,50 @@
+"""Batches for truncated backpropagation through time."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import Tensor
+
+from .errors import InputError
+
+
+def batchify(tokens: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
+    """Cut tokens [N] into `batch_size` contiguous streams read side by side.
+
+    Returns `inputs` and `targets`, both [batch_size, (N - 1) // batch_size]: row b is the b-th
+    piece of the text, and targets are the inputs one token later.
+    """
+    length = (len(tokens) - 1) // batch_size
+    used = batch_size * length
+    return tokens[:used].view(batch_size, length), tokens[1 : used + 1].view(batch_size, length)
+
+
+def sequence_batches(
+    tokens: Tensor, batch_size: int | Literal["full"], sequence_length: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Cut the streams of `batchify` into pieces of at most `sequence_length` tokens.
+
+    Returns one epoch of (input, target), both [B, T]. Each pair continues the one before it, so the
+    hidden state at the end of one is the first hidden state of the next. B is `batch_size`, or as
+    many streams as the text holds sequences if that is less or `batch_size` is "full": then the
+    whole text is one pair.
+
+    Raises:
+        InputError: fewer tokens than one sequence and its next token.
+    """
+    sequences = (len(tokens) - 1) // sequence_length
+    if sequences < 1:
+        raise InputError(
+            f"text too short: {len(tokens)} tokens to train on; expected at least "
+            f"{sequence_length + 1} (one sequence of {sequence_length} and its next token)"
+        )
+    inputs, targets = batchify(
+        tokens, sequences if batch_size == "full" else min(batch_size, sequences)
+    )
+    # Even parts: a short last one would be a noisy step of full size.
+    parts = math.ceil(inputs.shape[1] / sequence_length)
+    return list(
+        zip(inputs.tensor_split(parts, dim=1), targets.tensor_split(parts, dim=1), strict=True)
+    )

@@ -1,0 +1,91 @@
+"""Text corpora: reading, cleaning and the held-out split."""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+from .errors import InputError
+
+DEFAULT_CORPUS = "pydoc_data.topics"
+
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# A shorter paragraph (a heading, "Note:", a refrain) is repeated by chance, not copied.
+_SHORTEST_COPY = 64
+
+
+class Corpus(NamedTuple):
+    """A text cut in two: `training` to learn from, `held_out` to measure on."""
+
+    training: str
+    held_out: str
+
+
+def clean_text(text: str) -> str:
+    """Return `text` in one canonical form.
+
+    Unicode normalisation form C; a leading byte order mark dropped; line ends CR LF and CR become
+    LF; control characters (category Cc) other than LF and tab dropped.
+    """
+    text = unicodedata.normalize("NFC", text.removeprefix("\ufeff"))
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _CONTROL_CHARACTERS.sub("", text)
+
+
+def load_text(path: str | os.PathLike[str] | None = None) -> str:
+    """Read and clean a UTF-8 text file.
+
+    Without a path: the text of Python's own documentation topics (`pydoc_data.topics`, about
+    465 KB of English and code, in every CPython), joined in the order of the module.
+
+    Raises:
+        InputError: no such file, not a readable file, not UTF-8 (names the byte), or no text in it.
+    """
+    if path is None:
+        from pydoc_data.topics import topics
+
+        return clean_text("\n".join(topics.values()))
+    try:
+        text = clean_text(Path(path).read_bytes().decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}: not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x}); "
+            "expected a UTF-8 text file"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a UTF-8 text file") from error
+    if not text.strip():
+        raise InputError(f"{path}: no text in it; expected a UTF-8 text file")
+    return text
+
+
+def split_text(text: str, held_out: float = 0.1) -> Corpus:
+    """Cut off the last `held_out` share of the characters as the held-out split.
+
+    The tail is contiguous and the cut is made before anything is learned from the text (a
+    tokenizer's vocabulary included). Paragraphs (between blank lines, of 64 characters or more)
+    of the tail that stand word for word in the training part too are dropped from the held-out
+    part: documentation and collections repeat themselves, and a memorised paragraph measures
+    nothing.
+
+    Raises:
+        InputError: no text is left on one of the sides.
+    """
+    size = int(len(text) * held_out)
+    cut = len(text) - size
+    # Begin at a whole paragraph where one is near, else half a copy would go unnoticed.
+    paragraph = text.find("\n\n", cut, cut + size // 4)
+    if paragraph >= 0:
+        cut = paragraph + 2
+    training = text[:cut]
+    known = {p.strip() for p in training.split("\n\n") if len(p.strip()) >= _SHORTEST_COPY}
+    tail = "\n\n".join(p for p in text[cut:].split("\n\n") if p.strip() not in known)
+    if not training or not tail.strip():
+        raise InputError(
+            f"nothing to hold out: the last {held_out:.0%} of the text is empty or a copy of what "
+            "comes before; expected a longer text"
+        )
+    return Corpus(training, tail)

@@ -1,0 +1,7 @@
+"""Generative models on the fused ops, and the baselines that they are measured against."""
+
+from .markov import MarkovModel
+from .rnn import RNNConfig, RNNLanguageModel
+from .sampling import sample_token
+
+__all__ = ["MarkovModel", "RNNConfig", "RNNLanguageModel", "sample_token"]

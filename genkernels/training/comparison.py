@@ -1,0 +1,54 @@
+"""The time of a training step against the same model in plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .loop import TrainingConfig, make_optimizer, training_step
+
+
+class Comparison(NamedTuple):
+    """Median seconds of one training step."""
+
+    model: float
+    baseline: float
+
+    @property
+    def speed_up(self) -> float:
+        return self.baseline / self.model
+
+
+def compare_step_time(
+    model: nn.Module,
+    baseline: nn.Module,
+    input: Tensor,
+    target: Tensor,
+    config: TrainingConfig,
+    seconds: float = 8.0,
+) -> Comparison:
+    """Time training steps on input and target, int64 [B, T], of copies of both models.
+
+    The steps alternate, so that a drift of the machine's speed meets both alike; the first pair
+    warms up and is not counted. As many pairs as start within `seconds`, from 3 to 15. The models
+    and the random state are left as they are.
+    """
+    contestants: list[tuple[nn.Module, Any, list[float]]] = []
+    for contestant in (model, baseline):
+        clone = copy.deepcopy(contestant).train()
+        contestants.append((clone, make_optimizer(clone, config), []))
+    begin = time.perf_counter()
+    with torch.random.fork_rng(devices=[]):
+        for pair in range(16):
+            if pair > 3 and time.perf_counter() - begin > seconds:
+                break
+            for clone, optimizer, times in contestants:
+                start = time.perf_counter()
+                training_step(clone, optimizer, input, target, None, config.max_grad_norm)
+                times.append(time.perf_counter() - start)
+    return Comparison(*(statistics.median(times[1:]) for _, _, times in contestants))

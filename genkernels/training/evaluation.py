@@ -1,0 +1,70 @@
+"""How well a language model predicts a text."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import batchify
+
+_TOKENS_AT_ONCE = 4096
+
+
+class Evaluation(NamedTuple):
+    """Measures over the predicted tokens.
+
+    cross_entropy: mean -ln P(token), in nats per token.
+    perplexity: exp(cross_entropy).
+    bits_per_byte: -log2 P(text) over the UTF-8 bytes of the text, whatever the tokenizer.
+    token_accuracy: share of the tokens that were the most likely one.
+    tokens: how many were predicted.
+    """
+
+    cross_entropy: float
+    perplexity: float
+    bits_per_byte: float
+    token_accuracy: float
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, tokens: Tensor, byte_lengths: Tensor, batch_size: int = 1
+) -> Evaluation:
+    """Measure `model` on tokens, int64 [N]: each but the first is predicted from those before it.
+
+    `byte_lengths`, int64 [vocab_size], is the tokenizer's. With a `batch_size` above one the text
+    is read as so many pieces side by side: faster, but each piece starts without its context.
+
+    Raises:
+        ValueError: fewer than two tokens.
+    """
+    if len(tokens) < 2:
+        raise ValueError(f"tokens must hold at least 2, got {len(tokens)}")
+    batch_size = min(batch_size, len(tokens) - 1)
+    inputs, targets = batchify(tokens, batch_size)
+    steps = max(_TOKENS_AT_ONCE // batch_size, 1)
+    was_training = model.training
+    model.eval()
+    nats, correct = 0.0, 0
+    hx: Tensor | None = None
+    for input, target in zip(inputs.split(steps, dim=1), targets.split(steps, dim=1), strict=True):
+        logits, hx = model(input, hx)
+        flat = logits.flatten(0, 1)  # [B*T, V]
+        nats += F.cross_entropy(flat, target.flatten(), reduction="sum").item()
+        correct += (flat.argmax(-1) == target.flatten()).sum().item()
+    model.train(was_training)
+    count = targets.numel()
+    cross_entropy = nats / count
+    return Evaluation(
+        cross_entropy,
+        # A model worse than e^700 is past a float; say so instead of raising OverflowError.
+        math.exp(cross_entropy) if cross_entropy < 700 else math.inf,
+        nats / math.log(2) / byte_lengths[targets].sum().item(),
+        correct / count,
+        count,
+    )
