@@ -1,0 +1,63 @@
+"""Fixtures for the tests of every op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import genkernels
+from genkernels import backend
+
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+@pytest.fixture(params=LEVELS)
+def simd(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once at every SIMD level that this CPU and build have."""
+    if request.param not in backend.simd_levels():
+        pytest.skip(f"SIMD level {request.param}: not on this CPU or not in this build")
+    with backend.use_simd(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Hand out uninitialised tensors full of NaN, so that an element left unwritten is seen."""
+    previous = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = previous
+
+
+@pytest.fixture
+def compiled_only() -> Iterator[None]:
+    """Fail the test unless every op that it called ran in the compiled CPU kernel alone."""
+    genkernels.stats(reset=True)
+    yield
+    calls = genkernels.stats(reset=True)
+    assert calls, "no op of genkernels was called"
+    assert {name for _, name in calls} == {"cpp"}, (
+        f"not every call ran the compiled kernel: {calls}"
+    )
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads, and on a busy machine wait long for them."""
+    yield from _threads(1)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    yield from _threads(2)
+
+
+def _threads(count: int) -> Iterator[None]:
+    previous = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(previous)

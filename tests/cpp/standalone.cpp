@@ -1,0 +1,188 @@
+// Runs the kernels without PyTorch, at every SIMD level of this CPU or at the one named as argument: the forward pass
+// against a plain loop, the gradients against central differences of that loop. Exit code 0 if all agree.
+#include <array>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "dispatch.h"
+
+namespace {
+
+constexpr int64_t T = 5, B = 3, I = 19, H = 21;
+
+using Values = std::vector<double>;
+
+// Everything the loss depends on. The loss is the sum of output * grad_output and h_n * grad_h_n.
+using Arguments = std::array<Values, 6>;
+const char* const kNames[6] = {"input", "hx", "weight_ih", "weight_hh", "bias_ih", "bias_hh"};
+constexpr size_t kSizes[6] = {T * B * I, B * H, 3 * H * I, 3 * H * H, 3 * H, 3 * H};
+
+// Values that float32 holds exactly, so that only the arithmetic differs between the types.
+Values random_values(size_t size, double scale, std::mt19937& random) {
+  std::normal_distribution<double> normal(0, scale);
+  Values values(size);
+  for (double& value : values) value = float(normal(random));
+  return values;
+}
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+Values plain_forward(const Arguments& arguments) {
+  const auto& [input, hx, weight_ih, weight_hh, bias_ih, bias_hh] = arguments;
+  Values output(T * B * H);
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t b = 0; b < B; ++b) {
+      const double* x = &input[(t * B + b) * I];
+      const double* h = t == 0 ? &hx[b * H] : &output[((t - 1) * B + b) * H];
+      for (int64_t u = 0; u < H; ++u) {
+        double from_x[3], from_h[3];
+        for (int64_t gate = 0; gate < 3; ++gate) {
+          const int64_t row = gate * H + u;
+          from_x[gate] = bias_ih[row];
+          from_h[gate] = bias_hh[row];
+          for (int64_t k = 0; k < I; ++k) from_x[gate] += weight_ih[row * I + k] * x[k];
+          for (int64_t k = 0; k < H; ++k) from_h[gate] += weight_hh[row * H + k] * h[k];
+        }
+        const double r = sigmoid(from_x[0] + from_h[0]), z = sigmoid(from_x[1] + from_h[1]);
+        const double n = std::tanh(from_x[2] + r * from_h[2]);
+        output[(t * B + b) * H + u] = (1 - z) * n + z * h[u];
+      }
+    }
+  return output;
+}
+
+double inner_product(const Values& a, const Values& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+double largest_difference(const Values& a, const Values& b) {
+  double largest = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double difference = std::fabs(a[i] - b[i]);
+    if (!(difference <= largest)) largest = difference;  // a NaN stays
+  }
+  return largest;
+}
+
+class Memory {
+ public:
+  static void* allocate(void* owner, size_t bytes) {
+    const size_t size = (bytes / 64 + 1) * 64;
+    void* block = std::aligned_alloc(64, size);
+    std::memset(block, 0xff, size);  // NaN: a value that was never written shows
+    static_cast<Memory*>(owner)->blocks_.emplace_back(block, &std::free);
+    return block;
+  }
+
+ private:
+  std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
+};
+
+void run_on_threads(int64_t count, void (*task)(void*, int64_t), void* argument) {
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < count; ++i) threads.emplace_back(task, argument, i);
+  for (std::thread& thread : threads) thread.join();
+}
+
+template <class S>
+std::vector<S> as(const Values& values) {
+  return {values.begin(), values.end()};
+}
+
+template <class S>
+bool check(const genkernels::Kernels& kernels, genkernels::DType dtype, const char* name, double tolerance) {
+  std::mt19937 random(1);
+  Arguments arguments;
+  std::vector<S> values[6], gradients[6];
+  for (int i = 0; i < 6; ++i) {
+    arguments[i] = random_values(kSizes[i], 0.3, random);
+    values[i] = as<S>(arguments[i]);
+    gradients[i].assign(kSizes[i], S(NAN));
+  }
+  const Values grad_output = random_values(T * B * H, 1, random), grad_h_n = random_values(B * H, 1, random);
+  const std::vector<S> from_output = as<S>(grad_output), from_h_n = as<S>(grad_h_n);
+  std::vector<S> output(T * B * H, S(NAN)), gates(T * B * 4 * H, S(NAN)), h_n(B * H, S(NAN));
+
+  Memory memory;
+  const genkernels::Runtime runtime{2, run_on_threads, Memory::allocate, &memory};
+  genkernels::Gru gru{};
+  gru.dtype = dtype;
+  gru.steps = T;
+  gru.batch = B;
+  gru.input_size = I;
+  gru.hidden_size = H;
+  gru.input = values[0].data();
+  gru.input_stride_t = B * I;
+  gru.input_stride_b = I;
+  gru.hx = values[1].data();
+  gru.weight_ih = values[2].data();
+  gru.weight_hh = values[3].data();
+  gru.bias_ih = values[4].data();
+  gru.bias_hh = values[5].data();
+  gru.output = output.data();
+  gru.gates = gates.data();
+  kernels.gru_forward(gru, h_n.data(), runtime);
+
+  genkernels::GruGradients grad{};
+  grad.grad_output = from_output.data();
+  grad.grad_output_stride_t = B * H;
+  grad.grad_output_stride_b = H;
+  grad.grad_h_n = from_h_n.data();
+  grad.needs_weights = true;
+  grad.grad_input = gradients[0].data();
+  grad.grad_hx = gradients[1].data();
+  grad.grad_weight_ih = gradients[2].data();
+  grad.grad_weight_hh = gradients[3].data();
+  grad.grad_bias_ih = gradients[4].data();
+  grad.grad_bias_hh = gradients[5].data();
+  kernels.gru_backward(gru, grad, runtime);
+
+  const Values expected = plain_forward(arguments);
+  const Values expected_h_n(expected.end() - B * H, expected.end());
+  const double forward_error = std::fmax(largest_difference({output.begin(), output.end()}, expected),
+                                         largest_difference({h_n.begin(), h_n.end()}, expected_h_n));
+  bool agrees = forward_error <= tolerance;
+  std::printf("%-12s %-8s forward %.1e", kernels.level, name, forward_error);
+
+  // One argument moves at a time, in a random direction, so that no gradient hides behind another.
+  for (int i = 0; i < 6; ++i) {
+    const Values direction = random_values(kSizes[i], 1, random);
+    const double step = 1e-5;
+    double loss[2];
+    for (int side = 0; side < 2; ++side) {
+      Arguments moved = arguments;
+      for (size_t k = 0; k < kSizes[i]; ++k) moved[i][k] += (side == 0 ? step : -step) * direction[k];
+      const Values out = plain_forward(moved);
+      loss[side] = inner_product(out, grad_output) + inner_product({out.end() - B * H, out.end()}, grad_h_n);
+    }
+    const double slope = (loss[0] - loss[1]) / (2 * step);
+    const double computed = inner_product({gradients[i].begin(), gradients[i].end()}, direction);
+    const double error = std::fabs(computed - slope) / std::fmax(1, std::fabs(slope));
+    agrees = agrees && error <= tolerance;
+    std::printf("  %s %.1e", kNames[i], error);
+  }
+  std::printf("  %s\n", agrees ? "ok" : "WRONG");
+  return agrees;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bool found = false, agrees = true;
+  for (const genkernels::Kernels* const* level = genkernels::supported_levels(); *level != nullptr; ++level) {
+    if (argc > 1 && std::strcmp(argv[1], (*level)->level) != 0) continue;
+    found = true;
+    agrees &= check<float>(**level, genkernels::DType::float32, "float32", 1e-5);
+    agrees &= check<double>(**level, genkernels::DType::float64, "float64", 1e-7);
+  }
+  if (!found) std::fprintf(stderr, "this CPU or this build has no level %s\n", argv[1]);
+  return found && agrees ? 0 : 1;
+}

@@ -1,0 +1,86 @@
+"""The kernels are torch-free: what their objects contain, and a C++ program that runs them."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sysconfig.get_path("scripts")
+LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+
+
+def tool(name):
+    return shutil.which(name, path=SCRIPTS) or shutil.which(name) or pytest.skip(f"no {name} here")
+
+
+@pytest.fixture(scope="module")
+def build():
+    """The torch-free build, incremental from run to run."""
+    folder = ROOT / "build" / "kernels-only"
+    configure = [tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", folder]
+    configure += [f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}", "-DGENKERNELS_KERNELS_ONLY=ON"]
+    subprocess.run(configure, check=True)
+    subprocess.run([tool("cmake"), "--build", folder], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def symbols(build):
+    """(level, type, demangled name) of every symbol in the kernels' objects."""
+    found = []
+    for item in (build / "CMakeFiles").glob("kernels_*.dir/**/*.o"):
+        level = re.search(r"kernels_(\w+)\.dir", str(item))[1]
+        output = subprocess.run(
+            [tool("nm"), "-C", item], check=True, capture_output=True, text=True
+        )
+        for line in output.stdout.splitlines():
+            kind, name = line[17:].split(" ", 1)  # the address, or blanks, take 16 columns
+            found.append((level, kind, name))
+    return found
+
+
+def test_objects_hold_every_level_that_was_built(build, symbols):
+    built = set(
+        re.findall(r"GENKERNELS_COMPILES_(\w+):INTERNAL=1", (build / "CMakeCache.txt").read_text())
+    )
+    assert "BASELINE" in built
+    for level in built:
+        defined = [name for at, kind, name in symbols if at == level.lower() and kind == "T"]
+        assert any(f"genkernels::{level.lower()}::gru_forward(" in name for name in defined)
+
+
+def test_objects_need_only_the_c_library(symbols):
+    needed = {name for _, kind, name in symbols if kind == "U"}
+    assert needed <= {"_GLOBAL_OFFSET_TABLE_", "exp", "tanh", "memcpy", "memmove", "memset"}
+
+
+def test_objects_share_no_weak_symbol(symbols):
+    # The linker keeps one copy of a weak symbol: AVX-512 code for a CPU without it.
+    weak = {
+        name
+        for level, kind, name in symbols
+        if kind in "VWu" and f"genkernels::{level}::" not in name
+    }
+    assert weak == set()
+
+
+def test_objects_hold_no_static_data(symbols):
+    assert {name for _, kind, name in symbols if kind in "bBdDC"} == set()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_kernels_run_without_torch(build, level):
+    result = subprocess.run([build / "standalone", level], capture_output=True, text=True)
+    if "has no level" in result.stderr:
+        pytest.skip(result.stderr.strip())
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.findall(r"^(\w+) +(\w+) ", result.stdout, re.MULTILINE) == [
+        (level, "float32"),
+        (level, "float64"),
+    ]

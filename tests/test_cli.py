@@ -1,0 +1,321 @@
+"""The command `genkernels`: what it prints, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import genkernels
+from genkernels.cli import main
+from genkernels.data import load_text
+from genkernels.training import load_checkpoint
+
+TINY = ["--embedding-dim=8", "--hidden-size=16", "--batch-size=8", "--sequence-length=16"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "notes.txt"
+    path.write_text(load_text()[:30_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(notes, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "rnn"
+    arguments = ["--data", str(notes), "--output", str(folder), "--steps=20", "--no-compare"]
+    assert main(["train", "rnn", *TINY, *arguments]) == 0
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_train_shows_and_writes(notes, tmp_path, capsys):
+    output = tmp_path / "new" / "rnn"
+    before = genkernels.stats()
+    arguments = ["--data", str(notes), "--output", str(output), "--steps=40", "--seed=7"]
+    assert main(["train", "rnn", *TINY, *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "\x1b" not in out, "plain lines where stdout is no terminal"
+    assert sorted(p.name for p in output.iterdir()) == [
+        "config.json",
+        "loss.png",
+        "model.safetensors",
+    ]
+    assert [p.name for p in output.parent.iterdir()] == ["rnn"]
+    training = json.loads((output / "config.json").read_text())["training"]
+    rows = [line.split() for line in out.splitlines() if line.endswith("  cpp")]
+    assert [int(row[0]) for row in rows] == list(range(2, 41, 2))
+    assert all(len(row) == 6 for row in rows)
+    assert float(rows[-1][1]) < float(rows[0][1]), "the loss falls"
+    assert float(rows[-1][3]) == pytest.approx(training["held_out"]["bits_per_byte"], rel=0.02)
+    for shown in (
+        f"bits per byte   {training['held_out']['bits_per_byte']:.4f}  "
+        f"(order-3 Markov model: {training['markov_bits_per_byte']:.4f})",
+        f"speed-up        {training['speed_up']:.2f}x over torch.nn.GRU",
+        f"loss curve      {output / 'loss.png'}",
+        f"checkpoint      {output}",
+        "seed 7",
+        f"gru_backward cpp x 40, gru_forward cpp x {training['calls']['gru_forward cpp']} (SIMD",
+    ):
+        assert shown in out
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    calls = training["calls"]
+    assert calls["gru_backward cpp"] == 40
+    assert calls["gru_forward cpp"] > 40, "training and evaluation"
+    assert genkernels.stats()["gru_forward", "cpp"] > before.get(("gru_forward", "cpp"), 0)
+    sample = out.split("sample ")[1]
+    assert len(sample) > 100
+    assert sample.splitlines()[1].removeprefix("  | ")[:32] in notes.read_text(encoding="utf-8")
+
+
+def test_the_kernel_shown_is_the_one_that_ran(notes, tmp_path, capsys):
+    with genkernels.use_backend("reference"):
+        arguments = ["--data", str(notes), "--output", str(tmp_path / "rnn"), "--steps=2"]
+        assert main(["train", "rnn", *TINY, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "  reference\n" in out
+    assert "cpp" not in out
+
+
+def test_seed_preset_learns_its_vocabulary(notes, tmp_path, capsys):
+    output = tmp_path / "seed"
+    arguments = ["--data", str(notes), "--output", str(output), "--steps=2", "--no-compare"]
+    assert main(["train", "rnn", "--preset=seed", *TINY[:2], *arguments]) == 0
+    assert "torch.nn.GRU" not in capsys.readouterr().out
+    model, tokenizer, training = load_checkpoint(output)
+    assert tokenizer.name == "bpe"
+    assert 1000 < tokenizer.vocab_size == model.config.vocab_size <= 10_000
+    assert training["settings"]["optimizer"] == "adam"
+    assert training["settings"]["sequence_length"] == 100
+    assert main(["generate", str(output), "--max-new-tokens=5", "--prompt", "The class"]) == 0
+    assert capsys.readouterr().out.startswith("The class")
+
+
+def test_full_batch_is_one_step_over_the_text(notes, tmp_path, capsys):
+    arguments = ["--batch-size=full", "--optimizer=sgd", "--learning-rate=1", "--steps=3"]
+    output = ["--data", str(notes), "--output", str(tmp_path / "rnn"), "--no-compare"]
+    assert main(["train", "rnn", *TINY, *arguments, *output]) == 0
+    settings = load_checkpoint(tmp_path / "rnn").training["settings"]
+    assert settings["batch_size"] == "full"
+    streams = (len(load_text()[:27_000].encode()) - 1) // 16
+    shown = int(capsys.readouterr().out.split("batches of ")[1].split()[0])
+    assert shown == pytest.approx(streams, rel=0.05)
+
+
+def test_a_finished_run_replaces_the_checkpoint(checkpoint, notes, tmp_path, capsys):
+    weights = []
+    for seed in (0, 0, 1):
+        arguments = ["--data", str(notes), "--output", str(tmp_path / "rnn"), f"--seed={seed}"]
+        assert main(["train", "rnn", *TINY, *arguments, "--steps=20", "--no-compare"]) == 0
+        weights.append((tmp_path / "rnn" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] == (checkpoint / "model.safetensors").read_bytes()
+    assert weights[0] != weights[2]
+    assert [p.name for p in tmp_path.iterdir()] == ["rnn"]
+    capsys.readouterr()
+
+
+def generated(capsys, *arguments: str) -> str:
+    assert main(["generate", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_generate_is_a_function_of_its_seed(checkpoint, capsys):
+    arguments = [str(checkpoint), "--prompt", "The ", "--max-new-tokens=60"]
+    first = generated(capsys, *arguments, "--seed=3")
+    assert first.startswith("The ")
+    assert len(first) > 20
+    assert generated(capsys, *arguments, "--seed=3") == first
+    assert generated(capsys, *arguments, "--seed=4") != first
+    greedy = generated(capsys, *arguments, "--temperature=0", "--seed=3")
+    assert generated(capsys, *arguments, "--temperature=0", "--seed=4") == greedy
+    assert generated(capsys, *arguments, "--top-k=1") == greedy
+
+
+def test_evaluate_repeats_the_figures_of_training(checkpoint, notes, capsys):
+    training = load_checkpoint(checkpoint).training
+    assert main(["evaluate", str(checkpoint), "--data", str(notes)]) == 0
+    out = capsys.readouterr().out
+    assert f"bits per byte   {training['held_out']['bits_per_byte']:.4f}  (order-3" in out
+    assert f"{training['markov_bits_per_byte']:.4f})" in out
+    assert f"perplexity      {training['held_out']['perplexity']:.3f}" in out
+    assert main(["evaluate", str(checkpoint), "--data", str(notes), "--whole"]) == 0
+    whole = capsys.readouterr().out
+    assert "Markov" not in whole
+    assert f"of {len(notes.read_bytes()) - 1:,} tokens" in whole
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    assert torch.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["train", "rnn"], ["generate"], ["evaluate"]])
+def test_help_teaches(command, capsys):
+    assert main([*command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Usage: genkernels" in out
+    assert "genkernels train rnn" in out or command not in ([], ["train", "rnn"])
+    assert "--help" in out
+
+
+def test_without_arguments_it_shows_the_help(capsys):
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert "Usage: genkernels" in out
+    assert err == ""
+
+
+TRAIN = {
+    "no such file": (["--data", "{tmp}/none.txt"], "{tmp}/none.txt: No such file"),
+    "a folder": (["--data", "{tmp}"], "{tmp}: Is a directory"),
+    "empty file": (["--data", "{tmp}/empty.txt"], "{tmp}/empty.txt: no text"),
+    "not UTF-8": (["--data", "{tmp}/latin1.txt"], "{tmp}/latin1.txt: not UTF-8 at byte 3 (0xe9)"),
+    "one sequence is longer": (["--data", "{tmp}/short.txt"], "text too short"),
+    "nothing to hold out": (["--data", "{tmp}/word.txt"], "nothing to hold out"),
+    "unknown preset": (["--preset", "huge"], "'huge'; expected one of bytes, seed"),
+    "negative steps": (["--steps", "-1"], "'--steps'"),
+    "no steps": (["--steps", "0"], "'--steps'"),
+    "steps in words": (["--steps", "many"], "'--steps'"),
+    "no minutes": (["--minutes", "0"], "'--minutes'"),
+    "batch size zero": (["--batch-size", "0"], "'--batch-size'"),
+    "batch size in words": (["--batch-size", "all"], "neither a positive integer nor full"),
+    "vocabulary below bytes": (["--vocab-size", "255"], "'--vocab-size'"),
+    "dropout of all": (["--dropout", "1"], "'--dropout'"),
+    "unknown optimizer": (["--optimizer", "lion"], "'sgd', 'adam', 'adamw'"),
+    "unknown schedule": (["--schedule", "linear"], "'constant', 'cosine'"),
+    "unknown option": (["--frobnicate"], "No such option: --frobnicate"),
+    "output below a file": (["--output", "{tmp}/short.txt/rnn"], "{tmp}/short.txt/rnn: cannot"),
+    "output is a file": (["--output", "{tmp}/short.txt"], "{tmp}/short.txt: cannot write there"),
+    "output holds other things": (["--output", "{tmp}"], "no part of a checkpoint"),
+    "diverges": (
+        ["--optimizer=sgd", "--learning-rate=1e38", "--max-grad-norm=0", "--steps=50"],
+        "expected a finite number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TRAIN)
+def test_train_refuses(case, notes, tmp_path, capsys):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "latin1.txt").write_bytes(b"un \xe9t\xe9")
+    (tmp_path / "short.txt").write_text("a text too short")
+    (tmp_path / "word.txt").write_text("word")
+    before = tree(tmp_path)
+    arguments, message = TRAIN[case]
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    for option, default in (("--data", str(notes)), ("--output", str(tmp_path / "runs" / "rnn"))):
+        if option not in arguments:
+            arguments += [option, default]
+    assert main(["train", "rnn", *TINY, *arguments, "--no-compare"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("genkernels: ")
+    assert err.count("\n") == 1
+    assert message.format(tmp=tmp_path) in err
+    assert tree(tmp_path) == before, "nothing may be written"
+
+
+OTHER = {
+    "no command": (["trian"], "No such command 'trian'"),
+    "no model": (["train", "lstm"], "No such command 'lstm'"),
+    "no checkpoint": (["generate", "{tmp}/none"], "{tmp}/none/config.json: No such file"),
+    "nothing to evaluate": (["evaluate", "{tmp}/none"], "{tmp}/none/config.json: No such file"),
+    "broken checkpoint": (["generate", "{tmp}/broken"], "not a safetensors file"),
+    "broken evaluation": (["evaluate", "{tmp}/broken"], "not a safetensors file"),
+    "empty prompt": (["generate", "{run}", "--prompt", ""], "--prompt: empty"),
+    "prompt of nothing": (["generate", "{run}", "--prompt", "\x00"], "--prompt: empty"),
+    "prompt not UTF-8": (["generate", "{run}", "--prompt", "\udcff"], "--prompt: not UTF-8"),
+    "below zero": (["generate", "{run}", "--temperature", "-1"], "'--temperature'"),
+    "no number": (["generate", "{run}", "--temperature", "nan"], "'--temperature'"),
+    "seed below zero": (["generate", "{run}", "--seed", "-1"], "'--seed'"),
+    "seed too large": (["generate", "{run}", "--seed", str(2**64)], "'--seed'"),
+    "no candidates": (["generate", "{run}", "--top-k", "0"], "'--top-k'"),
+    "no tokens": (["generate", "{run}", "--max-new-tokens", "0"], "'--max-new-tokens'"),
+    "no text": (["evaluate", "{run}", "--data", "{tmp}/none.txt"], "none.txt: No such file"),
+    "one token": (["evaluate", "{run}", "--data", "{tmp}/x", "--whole"], "expected at least 2"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_commands_refuse(case, checkpoint, tmp_path, capsys):
+    (tmp_path / "x").write_text("x")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"half")
+    before = tree(tmp_path) | tree(checkpoint)
+    arguments, message = OTHER[case]
+    assert main([a.format(tmp=tmp_path, run=checkpoint) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("genkernels: ")
+    assert err.count("\n") == 1
+    assert message.format(tmp=tmp_path) in err
+    assert tree(tmp_path) | tree(checkpoint) == before
+
+
+def test_a_failed_run_leaves_the_last_checkpoint(checkpoint, notes, capsys):
+    before = tree(checkpoint.parent)
+    arguments = ["--data", str(notes), "--output", str(checkpoint), "--no-compare", "--steps=50"]
+    bad = ["--optimizer=sgd", "--learning-rate=1e38", "--max-grad-norm=0"]
+    assert main(["train", "rnn", *TINY, *arguments, *bad]) == 2
+    capsys.readouterr()
+    assert tree(checkpoint.parent) == before
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "genkernels.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_interrupt_keeps_what_was_learned(notes, tmp_path):
+    output = tmp_path / "rnn"
+    arguments = ["--data", str(notes), "--output", str(output), "--no-compare"]
+    process = start("train", "rnn", *TINY, *arguments, "--steps=4000")
+    for line in process.stdout:
+        if line.endswith("  cpp\n"):  # the first row of figures
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.count("\n") == 1
+    assert err.startswith("genkernels: interrupted after step ")
+    training = load_checkpoint(output).training
+    assert 200 <= training["steps"] < 4000
+    assert [p.name for p in tmp_path.iterdir()] == ["rnn"]
+
+
+def test_says_which_extra_is_missing():
+    code = (
+        "import sys; sys.modules['typer'] = sys.modules['safetensors'] = None\n"
+        "from genkernels.cli import main; sys.exit(main(['train', 'rnn']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "genkernels: needs typer, safetensors: pip install 'genkernels[train]'\n"
+    )

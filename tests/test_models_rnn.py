@@ -1,0 +1,190 @@
+"""The recurrent language model, its sampling, and the Markov model that it is measured against."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+
+import pytest
+import torch
+
+from genkernels.data import load_text
+from genkernels.models import MarkovModel, RNNConfig, RNNLanguageModel, sample_token
+
+
+def small_model(num_layers: int = 1, dropout: float = 0.0) -> RNNLanguageModel:
+    torch.manual_seed(0)
+    return RNNLanguageModel(RNNConfig(30, 8, 16, num_layers, dropout))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vocab_size", 0), ("hidden_size", 2.0), ("num_layers", True), ("dropout", 1.0)],
+)
+def test_config_refuses_sizes_that_are_none(field, value):
+    sizes = {"vocab_size": 10, "embedding_dim": 4, "hidden_size": 4, field: value}
+    with pytest.raises(ValueError, match=field):
+        RNNConfig(**sizes)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_is_the_model_on_torch_gru(num_layers, compiled_only):
+    model = small_model(num_layers)
+    twin = RNNLanguageModel(model.config, gru=torch.nn.GRU)
+    assert type(twin.gru) is torch.nn.GRU
+    assert model.state_dict().keys() == twin.state_dict().keys()
+    twin.load_state_dict(model.state_dict())
+    input = torch.randint(30, (3, 11))
+    hx = torch.randn(num_layers, 3, 16)
+    grads = []
+    for m in (model, twin):
+        logits, h_n = m(input, hx)
+        assert logits.shape == (3, 11, 30)
+        assert h_n.shape == (num_layers, 3, 16)
+        logits.square().mean().backward()
+        grads.append([p.grad for p in m.parameters()])
+    torch.testing.assert_close(model(input, hx), twin(input, hx))
+    torch.testing.assert_close(*grads)
+
+
+def test_hidden_state_continues_the_text():
+    model = small_model(num_layers=2)
+    input = torch.randint(30, (2, 10))
+    whole, h_n = model(input)
+    first, hx = model(input[:, :4])
+    second, hx = model(input[:, 4:], hx)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
+    torch.testing.assert_close(hx, h_n)
+
+
+def test_dropout_is_for_training_only():
+    model = small_model(dropout=0.5)
+    input = torch.randint(30, (2, 10))
+    assert not torch.equal(model(input)[0], model(input)[0])
+    model.eval()
+    assert torch.equal(model(input)[0], model(input)[0])
+
+
+def test_greedy_generation_takes_the_likeliest_token_each_time():
+    model = small_model(num_layers=2, dropout=0.5)
+    prompt = torch.randint(30, (3, 5))
+    generated = model.generate(prompt, 7, temperature=0)
+    assert model.training, "generate must leave the mode as it was"
+    model.eval()
+    expected = prompt
+    for _ in range(7):  # from the first token each time, without a carried state
+        expected = torch.cat([expected, model(expected)[0][:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, expected)
+    assert torch.equal(model.generate(prompt, 7, temperature=0.9, top_k=1), expected)
+    assert torch.equal(model.generate(prompt, 0), prompt)
+
+
+def test_generation_follows_its_generator():
+    model = small_model()
+    prompt = torch.randint(30, (2, 1))
+    first, again, other = (
+        model.generate(prompt, 50, generator=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"prompt": torch.zeros(1, 0, dtype=torch.int64)}, "prompt"),
+        ({"prompt": torch.zeros(3, dtype=torch.int64)}, "prompt"),
+    ],
+)
+def test_generate_refuses(change, message):
+    arguments = {"prompt": torch.zeros(1, 1, dtype=torch.int64), "max_new_tokens": 3} | change
+    with pytest.raises(ValueError, match=message):
+        small_model().generate(**arguments)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 3)])
+def test_sampling_frequencies(temperature, top_k):
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
+    expected = torch.softmax(logits[:top_k] / temperature, 0)
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample_token(logits.expand(20_000, 5), temperature, top_k, generator)
+    frequencies = torch.bincount(drawn[:, 0], minlength=5) / 20_000
+    torch.testing.assert_close(frequencies[: len(expected)], expected, atol=0.02, rtol=0)
+    assert frequencies[len(expected) :].sum() == 0
+
+
+def test_every_temperature_can_be_divided_by():
+    logits = torch.tensor([[1e4, 3.0, -1e4], [0.0, 1.0, 0.5]])
+    for temperature in (5e-324, 1e-30, 1e-3):
+        assert sample_token(logits, temperature).tolist() == [[0], [1]]
+    assert sample_token(logits, math.inf, top_k=1).tolist() == [[0], [1]]
+
+
+def bytes_of(text: str) -> torch.Tensor:
+    return torch.tensor(list(text.encode()))
+
+
+def kneser_ney(text: str, order: int):
+    """Modified Kneser-Ney with dictionaries, as Chen and Goodman write it down."""
+    counts = [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for n in range(order + 3)]
+    tables = []
+    for n in range(1, order + 2):
+        count = counts[n]
+        if n <= order:
+            count = Counter(gram[1:] for gram in counts[n + 1])  # different bytes in front
+        n1, n2, n3, n4 = (sum(c == k for c in count.values()) for k in (1, 2, 3, 4))
+        discount = [0, 0.5, 0.5, 0.5]
+        if n1 and n2 and n3:
+            y = n1 / (n1 + 2 * n2)
+            estimates = [1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
+            discount = [0, *(max(d, 0.1) for d in estimates)]
+        followers = defaultdict(dict)
+        for gram, c in count.items():
+            followers[gram[:-1]][gram[-1]] = c
+        tables.append((followers, discount))
+
+    def probability(context: str, symbol: str) -> float:
+        p = 1 / 256
+        for n, (followers, discount) in enumerate(tables):
+            known = followers.get(context[len(context) - n :]) if n <= len(context) else None
+            if known:
+                c = known.get(symbol, 0)
+                freed = sum(discount[min(k, 3)] for k in known.values())
+                p = (c - discount[min(c, 3)] + freed * p) / sum(known.values())
+        return p
+
+    return probability
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_markov_model_is_kneser_ney(order):
+    text = load_text()[:8000].encode("ascii", "ignore").decode()
+    test = "the class of objects; zip {that} quartz"
+    probability = kneser_ney(text, order)
+    expected = [probability(test[max(i - order, 0) : i], test[i]) for i in range(len(test))]
+    model = MarkovModel(order).fit(bytes_of(text))
+    actual = model.probabilities(bytes_of(test))
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
+    bits = -sum(math.log2(p) for p in expected[1:]) / (len(test) - 1)
+    assert model.bits_per_byte(bytes_of(test)) == pytest.approx(bits)
+
+
+@pytest.mark.parametrize("text", ["the cat and the hat, the bat", "ab", "aaaa", "a"])
+@pytest.mark.parametrize("context", ["the", "t", "zzz", "a"])
+def test_markov_probabilities_sum_to_one(text, context):
+    model = MarkovModel(order=3).fit(bytes_of(text))
+    p = [model.probabilities(torch.tensor([*context.encode(), b]))[-1].item() for b in range(256)]
+    assert min(p) > 0
+    assert sum(p) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("order", [-1, 7])
+def test_markov_refuses_an_order(order):
+    with pytest.raises(ValueError, match="order"):
+        MarkovModel(order)

@@ -1,0 +1,99 @@
+"""The suite sees a broken kernel: real builds of this tree, each with one line of csrc changed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[1]
+MUTANTS = {
+    "gate_order": (  # W_r and W_z change places
+        "gru.cpp",
+        "weight + (gate * gru.hidden_size + first + u) * K",
+        "weight + ((gate < 2 ? 1 - gate : 2) * gru.hidden_size + first + u) * K",
+        "output: largest error",
+    ),
+    "unwritten_row": (  # nothing but the poisoned memory shows it
+        "gru.cpp",
+        "store(output + i * H + first, n + z * (h - n), count);",
+        "if (i != 3) store(output + i * H + first, n + z * (h - n), count);",
+        "output: NaN or Inf unlike PyTorch's",
+    ),
+    "gradient": (  # the derivative of r * (W_hn h + b_hn) forgets r
+        "gru.cpp",
+        "store_operand(to + 3 * H + u, dn * r, count);",
+        "store_operand(to + 3 * H + u, dn, count);",
+        "grad of hx: largest error",
+    ),
+    "one_chain": (  # right, but summed less accurately than PyTorch sums
+        "gemm.h",
+        "kChain = 256;",
+        "kChain = int64_t(1) << 40;",
+        "largest error",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds a copy of this tree, at the baseline SIMD level alone, with one line changed."""
+    folder = tmp_path_factory.mktemp("mutant")
+    ignore = shutil.ignore_patterns("_C.*", "__pycache__")
+    for name in ("csrc", "genkernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+    for file in ROOT.iterdir():
+        if file.is_file():
+            shutil.copy2(file, folder)
+    replace_once(folder / "CMakeLists.txt", "list(APPEND levels avx2 avx512 avx512_bf16)", "")
+
+    def build(file: str | None = None, line: str = "", changed: str = "") -> Path:
+        shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
+        if file is not None:
+            replace_once(folder / "csrc" / "kernels" / file, line, changed)
+        subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+            cwd=folder,
+            check=True,
+        )
+        return folder
+
+    return build
+
+
+def replace_once(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{file.name} has no longer exactly one {old!r}"
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def run_suite(folder: Path) -> subprocess.CompletedProcess[str]:
+    selection = "TestParity and test_shapes and float32 and baseline"
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "tests/test_gru.py", "-k", selection],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_unchanged(build: Callable[..., Path]) -> None:
+    result = run_suite(build())
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutant_is_seen(build: Callable[..., Path], mutant: str) -> None:
+    *change, message = MUTANTS[mutant]
+    result = run_suite(build(*change))
+    assert result.returncode == 1, f"the suite passed, or did not run: {result.stdout}"
+    assert message in result.stdout

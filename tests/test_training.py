@@ -1,0 +1,412 @@
+"""The training loop, evaluation, checkpoints and the timing against torch.nn.GRU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from genkernels.data import (
+    ByteTokenizer,
+    InputError,
+    load_text,
+    sequence_batches,
+    split_text,
+    train_tokenizer,
+)
+from genkernels.models import RNNConfig, RNNLanguageModel
+from genkernels.training import (
+    TrainingConfig,
+    compare_step_time,
+    evaluate,
+    load_checkpoint,
+    plot_loss,
+    replace_folder,
+    save_checkpoint,
+    train,
+)
+from genkernels.training import evaluation as evaluation_module
+
+SMALL = RNNConfig(256, 8, 16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return split_text(load_text())
+
+
+def small_model(config: RNNConfig = SMALL, gru=None) -> RNNLanguageModel:
+    torch.manual_seed(0)
+    return RNNLanguageModel(config, gru) if gru else RNNLanguageModel(config)
+
+
+def random_tokens(length: int) -> torch.Tensor:
+    return torch.randint(256, (length,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_learns_a_text_by_heart(optimizer, compiled_only):
+    tokens = ByteTokenizer().encode("the quick brown fox jumps over the lazy dog\n" * 40)
+    rate = 1.0 if optimizer == "sgd" else 0.01
+    config = TrainingConfig(optimizer, rate, batch_size=8, sequence_length=20, steps=150)
+    model = small_model(RNNConfig(256, 16, 48))
+    losses = [step.loss for step in train(model, sequence_batches(tokens, 8, 20), config)]
+    assert losses[0] > 5
+    assert losses[-1] < (1.5 if optimizer == "sgd" else 0.3)
+
+
+def test_full_batch_sgd_is_gradient_descent():
+    tokens = random_tokens(100)
+    batches = sequence_batches(tokens, "full", 9)
+    assert len(batches) == 1
+    config = TrainingConfig(
+        "sgd", 0.5, schedule="constant", warmup=0, max_grad_norm=0, batch_size="full", steps=4
+    )
+    model, expected = small_model(), small_model(gru=torch.nn.GRU)
+    for _ in range(4):  # theta -= rate * gradient of the mean loss over all of the text
+        expected.zero_grad()
+        total = torch.zeros(())
+        for start in range(0, 99, 9):
+            logits, _ = expected(tokens[None, start : start + 9])
+            total += F.cross_entropy(logits[0], tokens[start + 1 : start + 10], reduction="sum")
+        (total / 99).backward()
+        with torch.no_grad():
+            for p in expected.parameters():
+                p -= 0.5 * p.grad
+    assert len(list(train(model, batches, config))) == 4
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+class Recorder(torch.nn.Module):
+    """Answers with its step number as hidden state and remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(256))
+        self.given: list[float | None] = []
+
+    def forward(self, input, hx=None):
+        assert hx is None or not hx.requires_grad
+        self.given.append(None if hx is None else hx.item())
+        return self.weight.expand(*input.shape, 256), self.weight.sum() * 0 + len(self.given)
+
+
+def test_hidden_state_is_carried_and_starts_over_with_the_text():
+    batches = sequence_batches(random_tokens(200), 4, 20)
+    assert len(batches) == 3
+    recorder = Recorder()
+    list(train(recorder, batches, TrainingConfig(steps=7)))
+    assert recorder.given == [None, 1, 2, None, 4, 5, None]
+
+
+def learning_rates(**settings) -> list[float]:
+    """The steps of plain SGD on a constant gradient, which are its learning rates."""
+    model = Recorder()
+    before, rates = model.weight.detach().clone(), []
+    batch = sequence_batches(torch.zeros(30, dtype=torch.int64), 1, 10)[:1]
+    config = TrainingConfig("sgd", 1e-4, max_grad_norm=0, **settings)
+    for _ in train(model, batch, config):
+        after = model.weight.detach().clone()
+        rates.append(((after - before)[0] / (1 - 1 / 256)).item() / 1e-4)
+        before = after
+    return rates
+
+
+def test_learning_rate_schedules():
+    warm_up = [0.0, 0.5]
+    actual = learning_rates(steps=8, schedule="constant", warmup=0.25)
+    assert actual == pytest.approx([*warm_up, 1, 1, 1, 1, 1, 1], abs=2e-3)
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert learning_rates(steps=8, warmup=0) == pytest.approx(cosine, abs=2e-3)
+
+
+def test_gradients_are_clipped():
+    def first_update(max_grad_norm: float) -> float:
+        model = small_model()
+        before = torch.cat([p.detach().flatten() for p in model.parameters()])
+        config = TrainingConfig(
+            "sgd", 1.0, schedule="constant", warmup=0, max_grad_norm=max_grad_norm, steps=1
+        )
+        list(train(model, sequence_batches(random_tokens(500), 4, 20), config))
+        after = torch.cat([p.detach().flatten() for p in model.parameters()])
+        return (after - before).norm().item()
+
+    free = first_update(0)
+    assert free > 0.02
+    assert first_update(0.01) == pytest.approx(0.01, rel=1e-3)
+    assert first_update(100) == pytest.approx(free)
+
+
+def test_ends_after_steps_or_minutes():
+    batches = sequence_batches(random_tokens(500), 4, 20)
+    steps = list(train(small_model(), batches, TrainingConfig(steps=5)))
+    assert [step.number for step in steps] == [1, 2, 3, 4, 5]
+    assert [step.progress for step in steps] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
+    assert all(step.tokens == batches[0][0].numel() and step.seconds > 0 for step in steps)
+    steps = list(train(small_model(), batches, TrainingConfig(minutes=0.01)))
+    assert len(steps) > 5
+    assert sum(step.seconds for step in steps[:-1]) < 0.6
+    assert steps[-1].progress == 1
+    assert len(list(train(small_model(), batches, TrainingConfig(steps=2, minutes=5)))) == 2
+    with pytest.raises(ValueError, match="steps and minutes"):
+        TrainingConfig()
+
+
+def test_says_when_the_loss_is_no_number():
+    model = small_model()
+    torch.nn.init.constant_(model.linear.bias, math.inf)
+    config = TrainingConfig(learning_rate=0.125, steps=50)
+    with pytest.raises(FloatingPointError, match=r"step 1;.*learning rate below 0.125"):
+        list(train(model, sequence_batches(random_tokens(500), 4, 20), config))
+
+
+def test_same_seed_same_weights():
+    def weights():
+        model = small_model(RNNConfig(256, 8, 16, dropout=0.3))
+        list(train(model, sequence_batches(random_tokens(500), 4, 20), TrainingConfig(steps=5)))
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    assert torch.equal(weights(), weights())
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_evaluation_measures(kind, monkeypatch):
+    text = "the cat and the hat and the \u00fcbermut of the bat\n" * 4
+    tokenizer = train_tokenizer(text, 256 if kind == "bytes" else 280)
+    model = small_model(RNNConfig(tokenizer.vocab_size, 8, 16, dropout=0.5))
+    tokens = tokenizer.encode(text)
+    result = evaluate(model, tokens, tokenizer.byte_lengths)
+    assert model.training
+    model.eval()
+    logits = model(tokens[None, :-1])[0][0]
+    logp = torch.log_softmax(logits.double(), -1)[torch.arange(len(tokens) - 1), tokens[1:]]
+    nats = -logp.sum().item()
+    scored_bytes = len(text.encode()) - len(tokenizer.decode(tokens[:1]).encode())
+    assert result.tokens == len(tokens) - 1
+    assert result.cross_entropy == pytest.approx(nats / result.tokens, rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(result.cross_entropy))
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / scored_bytes, rel=1e-5)
+    accuracy = (logits.argmax(-1) == tokens[1:]).double().mean().item()
+    assert result.token_accuracy == pytest.approx(accuracy)
+    monkeypatch.setattr(evaluation_module, "_TOKENS_AT_ONCE", 7)
+    assert evaluate(model, tokens, tokenizer.byte_lengths) == pytest.approx(result, rel=1e-5)
+
+
+def test_evaluation_of_pieces_side_by_side():
+    tokens, lengths = random_tokens(100), ByteTokenizer.byte_lengths
+    model = small_model().eval()
+    result = evaluate(model, tokens, lengths, batch_size=3)
+    pieces = [evaluate(model, tokens[33 * i : 33 * i + 34], lengths) for i in range(3)]
+    mean = sum(piece.cross_entropy for piece in pieces) / 3
+    assert result.cross_entropy == pytest.approx(mean, rel=1e-5)
+    assert evaluate(model, tokens[:2], lengths, batch_size=16).tokens == 1
+    with pytest.raises(ValueError, match="at least 2"):
+        evaluate(model, tokens[:1], lengths)
+
+
+def test_is_as_good_as_on_torch_gru_at_equal_steps(corpus):
+    """Real text, dropout and two layers: the same held-out bits per byte within 0.5%."""
+    tokenizer = ByteTokenizer()
+    batches = sequence_batches(tokenizer.encode(corpus.training), 32, 64)
+    held_out = tokenizer.encode(corpus.held_out)
+    config = TrainingConfig(learning_rate=1e-2, steps=60)
+    results = []
+    for gru in (None, torch.nn.GRU):
+        model = small_model(RNNConfig(256, 32, 64, num_layers=2, dropout=0.1), gru)
+        losses = [step.loss for step in train(model, batches, config)]
+        results.append(evaluate(model, held_out, tokenizer.byte_lengths, batch_size=16))
+    ours, theirs = results
+    assert losses[-1] < 3.2, "has to have learned something"
+    assert ours.bits_per_byte == pytest.approx(theirs.bits_per_byte, rel=0.005)
+
+
+def test_comparison_leaves_everything_as_it_was():
+    model = small_model(RNNConfig(256, 8, 16, dropout=0.5))
+    twin = RNNLanguageModel(model.config, gru=torch.nn.GRU)
+    (batch,) = sequence_batches(random_tokens(100), "full", 9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+    result = compare_step_time(model, twin, *batch, TrainingConfig(steps=1), seconds=0)
+    assert result.model > 0
+    assert result.speed_up == pytest.approx(result.baseline / result.model)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tokenizer = train_tokenizer("the cat and the hat\n" * 20, 270)
+    model = small_model(RNNConfig(tokenizer.vocab_size, 8, 16, num_layers=2, dropout=0.1))
+    with replace_folder(tmp_path / "model") as folder:
+        save_checkpoint(folder, model, tokenizer, {"steps": 3})
+    return tmp_path / "model", model, tokenizer
+
+
+def test_checkpoint_round_trip(checkpoint):
+    folder, model, tokenizer = checkpoint
+    loaded = load_checkpoint(folder)
+    assert loaded.training == {"steps": 3}
+    assert loaded.model.config == model.config
+    assert not loaded.model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor)
+    text = "the hat"
+    assert torch.equal(loaded.tokenizer.encode(text), tokenizer.encode(text))
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | changes))
+
+
+def edit_weights(folder, edit):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    edit(weights)
+    save_file(weights, path)
+
+
+BROKEN = {
+    "no folder": (lambda f: [p.unlink() for p in f.iterdir()], "No such file"),
+    "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+    "config is no UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff"), "not JSON"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "format is None"),
+    "of another program": (lambda f: edit_config(f, format="other"), "format is 'other'"),
+    "another model": (lambda f: edit_config(f, model="gpt"), "model is 'gpt'"),
+    "sizes missing": (lambda f: edit_config(f, config={"vocab_size": 9}), "config of an rnn"),
+    "sizes of nonsense": (
+        lambda f: edit_config(f, config={"vocab_size": "x", "embedding_dim": 1, "hidden_size": 1}),
+        "vocab_size",
+    ),
+    "sizes no dictionary": (lambda f: edit_config(f, config=3), "config of an rnn"),
+    "tokenizer missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
+    "tokenizer unknown": (lambda f: edit_config(f, tokenizer="words"), "words"),
+    "tokenizer mismatching": (lambda f: edit_config(f, tokenizer="bytes"), "256 tokens; expected"),
+    "weights missing": (lambda f: (f / "model.safetensors").unlink(), "not a safetensors file"),
+    "weights cut off": (
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:-9]
+        ),
+        "not a safetensors file",
+    ),
+    "tensor missing": (
+        lambda f: edit_weights(f, lambda w: w.pop("linear.bias")),
+        "lacks tensor 'linear.bias'",
+    ),
+    "tensor unknown": (
+        lambda f: edit_weights(f, lambda w: w.update(more=torch.zeros(1))),
+        "unknown tensor 'more'",
+    ),
+    "tensor of another shape": (
+        lambda f: edit_weights(f, lambda w: w.update({"linear.bias": torch.zeros(3)})),
+        r"linear.bias has shape \[3\]; expected \[\d+\] by config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_refuses_a_broken_checkpoint(checkpoint, case):
+    folder = checkpoint[0]
+    damage, message = BROKEN[case]
+    damage(folder)
+    with pytest.raises(InputError, match=message) as error:
+        load_checkpoint(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_absurd_sizes_take_no_memory(checkpoint):
+    folder = checkpoint[0]
+    config = json.loads((folder / "config.json").read_text())["config"]
+    edit_config(folder, config=config | {"hidden_size": 10**6, "embedding_dim": 10**6})
+    with pytest.raises(InputError, match="has shape"):
+        load_checkpoint(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was run",))
+
+
+def test_no_pickle_is_read(checkpoint):
+    folder = checkpoint[0]
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+        with pytest.raises(InputError):
+            load_checkpoint(folder)
+        (folder / name).write_bytes(content)
+
+
+def test_replace_folder_replaces_when_done(checkpoint):
+    path, model, tokenizer = checkpoint
+    with replace_folder(path) as folder:
+        save_checkpoint(folder, model, tokenizer, {"steps": 4})
+        assert load_checkpoint(path).training == {"steps": 3}
+    assert load_checkpoint(path).training == {"steps": 4}
+    assert [p.name for p in path.parent.iterdir()] == ["model"]
+
+
+def test_replace_folder_leaves_no_trace_of_a_failure(checkpoint):
+    path = checkpoint[0]
+    with contextlib.suppress(KeyboardInterrupt), replace_folder(path) as folder:
+        (folder / "config.json").write_text("half")
+        raise KeyboardInterrupt
+    assert load_checkpoint(path).training == {"steps": 3}
+    assert [p.name for p in path.parent.iterdir()] == ["model"]
+
+
+def test_replace_folder_spares_what_is_no_checkpoint(checkpoint, tmp_path):
+    path = checkpoint[0]
+    (path / "notes.md").write_text("mine")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for place, message in [
+        (path, "notes.md"),
+        (other, "format is None"),
+        (file, "Not a directory"),
+        (file / "below", f"File exists: {file}"),
+    ]:
+        with pytest.raises(InputError, match=message), replace_folder(place):
+            pytest.fail("the block must not be entered")
+    assert (path / "notes.md").read_text() == "mine"
+    assert file.read_text() == "mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model", "other"]
+    (tmp_path / "empty").mkdir()
+    with replace_folder(tmp_path / "empty") as folder:
+        (folder / "config.json").write_text("{}")
+    assert (tmp_path / "empty" / "config.json").exists()
+
+
+def test_loss_curve_is_a_png(tmp_path):
+    path = tmp_path / "loss.png"
+    plot_loss(path, [(1, 8.0), (2, 7.0)], [], baseline=2.0)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    empty = path.read_bytes()
+    plot_loss(path, [(1, 8.0), (2, 7.0)], [(1, 7.9), (2, 7.2)], baseline=2.0)
+    assert path.read_bytes() != empty
