@@ -1,0 +1,135 @@
+"""What every benchmark shares: how a row is measured, and the table printed at the end."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import genkernels
+from benchmarks import limits
+from genkernels import backend
+from tests.parity import assert_parity
+
+Step = Callable[[], Sequence[Tensor]]
+
+
+@pytest.fixture
+def contest(benchmark: Any) -> Callable[..., None]:
+    """Check one contestant's results, then measure it and record what its row needs."""
+
+    def run(
+        step: Step,
+        *,
+        contestant: str,
+        shape: str,
+        direction: str,
+        dtype: torch.dtype,
+        flops: float,
+        names: Sequence[str],
+        baseline: Step,
+        exact: Sequence[Tensor],
+    ) -> None:
+        """Measure `step`, which returns the tensors `names`, beside `baseline`, plain PyTorch.
+
+        `exact` are the same tensors in float64. A step that breaks the parity rule fails the test
+        before it is timed, so that a wrong result has no row.
+        """
+        genkernels.stats(reset=True)
+        results = step()
+        backends = {name for _, name in genkernels.stats(reset=True)} or {contestant}
+        errors = {
+            name: assert_parity(f"{contestant}, {name}", *tensors)
+            for name, *tensors in zip(names, results, baseline(), exact, strict=True)
+        }
+        threads = torch.get_num_threads()
+        dtype_name = str(dtype).removeprefix("torch.")
+        benchmark.group = f"{shape}, {direction}, {dtype_name}"
+        benchmark.extra_info.update(
+            contestant=contestant,
+            shape=shape,
+            direction=direction,
+            dtype=dtype_name,
+            threads=threads,
+            simd_level=backend.simd_level() if "cpp" in backends else None,
+            backend=", ".join(sorted(backends)),
+            max_error=errors,
+        )
+        benchmark(step)
+        if benchmark.stats is None:  # --benchmark-disable: the step ran once, nothing was measured
+            return
+        rate = flops / benchmark.stats.stats.median
+        peak = limits.peak_flops(limits.levels()[-1], dtype, threads)
+        benchmark.extra_info.update(
+            gflops=rate / 1e9,
+            share_of_peak=rate / peak,
+            ratio=1.0 if contestant == "torch" else interleaved_ratio(baseline, step),
+        )
+
+    return run
+
+
+def interleaved_ratio(baseline: Step, step: Step, seconds: float = 2.0) -> float:
+    """How many times as fast `step` is: medians of calls made in turns, so that a drift of the
+    machine meets both alike.
+    """
+    times: tuple[list[float], list[float]] = ([], [])
+    deadline = time.perf_counter() + seconds
+    while len(times[0]) < 5 or (time.perf_counter() < deadline and len(times[0]) < 1000):
+        for function, kept in zip((baseline, step), times, strict=True):
+            start = time.perf_counter()
+            function()
+            kept.append(time.perf_counter() - start)
+    return statistics.median(times[0]) / statistics.median(times[1])
+
+
+@pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print every measured row as one markdown table."""
+    session = getattr(config, "_benchmarksession", None)
+    rows: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for result in session.benchmarks if session else ():
+        info = result.extra_info
+        if "gflops" in info:
+            key = info["shape"], info["direction"], info["dtype"]
+            rows.setdefault(key, {})[info["contestant"]] = info
+    if not rows:
+        return
+    others = sorted({name for row in rows.values() for name in row} - {"genkernels"})
+    terminalreporter.write_line("")
+    for line in _table(rows, others):
+        terminalreporter.write_line(line)
+
+
+def _table(
+    rows: dict[tuple[str, str, str], dict[str, dict[str, Any]]], others: list[str]
+) -> Iterator[str]:
+    threads = {info["threads"] for row in rows.values() for info in row.values()}
+    dtypes = {getattr(torch, dtype) for _, _, dtype in rows}
+    level = limits.levels()[-1]
+    for count in sorted(threads):
+        for dtype in sorted(dtypes, key=str):
+            peak = limits.peak_flops(level, dtype, count) / 1e9
+            name = str(dtype).removeprefix("torch.")
+            yield f"Measured peak, {name}, {level}, {count} threads: {peak:.0f} GFLOP/s"
+    yield ""
+    yield (
+        "| shape | direction | dtype | genkernels GFLOP/s | share of peak | "
+        + "".join(f"{name} GFLOP/s | " for name in others)
+        + "times as fast as torch |"
+    )
+    yield "|---|---|---|---|---|" + "---|" * (len(others) + 1)
+    for (shape, direction, dtype), row in rows.items():
+        own = row.get("genkernels")
+        cells = [
+            f"{own['gflops']:.0f}" if own else "",
+            f"{own['share_of_peak']:.0%}" if own else "",
+            *(f"{row[name]['gflops']:.0f}" if name in row else "" for name in others),
+            f"{own['ratio']:.2f}" if own else "",
+        ]
+        yield f"| {shape} | {direction} | {dtype} | {' | '.join(cells)} |"
