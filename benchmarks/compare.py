@@ -39,6 +39,9 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.compare", "--serve", str(site)],
             cwd=ROOT,
+            # Unbound, a worker's threads can share one core for seconds; and threads that spin long
+            # after their work would take the cores from the other worker's turn.
+            env={**os.environ, "OMP_PROC_BIND": "true", "GOMP_SPINCOUNT": "10000"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -53,7 +56,7 @@ class Worker:
         return json.loads(line)
 
     def seconds(self, case: str, calls: int) -> float:
-        """Time of one call of a case, averaged over `calls` after one that is not counted."""
+        """Time of one call of a case, the median of `calls` after one that is not counted."""
         assert self.process.stdin is not None
         print(json.dumps([case, calls]), file=self.process.stdin, flush=True)
         return self.answer()
@@ -82,10 +85,12 @@ def serve(site: str) -> None:
             name, step = request, steps[request]()
         assert step is not None
         step()
-        start = time.perf_counter()
+        times = []
         for _ in range(calls):
+            start = time.perf_counter()
             step()
-        print(json.dumps((time.perf_counter() - start) / calls), flush=True)
+            times.append(time.perf_counter() - start)
+        print(json.dumps(statistics.median(times)), flush=True)
 
 
 def git(*arguments: str) -> bytes:
@@ -136,13 +141,13 @@ def build(name: str, revision: str | None, folder: Path) -> Path:
     return site
 
 
-def compare(base: Worker, head: Worker, case: str, rounds: int) -> tuple[float, float, float]:
-    """Median seconds of both and the median of base / head, above 1 where head is faster."""
-    calls = max(1, round(TURN_SECONDS / base.seconds(case, 1)))
-    head.seconds(case, 1)
+def compare(base: Worker, head: Worker, case: str, rounds: int) -> tuple[list[float], list[float]]:
+    """Median seconds of both, and the quartiles of base / head, above 1 where head is faster."""
+    once = min(worker.seconds(case, 3) for worker in (base, head))
+    calls = max(1, round(TURN_SECONDS / once))
     turns = [(base.seconds(case, calls), head.seconds(case, calls)) for _ in range(rounds)]
-    base_seconds, head_seconds = (statistics.median(times) for times in zip(*turns, strict=True))
-    return base_seconds, head_seconds, statistics.median(b / h for b, h in turns)
+    medians = [statistics.median(times) for times in zip(*turns, strict=True)]
+    return medians, statistics.quantiles((b / h for b, h in turns), n=4)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -166,11 +171,12 @@ def run(options: argparse.Namespace) -> int:
             if not cases:
                 example = head.cases[0]
                 raise Failure(f"--only {options.only}: no case is named so; the first is {example}")
-            print("| case | base ms | head ms | base / head |\n|---|---|---|---|")
+            print("| case | base ms | head ms | base / head | quartiles |\n|---|---|---|---|---|")
             slower = []
             for case in cases:
-                *seconds, ratio = compare(base, head, case, options.rounds)
-                cells = [f"{value * 1e3:.3f}" for value in seconds] + [f"{ratio:.3f}"]
+                seconds, (low, ratio, high) = compare(base, head, case, options.rounds)
+                cells = [f"{value * 1e3:.3f}" for value in seconds]
+                cells += [f"{ratio:.3f}", f"{low:.3f}-{high:.3f}"]
                 print(f"| {case} | {' | '.join(cells)} |", flush=True)
                 slower += [case] if ratio < LIMIT else []
         finally:

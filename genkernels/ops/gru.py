@@ -58,8 +58,9 @@ def gru(
         Both in input's dtype. Under autocast the inside runs in autocast's dtype and, as with
         ``torch.nn.GRU`` on the CPU, the results come back in the dtype that input has.
 
-    Gradients reach input, hx, the weights and the biases, and can be differentiated again (by the
-    plain PyTorch formula, counted as ``("gru_backward", "reference")`` in ``stats()``).
+    Gradients reach input, hx, the weights and the biases, and can be differentiated once more (in
+    plain PyTorch, counted as ``("gru_backward", "reference")`` in ``stats()``). A third derivative
+    and forward mode raise; ``use_backend("reference")`` has both.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument and
