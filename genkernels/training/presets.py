@@ -21,7 +21,7 @@ class RNNPreset(NamedTuple):
 RNN_PRESETS = {
     "bytes": RNNPreset(
         RNNConfig(vocab_size=256, embedding_dim=128, hidden_size=384, dropout=0.1),
-        # Found on a validation part of the training split, never on the held-out text.
+        # Chosen on a validation part of the training split.
         TrainingConfig(learning_rate=3e-3, batch_size=32, sequence_length=64, minutes=4.0),
     ),
     "seed": RNNPreset(
