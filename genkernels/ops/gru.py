@@ -59,8 +59,9 @@ def gru(
         ``torch.nn.GRU`` on the CPU, the results come back in the dtype that input has.
 
     Gradients reach input, hx, the weights and the biases, and can be differentiated once more (in
-    plain PyTorch, counted as ``("gru_backward", "reference")`` in ``stats()``). A third derivative
-    and forward mode raise; ``use_backend("reference")`` has both.
+    plain PyTorch, counted as ``("gru_backward", "reference")`` in ``stats()``). Forward mode
+    raises, and so does a third derivative in ``backward()``; ``torch.autograd.grad`` takes it for
+    unconnected, as behind every ``once_differentiable``. ``use_backend("reference")`` has both.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument and
