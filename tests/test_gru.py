@@ -343,6 +343,26 @@ class TestGradients:
         assert gradcheck(function, leaves, check_batched_grad=True)
         assert gradgradcheck(function, leaves)
 
+    @pytest.mark.parametrize("op", ["gru", "gru_cell"])
+    def test_third_derivative(self, op: str) -> None:
+        values = arguments(3, 2, 3, 2, torch.float64)
+        if op == "gru_cell":
+            values["input"] = values["input"][0]
+        leaves = [value.requires_grad_() for value in values.values()]
+
+        def third(function: Callable[..., Any]) -> tuple[Tensor, ...]:
+            result = function(*leaves)
+            loss = (result if op == "gru_cell" else result[0]).pow(3).sum()
+            for _ in range(2):
+                gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+                loss = sum((g.sin().sum() for g in gradients), loss.new_zeros(()))
+            return torch.autograd.grad(loss, leaves)
+
+        actual, expected = third(getattr(genkernels, op)), third(getattr(reference, op))
+        for got, exact in zip(actual, expected, strict=True):
+            assert exact.abs().max() > 1e-3
+            torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9)
+
     def test_double_backward_is_counted(self) -> None:
         """It runs the reference, and says so."""
         values = {k: v.requires_grad_() for k, v in arguments(3, 2, 4, 5).items()}
@@ -469,7 +489,8 @@ class TestTransforms:
     def test_nested_grad(self) -> None:
         leaves = [value.clone().requires_grad_() for value in self.values.values()]
         (first,) = torch.autograd.grad(self.loss(*leaves), leaves[0], create_graph=True)
-        (expected,) = torch.autograd.grad(first.square().sum(), leaves[0])
+        # torch.func records its second derivatives too, so that a third could be taken.
+        (expected,) = torch.autograd.grad(first.square().sum(), leaves[0], create_graph=True)
 
         def outer(input: Tensor) -> Tensor:
             others = list(self.values.values())[1:]

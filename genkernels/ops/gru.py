@@ -4,7 +4,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import backend, reference
 from ..reference.gru import gru_backward as reference_backward
@@ -58,10 +57,9 @@ def gru(
         Both in input's dtype. Under autocast the inside runs in autocast's dtype and, as with
         ``torch.nn.GRU`` on the CPU, the results come back in the dtype that input has.
 
-    Gradients reach input, hx, the weights and the biases, and can be differentiated once more (in
-    plain PyTorch, counted as ``("gru_backward", "reference")`` in ``stats()``). Forward mode
-    raises, and so does a third derivative in ``backward()``; ``torch.autograd.grad`` takes it for
-    unconnected, as behind every ``once_differentiable``. ``use_backend("reference")`` has both.
+    Gradients reach input, hx, the weights and the biases, and can be differentiated again, to any
+    order (in plain PyTorch, counted as ``("gru_backward", "reference")`` in ``stats()``). Forward
+    mode raises; ``use_backend("reference")`` has it.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument and
@@ -409,7 +407,6 @@ class _GruBackward(torch.autograd.Function):
         ctx.reverse = inputs[12]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *cotangents):
         backend.count("gru_backward", "reference")
         args: Any = (cotangents, *ctx.saved_tensors, ctx.reverse)
@@ -462,7 +459,6 @@ class _GruCellBackward(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:8])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *cotangents):
         grad_h, input, hx, *weights, gates = ctx.saved_tensors
         d_input, *d_others = cotangents

@@ -144,7 +144,14 @@ def gru_double_backward(
     its gradient in the inputs the tangent of the backward pass (Pearlmutter 1994, "Fast exact
     multiplication by the Hessian"). A step's tensors stay in the cache from one operation to the
     next; only what the last products need is kept of all steps.
+
+    Differentiable to any order: where gradients are recorded, output and gates are computed anew,
+    so that they depend on the inputs.
     """
+    if torch.is_grad_enabled():
+        output, _, gates = gru_forward(
+            input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, True
+        )
     H = hx.size(1)
     d_input, d_hx, d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh = cotangents
     x = input.reshape(-1, input.size(-1))  # [N, I]
