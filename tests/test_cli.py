@@ -285,14 +285,15 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_interrupt_keeps_what_was_learned(notes, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+def test_interrupt_keeps_what_was_learned(number, notes, tmp_path):
     output = tmp_path / "rnn"
     arguments = ["--data", str(notes), "--output", str(output), "--no-compare"]
     process = start("train", "rnn", *TINY, *arguments, "--steps=4000")
     for line in process.stdout:
         if line.endswith("  cpp\n"):  # the first row of figures
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.count("\n") == 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 EXTRA = ("typer", "rich", "tokenizers", "safetensors", "matplotlib")
@@ -14,12 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     0: done. 2: bad input; one line on stderr says what, where and what was expected. 130:
-    interrupted.
+    interrupted, by Ctrl-C or by SIGTERM, as job schedulers send it before they kill.
     """
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"needs {', '.join(missing)}: pip install 'genkernels[train]'", 2)
 
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal cannot show
 

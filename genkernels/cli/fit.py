@@ -44,7 +44,7 @@ def fit(
 ) -> History:
     """Train `model` on `batches`, and show how it does on held_out, int64 [N], now and then.
 
-    An interrupt (Ctrl-C) after the first step ends the training and keeps the weights so far.
+    An interrupt (Ctrl-C or SIGTERM) after the first step ends it and keeps the weights so far.
     """
     # Nats per token to bits per byte by the mean length of a token: exact for bytes, and over whole
     # epochs for other tokens.
