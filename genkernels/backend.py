@@ -151,10 +151,9 @@ def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
     )
     if tensor is None:
         raise ValueError("explain needs the tensors that the op would be called with")
-    dtype = tensor.dtype
-    if ops.library.is_autocast_enabled(tensor.device.type):
-        dtype = torch.get_autocast_dtype(tensor.device.type)
-    obstacles = {backend: _obstacle(backend, tensor.device, dtype) for backend in BACKENDS}
+    (cast,) = ops.library.autocast(tensor.device.type, tensor.new_empty(0))
+    assert cast is not None
+    obstacles = {backend: _obstacle(backend, tensor.device, cast.dtype) for backend in BACKENDS}
     able = [backend for backend, obstacle in obstacles.items() if obstacle is None]
     if _requested is not None:
         able = [backend for backend in able if backend == _requested]

@@ -209,6 +209,11 @@ class TestExplain:
             named = genkernels.explain("gru", **arguments(3, 4, 5, 6)).backend
         assert named == "reference"
 
+    def test_autocast_leaves_float64(self) -> None:
+        values = {name: value.double() for name, value in arguments(3, 4, 5, 6).items()}
+        with torch.autocast("cpu", torch.float16):
+            assert genkernels.explain("gru", **values).backend == "cpp"
+
     @pytest.mark.parametrize("op", ["nosuch", len], ids=str)
     def test_unknown_op(self, op: object) -> None:
         with pytest.raises(ValueError, match="gru"):

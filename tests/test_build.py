@@ -80,7 +80,5 @@ def test_kernels_run_without_torch(build, level):
     if "has no level" in result.stderr:
         pytest.skip(result.stderr.strip())
     assert result.returncode == 0, result.stdout + result.stderr
-    assert re.findall(r"^(\w+) +(\w+) ", result.stdout, re.MULTILINE) == [
-        (level, "float32"),
-        (level, "float64"),
-    ]
+    lines = re.findall(r"^(\w+) +(\w+) ", result.stdout, re.MULTILINE)
+    assert lines == [(level, "float32"), (level, "float64")] * 5  # ways to share out the threads

@@ -90,13 +90,13 @@ GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff
 #endif
 
 // The whole product of a tile, summed in chains: total[i][v] = a[i][:] b[:][v].
-template <class E, int kRows, int kVectors>
+template <class E, int kRows, int kVectors, int64_t kLongest = kChain>
 GENKERNELS_INLINE void product(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
                                Vector<E> (&total)[kRows][kVectors]) {
-  for (int64_t k = 0; k < K || k == 0; k += kChain) {
+  for (int64_t k = 0; k < K || k == 0; k += kLongest) {
     Vector<E> sum[kRows][kVectors] = {};
     multiply<E, kRows, kVectors>(a + k / kGroup<E> * step, row_stride, step,
-                                 b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kChain, K - k), sum);
+                                 b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kLongest, K - k), sum);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8

@@ -2,23 +2,12 @@
 
 #include "gemm.h"
 #include "math.h"
+#include "parallel.h"
 
 GENKERNELS_DECLARE_GRU(GENKERNELS_LEVEL)
 
 namespace genkernels::GENKERNELS_LEVEL {
 namespace {
-
-template <class S>
-S* allocate(const Runtime& runtime, int64_t count) {
-  return static_cast<S*>(runtime.allocate(runtime.owner, size_t(count) * sizeof(S)));
-}
-
-template <class Body>
-void parallel(const Runtime& runtime, int64_t count, const Body& body) {
-  if (count == 1) return body(0);
-  runtime.parallel(
-      count, [](void* argument, int64_t i) { (*static_cast<const Body*>(argument))(i); }, const_cast<Body*>(&body));
-}
 
 // Rows of a matrix; the elements of a row are contiguous.
 template <class T>
@@ -91,6 +80,9 @@ struct Sequence {
     return b;
   }
 };
+
+// Fewer rows than this per thread, and the time loop is shared out by units.
+constexpr int64_t kFewRows = 2 * kTileRows;
 
 int64_t row_shares(const Gru& gru, const Runtime& runtime) { return smaller(runtime.threads, gru.batch); }
 
@@ -211,11 +203,17 @@ GENKERNELS_INLINE void forward_tile(const GateWeights<T>& weights, int64_t block
   }
 }
 
-// Runs rows [begin, end) through the whole sequence. Rows do not depend on each other, so threads that share out the
-// batch never wait for one another.
-template <class T>
-void forward_rows(const Sequence<T>& sequence, const GateWeights<T>& weights, int64_t begin, int64_t end,
-                  Operand<T>* scratch) {
+// How the time loop is shared out: by rows, which do not depend on each other, so that threads never wait; or, where a
+// thread would have too few rows to make use of a weight it has read, by units, all threads meeting after every step.
+bool splits_units(const Gru& gru, const Runtime& runtime, int64_t blocks) {
+  return blocks >= runtime.threads && gru.batch < kFewRows * runtime.threads && runtime.threads > 1;
+}
+
+// Runs rows [begin, end) of the units of blocks [first_block, last_block) through the whole sequence, and calls
+// finish(s) after step s.
+template <class T, class Finish>
+void forward_steps(const Sequence<T>& sequence, const GateWeights<T>& weights, int64_t begin, int64_t end,
+                   int64_t first_block, int64_t last_block, Operand<T>* scratch, const Finish& finish) {
   using E = Operand<T>;
   const Gru& gru = sequence.gru;
   const int64_t I = gru.input_size, H = gru.hidden_size;
@@ -223,31 +221,34 @@ void forward_rows(const Sequence<T>& sequence, const GateWeights<T>& weights, in
   E* staged_state = scratch + (end - begin) * input_stride;
   for (int64_t s = 0; s < gru.steps; ++s) {
     const int64_t t = sequence.time(s), rows = smaller(end, sequence.size(t)) - begin;
-    if (rows <= 0) continue;
-    Rows<const E> input, state;
-    const Rows<const T> input_rows = sequence.input(t, begin);
-    const auto stage_input = [&] {
-      return stage<E, T>(scratch, input_stride, rows, I, [&](int64_t i) { return input_rows[i]; });
-    };
-    const auto stage_state = [&] {
-      return stage<E, T>(staged_state, state_stride, rows, H, [&](int64_t i) { return sequence.state(t, begin + i); });
-    };
-    if constexpr (__is_same(T, E)) {
-      input = collides<E>(input_rows.stride) ? stage_input() : input_rows;
-      state = collides<E>(H) || !sequence.state_is_matrix(t, begin, begin + rows)
-                  ? stage_state()
-                  : Rows<const E>{sequence.state(t, begin), H};
-    } else {
-      input = stage_input();
-      state = stage_state();
+    if (rows > 0) {
+      Rows<const E> input, state;
+      const Rows<const T> input_rows = sequence.input(t, begin);
+      const auto stage_input = [&] {
+        return stage<E, T>(scratch, input_stride, rows, I, [&](int64_t i) { return input_rows[i]; });
+      };
+      const auto stage_state = [&] {
+        return stage<E, T>(staged_state, state_stride, rows, H,
+                           [&](int64_t i) { return sequence.state(t, begin + i); });
+      };
+      if constexpr (__is_same(T, E)) {
+        input = collides<E>(input_rows.stride) ? stage_input() : input_rows;
+        state = collides<E>(H) || !sequence.state_is_matrix(t, begin, begin + rows)
+                    ? stage_state()
+                    : Rows<const E>{sequence.state(t, begin), H};
+      } else {
+        input = stage_input();
+        state = stage_state();
+      }
+      T* output = sequence.output(t, begin)[0];
+      T* gates = gru.gates ? sequence.gates(t, begin) : nullptr;
+      for (int64_t block = first_block; block < last_block; ++block)
+        for_row_tiles(rows, [&]<int kRows>(int64_t i) {
+          forward_tile<T, kRows>(weights, block, {input[i], input.stride}, {state[i], state.stride}, output + i * H,
+                                 gates ? gates + i * 4 * H : nullptr);
+        });
     }
-    T* output = sequence.output(t, begin)[0];
-    T* gates = gru.gates ? sequence.gates(t, begin) : nullptr;
-    for (int64_t block = 0; block < weights.blocks; ++block)
-      for_row_tiles(rows, [&]<int kRows>(int64_t i) {
-        forward_tile<T, kRows>(weights, block, {input[i], input.stride}, {state[i], state.stride}, output + i * H,
-                               gates ? gates + i * 4 * H : nullptr);
-      });
+    finish(s);
   }
 }
 
@@ -256,13 +257,24 @@ void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
   using E = Operand<T>;
   const Sequence<T> sequence(gru, runtime);
   const GateWeights<T> weights(gru, runtime);
-  const int64_t H = gru.hidden_size, shares = row_shares(gru, runtime);
+  const int64_t H = gru.hidden_size, B = gru.batch;
   const int64_t row_scratch = staged_stride<E>(gru.input_size) + staged_stride<E>(H);
-  E* scratch = allocate<E>(runtime, gru.batch * row_scratch);
-  parallel(runtime, shares, [&](int64_t i) {
-    const int64_t begin = sequence.share(i, shares), end = sequence.share(i + 1, shares);
-    forward_rows(sequence, weights, begin, end, scratch + begin * row_scratch);
-  });
+  if (splits_units(gru, runtime, weights.blocks)) {
+    const int64_t shares = runtime.threads;
+    const Barrier barrier(runtime, shares);
+    E* scratch = allocate<E>(runtime, shares * B * row_scratch);
+    parallel_ranges(runtime, shares, [&](int64_t first, int64_t last) {
+      forward_steps(sequence, weights, 0, B, weights.blocks * first / shares, weights.blocks * last / shares,
+                    scratch + first * B * row_scratch, [&](int64_t s) { barrier.wait(last - first, s + 1); });
+    });
+  } else {
+    const int64_t shares = row_shares(gru, runtime);
+    E* scratch = allocate<E>(runtime, B * row_scratch);
+    parallel(runtime, shares, [&](int64_t i) {
+      const int64_t begin = sequence.share(i, shares), end = sequence.share(i + 1, shares);
+      forward_steps(sequence, weights, begin, end, 0, weights.blocks, scratch + begin * row_scratch, [](int64_t) {});
+    });
+  }
   if (h_n == nullptr) return;
   for (int64_t b = 0, t = gru.steps - 1; b < gru.batch; ++b) {
     while (!gru.reverse && sequence.size(t) <= b) --t;
@@ -290,12 +302,13 @@ struct BackwardWeight {
   }
 };
 
-// rows(i)[:] = product with (or plus product with) B, over `rows` rows.
+// The product of `rows` rows with panels [first_panel, last_panel) of B, given to store_vector(row, column, count,
+// sum).
 template <class E, class Store>
 void multiply_rows(const Columns<E>& columns, const E* packed, int64_t K, Rows<const E> a, int64_t rows,
-                   const Store& store_vector) {
+                   int64_t first_panel, int64_t last_panel, const Store& store_vector) {
   using A = Accumulator<E>;
-  for (int64_t p = 0; p < columns.panels; ++p)
+  for (int64_t p = first_panel; p < last_panel; ++p)
     columns.with_width(p, [&]<int kVectors>() {
       for_row_tiles(rows, [&]<int kRows>(int64_t first) {
         Vector<A> sum[kRows][kVectors];
@@ -342,15 +355,15 @@ struct Backward {
         delta(allocate<E>(r, block_rows * delta_stride)),
         carry(allocate<A>(r, g.batch * g.hidden_size)) {}
 
-  // The gradients of the gates of one row at one step, and what of dh passes by the gates.
-  void delta_row(int64_t t, int64_t b, E* to) const {
+  // The gradients of the gates of units [first, last) of one row at one step, and what of dh passes by the gates.
+  void delta_row(int64_t t, int64_t b, int64_t first, int64_t last, E* to) const {
     const T* saved = sequence.gates(t, b);
     const T* state = sequence.state(t, b);
     const T* from_output = grad.grad_output ? sequence.at(static_cast<const T*>(grad.grad_output),
                                                           grad.grad_output_stride_t, grad.grad_output_stride_b, t, b)[0]
                                             : nullptr;
-    for (int64_t u = 0; u < H; u += kLanes<A>) {
-      const int count = int(smaller(kLanes<A>, H - u));
+    for (int64_t u = first; u < last; u += kLanes<A>) {
+      const int count = int(smaller(kLanes<A>, last - u));
       Vector<A> dh = load(carry + b * H + u, count);
       if (from_output) dh += load(from_output + u, count);
       const Vector<A> r = load(saved + u, count), z = load(saved + H + u, count);
@@ -368,21 +381,27 @@ struct Backward {
   }
   static void store_operand(E* to, Vector<A> v, int count) { store(to, v, count); }
 
-  void steps(int64_t first, int64_t last, int64_t base, const BackwardWeight<T>& weight_hh, int64_t begin,
-             int64_t end) const {
+  // Steps [first, last), the last one first, of rows [begin, end) and the units of panels [first_panel, last_panel) of
+  // `weight_hh`. The product reads delta of all units: meet(s) returns when step s has them all.
+  template <class Meet>
+  void steps(int64_t first, int64_t last, int64_t base, const BackwardWeight<T>& weight_hh, int64_t begin, int64_t end,
+             int64_t first_panel, int64_t last_panel, const Meet& meet) const {
+    const Columns<E>& columns = weight_hh.columns;
+    const int64_t first_unit = columns.first_column(first_panel);
+    const int64_t last_unit = smaller(H, columns.first_column(last_panel));
     for (int64_t s = last; s-- > first;) {
       const int64_t t = sequence.time(s), rows = smaller(end, sequence.size(t)) - begin;
-      if (rows <= 0) continue;
       E* step_delta = delta + (sequence.offset(t) + begin - base) * delta_stride;
-      for (int64_t i = 0; i < rows; ++i) delta_row(t, begin + i, step_delta + i * delta_stride);
-      multiply_rows<E>(weight_hh.columns, weight_hh.packed, 3 * H, {step_delta + H, delta_stride}, rows,
+      for (int64_t i = 0; i < rows; ++i) delta_row(t, begin + i, first_unit, last_unit, step_delta + i * delta_stride);
+      meet(s);
+      multiply_rows<E>(columns, weight_hh.packed, 3 * H, {step_delta + H, delta_stride}, rows, first_panel, last_panel,
                        [&](int64_t i, int64_t column, int count, Vector<A> sum) {
                          A* to = carry + (begin + i) * H + column;
                          store(to, load(to, count) + sum, count);
                        });
       for (int64_t i = 0; gru.resets && i < rows; ++i)
         if (gru.resets[t * gru.batch + begin + i])
-          for (int64_t u = 0; u < H; ++u) carry[(begin + i) * H + u] = A(0);
+          for (int64_t u = first_unit; u < last_unit; ++u) carry[(begin + i) * H + u] = A(0);
     }
   }
 
@@ -397,7 +416,9 @@ struct Backward {
   };
 
   void run() {
-    const int64_t shares = row_shares(gru, runtime);
+    const int64_t panels = Columns<E>(H).panels;
+    const bool is_split_by_units = splits_units(gru, runtime, panels);
+    const int64_t shares = is_split_by_units ? runtime.threads : row_shares(gru, runtime);
     for (int64_t i = 0; i < gru.batch * H; ++i)
       carry[i] = grad.grad_h_n ? as<A>(static_cast<const T*>(grad.grad_h_n)[i]) : A(0);
     const BackwardWeight<T> weight_hh(static_cast<const T*>(gru.weight_hh), H, H, false, runtime);
@@ -410,9 +431,18 @@ struct Backward {
       while (first > 0 && (first == last || rows + sequence.size(sequence.time(first - 1)) <= block_rows))
         rows += sequence.size(sequence.time(--first));
       const int64_t base = smaller(sequence.offset(sequence.time(first)), sequence.offset(sequence.time(last - 1)));
-      parallel(runtime, shares, [&](int64_t i) {
-        steps(first, last, base, weight_hh, sequence.share(i, shares), sequence.share(i + 1, shares));
-      });
+      if (is_split_by_units) {
+        const Barrier barrier(runtime, shares);
+        parallel_ranges(runtime, shares, [&](int64_t i, int64_t end) {
+          steps(first, last, base, weight_hh, 0, gru.batch, panels * i / shares, panels * end / shares,
+                [&](int64_t s) { barrier.wait(end - i, last - s); });
+        });
+      } else {
+        parallel(runtime, shares, [&](int64_t i) {
+          steps(first, last, base, weight_hh, sequence.share(i, shares), sequence.share(i + 1, shares), 0, panels,
+                [](int64_t) {});
+        });
+      }
       if (grad.grad_input) input_gradient(base, rows, weight_ih);
       if (grad.needs_weights) weight_gradients(sums, first, last, base, rows, is_first_block);
       is_first_block = false;
@@ -429,7 +459,8 @@ struct Backward {
       const int64_t end = smaller(rows, tiles * (i + 1) / shares * kTileRows);
       T* to = static_cast<T*>(grad.grad_input) + (base + begin) * I;
       multiply_rows<E>(
-          weight_ih.columns, weight_ih.packed, 3 * H, {delta + begin * delta_stride, delta_stride}, end - begin,
+          weight_ih.columns, weight_ih.packed, 3 * H, {delta + begin * delta_stride, delta_stride}, end - begin, 0,
+          weight_ih.columns.panels,
           [&](int64_t row, int64_t column, int count, Vector<A> sum) { store(to + row * I + column, sum, count); });
     });
   }
@@ -519,9 +550,11 @@ struct Backward {
   template <int kVectors>
   static void add_tile(const Columns<E>& columns, int64_t p, const E* packed, const E* transposed, int64_t K, int rows,
                        A* to, int64_t stride, bool is_first_block) {
+    // PyTorch's sums over the rows are shorter: with chains of 256 the error exceeds twice theirs at 264 rows.
+    constexpr int64_t kLongest = 128;
     Vector<A> sum[kTileRows][kVectors];
-    product<E, kTileRows, kVectors>(transposed, kGroup<E>, kTileRows * kGroup<E>, packed + columns.offset(p, K), K,
-                                    sum);
+    product<E, kTileRows, kVectors, kLongest>(transposed, kGroup<E>, kTileRows * kGroup<E>,
+                                              packed + columns.offset(p, K), K, sum);
     for (int i = 0; i < rows; ++i)
       for (int v = 0; v < kVectors; ++v) {
         const int64_t column = columns.first_column(p) + v * kLanes<A>;

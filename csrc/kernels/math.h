@@ -1,49 +1,86 @@
-// Sigmoid and tanh on vectors, to about two units in the last place. NaN passes through.
+// Sigmoid and tanh on vectors, each to 2.1 units in the last place (results below 2^-126 aside, which may become 0).
+// Saturated values are exactly 0, 1 and -1, and NaN passes through, as in PyTorch.
 #pragma once
 
 #include "simd.h"
 
 namespace genkernels::GENKERNELS_LEVEL {
 
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, with ln 2 in two parts (Cody and Waite) so that r keeps
-// all its bits. The polynomial is the degree-6 one of Cephes' expf (S. Moshier). Below -87.3 the result stays at
-// 2^-126: callers add 1 to it. Above 88.72 it is infinity, so that a saturated gate is exactly 0 or 1, as in PyTorch.
-GENKERNELS_INLINE Vector<float> exp(Vector<float> x) {
-  const float overflow = 88.72283f, underflow = -87.33654f;
-  Vector<float> clamped = x > overflow ? broadcast(overflow) : x;
-  clamped = clamped < underflow ? broadcast(underflow) : clamped;
-  // Adding and taking away 1.5 * 2^23 rounds to an integer in the current (nearest) mode.
-  const Vector<float> n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;
-  const Vector<float> r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r) * r + r + 1.0f;
-  // n reaches 128 just below the overflow, one more than an exponent holds: scale in two halves.
-  const Vector<int32_t> whole = __builtin_convertvector(n, Vector<int32_t>);
-  const Vector<int32_t> half = whole >> 1;
-  const Vector<float> scale = (Vector<float>)((half + 127) << 23);
-  const Vector<float> rest = (Vector<float>)((whole - half + 127) << 23);
-  return x > overflow ? broadcast(__builtin_inff()) : p * scale * rest;
+// The AVX-512 forms take one instruction where the general ones take two to four. `limit` comes first because the
+// instruction returns its second operand if one of them is NaN. All lanes are named because GCC 12 warns of an
+// uninitialised value inside the forms without a mask; the instruction is the same.
+#if defined(__AVX512F__)
+constexpr __mmask16 kAllLanes = 0xffff;
+GENKERNELS_INLINE Vector<float> at_most(float limit, Vector<float> x) {
+  return (Vector<float>)_mm512_maskz_min_ps(kAllLanes, _mm512_set1_ps(limit), (__m512)x);
+}
+GENKERNELS_INLINE Vector<float> at_least(float limit, Vector<float> x) {
+  return (Vector<float>)_mm512_maskz_max_ps(kAllLanes, _mm512_set1_ps(limit), (__m512)x);
+}
+GENKERNELS_INLINE Vector<float> nearest_integer(Vector<float> x) {
+  return (Vector<float>)_mm512_maskz_roundscale_ps(kAllLanes, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+}
+// x 2^n for an integer n.
+GENKERNELS_INLINE Vector<float> scale(Vector<float> x, Vector<float> n) {
+  return (Vector<float>)_mm512_maskz_scalef_ps(kAllLanes, (__m512)x, (__m512)n);
+}
+// With a relative error of 2^-14.
+GENKERNELS_INLINE Vector<float> inverse(Vector<float> x) {
+  return (Vector<float>)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)x);
+}
+#else
+GENKERNELS_INLINE Vector<float> at_most(float limit, Vector<float> x) { return x > limit ? broadcast(limit) : x; }
+GENKERNELS_INLINE Vector<float> at_least(float limit, Vector<float> x) { return x < limit ? broadcast(limit) : x; }
+// Adding and taking away 1.5 * 2^23 rounds to an integer in the current (nearest) mode.
+GENKERNELS_INLINE Vector<float> nearest_integer(Vector<float> x) { return (x + 12582912.0f) - 12582912.0f; }
+GENKERNELS_INLINE Vector<float> scale(Vector<float> x, Vector<float> n) {
+  const Vector<float> power = (Vector<float>)((__builtin_convertvector(n, Vector<int32_t>) + 127) << 23);
+  return n < -126.0f ? Vector<float>{} : x * power;
+}
+GENKERNELS_INLINE Vector<float> inverse(Vector<float> x) { return 1.0f / x; }
+#endif
+
+// e^x = 2^n (1 + p), for |x| < 128. x = n ln 2 + r with ln 2 in two parts, so that r keeps all its bits (Cody and Waite
+// 1980); p is the minimax polynomial of e^r - 1 on |r| <= ln 2 / 2 (Remez' algorithm), which keeps its
+// own digits near zero.
+struct Exponential {
+  Vector<float> n, p;
+
+  GENKERNELS_INLINE explicit Exponential(Vector<float> x) : n(nearest_integer(x * 1.44269504f)) {
+    const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Vector<float> q = r * 1.38888735e-3f + 8.36906792e-3f;
+    q = q * r + 4.16671336e-2f;
+    q = q * r + 1.66665062e-1f;
+    q = q * r + 4.99999981e-1f;
+    q = q * r;
+    p = q * r + r;
+  }
+};
+
+// a / (a + c). One step of Newton's method squares the error of the inverse (it takes half the time of a division), and
+// its residual is formed from a and c themselves: near 1 what counts is the distance from 1, and gradients see it.
+GENKERNELS_INLINE Vector<float> fraction(Vector<float> a, float c) {
+  const Vector<float> inverted = inverse(a + c);
+  const Vector<float> q = a * inverted;
+  const Vector<float> residual = (a - q * a) - q * c;
+  return residual * inverted + q;
 }
 
-GENKERNELS_INLINE Vector<float> sigmoid(Vector<float> x) { return 1.0f / (1.0f + exp(-x)); }
+// e^x / (e^x + 1). Beyond the limits it is 0 or 1 in float32.
+GENKERNELS_INLINE Vector<float> sigmoid(Vector<float> x) {
+  const Exponential e(at_least(-104.0f, at_most(30.0f, x)));
+  return fraction(scale(e.p + 1.0f, e.n), 1.0f);
+}
 
-// Near zero 1 - 2 / (exp(2x) + 1) loses all digits; there the odd polynomial of Cephes' tanhf serves.
+// (e^2|x| - 1) / (e^2|x| + 1) with the sign of x. e^2|x| - 1 is taken as 2^n p + (2^n - 1): near zero n is 0, and
+// nothing cancels.
 GENKERNELS_INLINE Vector<float> tanh(Vector<float> x) {
   const Vector<uint32_t> sign = (Vector<uint32_t>)x & 0x80000000u;
   const Vector<float> magnitude = (Vector<float>)((Vector<uint32_t>)x ^ sign);
-  const Vector<float> square = x * x;
-  Vector<float> p = square * -5.70498872745e-3f + 2.06390887954e-2f;
-  p = p * square - 5.37397155531e-2f;
-  p = p * square + 1.33314422036e-1f;
-  p = p * square - 3.33332819422e-1f;
-  const Vector<float> near = (p * square) * x + x;
-  const Vector<float> far = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
-  const Vector<float> signed_far = (Vector<float>)((Vector<uint32_t>)far | sign);
-  return magnitude < 0.625f ? near : signed_far;
+  const Exponential e(at_most(20.0f, magnitude + magnitude));
+  const Vector<float> power = scale(broadcast(1.0f), e.n);
+  const Vector<float> y = fraction(power * e.p + (power - 1.0f), 2.0f);
+  return (Vector<float>)((Vector<uint32_t>)y | sign);
 }
 
 // float64 is for gradcheck and for references: the C library's functions, lane by lane.

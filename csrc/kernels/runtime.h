@@ -10,8 +10,11 @@ enum class DType { float32, float64, bfloat16 };
 
 struct Runtime {
   int threads;
-  // Runs task(argument, i) once for each i in [0, count), on at most `threads` threads, and returns when all are done.
-  void (*parallel)(int64_t count, void (*task)(void* argument, int64_t i), void* argument);
+  // Runs task(argument, first, last) over ranges that cover [0, count) once, count <= threads, and returns when all are
+  // done. The ranges run at the same time, each on a thread of its own, so that they may wait for each other.
+  void (*parallel)(int64_t count, void (*task)(void* argument, int64_t first, int64_t last), void* argument);
+  // Lets another thread have this core.
+  void (*yield)();
   // Memory for the duration of the call, 64-byte aligned, uninitialised.
   void* (*allocate)(void* owner, size_t bytes);
   void* owner;

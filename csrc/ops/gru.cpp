@@ -47,6 +47,7 @@ struct Arguments {
     gru.dtype = dtype_of(input);
     gru.reverse = reverse;
     gru.steps = is_step ? 1 : batch_sizes ? batch_sizes->size(0) : input.size(0);
+    STD_TORCH_CHECK(gru.steps > 0, "input: expected a sequence length larger than 0");
     gru.batch = B;
     gru.input_size = I;
     gru.hidden_size = H;

@@ -1,6 +1,7 @@
 #include "runtime.h"
 
 #include <atomic>
+#include <thread>
 
 #if !defined(_WIN32)
 #include <pthread.h>
@@ -21,8 +22,8 @@ std::atomic<bool> is_forked{false};
 }  // namespace
 
 CallRuntime::CallRuntime(double operations)
-    : runtime_{operations >= kSerialWork && !is_forked ? int(torch::stable::get_num_threads()) : 1, parallel, allocate,
-               this} {}
+    : runtime_{operations >= kSerialWork && !is_forked ? int(torch::stable::get_num_threads()) : 1, parallel, yield,
+               allocate, this} {}
 
 void* CallRuntime::allocate(void* owner, size_t bytes) {
   auto& memory = static_cast<CallRuntime*>(owner)->memory_;
@@ -43,10 +44,10 @@ torch::stable::Tensor new_large(const torch::stable::Tensor& input, std::initial
   return tensor;
 }
 
-void CallRuntime::parallel(int64_t count, void (*task)(void*, int64_t), void* argument) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(argument, i);
-  });
+void CallRuntime::parallel(int64_t count, void (*task)(void*, int64_t, int64_t), void* argument) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) { task(argument, first, last); });
 }
+
+void CallRuntime::yield() { std::this_thread::yield(); }
 
 }  // namespace genkernels

@@ -21,7 +21,8 @@ class CallRuntime {
  private:
   static constexpr double kSerialWork = 1e6;
   static void* allocate(void* owner, size_t bytes);
-  static void parallel(int64_t count, void (*task)(void*, int64_t), void* argument);
+  static void parallel(int64_t count, void (*task)(void*, int64_t, int64_t), void* argument);
+  static void yield();
 
   std::vector<torch::stable::Tensor> memory_;
   Runtime runtime_;

@@ -111,6 +111,8 @@ class GRU(RNNBase):
         return hx
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """Raise what ``torch.nn.GRU`` raises for an input that does not fit, batched as it is
+        run."""
         dims = 3 if batch_sizes is None else 2
         if input.dim() != dims:
             raise RuntimeError(
@@ -190,6 +192,12 @@ class GRUCell(RNNCellBase):
                     f"GRUCell: expected {name} of shape {expected}, got {list(tensor.shape)}"
                 )
         is_batched = input.dim() == 2
+        if hx is not None and hx.shape[:-1] != input.shape[:-1]:
+            expected = [*input.shape[:-1], self.hidden_size]
+            raise RuntimeError(
+                f"GRUCell: expected hx of shape {expected} beside input of shape "
+                f"{list(input.shape)}, got {list(hx.shape)}"
+            )
         if not is_batched:
             input = input.unsqueeze(0)
         if hx is None:

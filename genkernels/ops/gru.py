@@ -103,6 +103,8 @@ def gru_cell(
     Returns:
         The next state, [B, H], in input's dtype.
 
+    Gradients as of :func:`gru`, to any order.
+
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument and
             both shapes.
@@ -169,6 +171,8 @@ def _check(
         if not is_cpu_int64 or batch_sizes.dim() != 1:
             got = f"{batch_sizes.dtype} on {batch_sizes.device}, shape {list(batch_sizes.shape)}"
             reject("batch_sizes", "an int64 CPU tensor of 1 dimension", got)
+        if batch_sizes.size(0) == 0:
+            reject("batch_sizes", "a sequence length larger than 0", "shape [0]")
         if resets is not None:
             reject("resets", "None beside batch_sizes", f"shape {list(resets.shape)}")
     if resets is not None:
@@ -176,6 +180,8 @@ def _check(
             reject("resets", "dtype torch.bool", resets.dtype)
         if resets.shape != input.shape[:2]:
             reject("resets", f"shape {list(input.shape[:2])}", f"{list(resets.shape)}")
+        if resets.device != input.device:
+            reject("resets", f"input's device {input.device}", resets.device)
 
 
 def _rows(input: Tensor, columns: int) -> Tensor:

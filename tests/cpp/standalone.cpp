@@ -86,11 +86,31 @@ class Memory {
   std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
 };
 
-void run_on_threads(int64_t count, void (*task)(void*, int64_t), void* argument) {
+using Task = void (*)(void*, int64_t, int64_t);
+
+void run_on_threads(int64_t count, Task task, void* argument) {
   std::vector<std::thread> threads;
-  for (int64_t i = 0; i < count; ++i) threads.emplace_back(task, argument, i);
+  for (int64_t i = 0; i < count; ++i) threads.emplace_back(task, argument, i, i + 1);
   for (std::thread& thread : threads) thread.join();
 }
+
+// As in a nested parallel region: one range has all.
+void run_as_one(int64_t count, Task task, void* argument) { task(argument, 0, count); }
+
+// As under a thread limit: fewer threads than asked for, with unequal ranges.
+void run_on_two(int64_t count, Task task, void* argument) {
+  const int64_t half = (count + 1) / 2;
+  std::thread first(task, argument, 0, half);
+  if (half < count) task(argument, half, count);
+  first.join();
+}
+
+struct Threads {
+  int count;
+  void (*parallel)(int64_t, Task, void*);
+};
+constexpr Threads kThreads[] = {
+    {1, run_as_one}, {2, run_on_threads}, {2, run_as_one}, {3, run_on_two}, {5, run_on_threads}};
 
 template <class S>
 std::vector<S> as(const Values& values) {
@@ -98,7 +118,8 @@ std::vector<S> as(const Values& values) {
 }
 
 template <class S>
-bool check(const genkernels::Kernels& kernels, genkernels::DType dtype, const char* name, double tolerance) {
+bool check(const genkernels::Kernels& kernels, const Threads& threads, genkernels::DType dtype, const char* name,
+           double tolerance) {
   std::mt19937 random(1);
   Arguments arguments;
   std::vector<S> values[6], gradients[6];
@@ -112,7 +133,8 @@ bool check(const genkernels::Kernels& kernels, genkernels::DType dtype, const ch
   std::vector<S> output(T * B * H, S(NAN)), gates(T * B * 4 * H, S(NAN)), h_n(B * H, S(NAN));
 
   Memory memory;
-  const genkernels::Runtime runtime{2, run_on_threads, Memory::allocate, &memory};
+  const genkernels::Runtime runtime{threads.count, threads.parallel, std::this_thread::yield, Memory::allocate,
+                                    &memory};
   genkernels::Gru gru{};
   gru.dtype = dtype;
   gru.steps = T;
@@ -180,8 +202,10 @@ int main(int argc, char** argv) {
   for (const genkernels::Kernels* const* level = genkernels::supported_levels(); *level != nullptr; ++level) {
     if (argc > 1 && std::strcmp(argv[1], (*level)->level) != 0) continue;
     found = true;
-    agrees &= check<float>(**level, genkernels::DType::float32, "float32", 1e-5);
-    agrees &= check<double>(**level, genkernels::DType::float64, "float64", 1e-7);
+    for (const Threads& threads : kThreads) {
+      agrees &= check<float>(**level, threads, genkernels::DType::float32, "float32", 1e-5);
+      agrees &= check<double>(**level, threads, genkernels::DType::float64, "float64", 1e-7);
+    }
   }
   if (!found) std::fprintf(stderr, "this CPU or this build has no level %s\n", argv[1]);
   return found && agrees ? 0 : 1;
