@@ -215,6 +215,13 @@ def test_evaluation_of_pieces_side_by_side():
         evaluate(model, tokens[:1], lengths)
 
 
+def test_evaluation_of_weights_that_are_no_numbers():
+    model = small_model()
+    torch.nn.init.constant_(model.linear.bias, math.nan)
+    with pytest.raises(FloatingPointError, match="cross-entropy is nan"):
+        evaluate(model, random_tokens(9), ByteTokenizer.byte_lengths)
+
+
 def test_is_as_good_as_on_torch_gru_at_equal_steps(corpus):
     """Real text, dropout and two layers: the same held-out bits per byte within 0.5%."""
     tokenizer = ByteTokenizer()
@@ -300,7 +307,33 @@ BROKEN = {
     "tokenizer missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
     "tokenizer unknown": (lambda f: edit_config(f, tokenizer="words"), "words"),
     "tokenizer mismatching": (lambda f: edit_config(f, tokenizer="bytes"), "256 tokens; expected"),
-    "weights missing": (lambda f: (f / "model.safetensors").unlink(), "not a safetensors file"),
+    "config nested too deep": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        "not JSON",
+    ),
+    "size beyond any machine": (
+        lambda f: edit_config(
+            f, config={"vocab_size": 9, "embedding_dim": 1, "hidden_size": 10**30}
+        ),
+        "hidden_size must be an int from 1 to 1,000,000, got 1000",
+    ),
+    "training is null": (lambda f: edit_config(f, training=None), "training is None"),
+    "weights missing": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "model.safetensors: No such file or directory; expected the weights",
+    ),
+    "weights are a folder": (
+        lambda f: [(f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()],
+        "model.safetensors: Is a directory; expected the weights",
+    ),
+    "weights of another dtype": (
+        lambda f: edit_weights(f, lambda w: w.update({"linear.bias": w["linear.bias"].half()})),
+        "linear.bias is torch.float16; expected torch.float32",
+    ),
+    "weights are no numbers": (
+        lambda f: edit_weights(f, lambda w: w["linear.bias"].fill_(math.nan)),
+        "linear.bias holds NaN",
+    ),
     "weights cut off": (
         lambda f: (f / "model.safetensors").write_bytes(
             (f / "model.safetensors").read_bytes()[:-9]

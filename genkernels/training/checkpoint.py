@@ -86,7 +86,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: {error.strerror}; expected the folder of a checkpoint"
         ) from error
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise InputError(f"{path}: not JSON ({error})") from error
     expected = {"format": FORMAT, "model": RNNLanguageModel.name}
     for key, value in expected.items():
@@ -96,17 +96,24 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for key in ("config", "tokenizer", "training"):
         if key not in config:
             raise InputError(f"{path}: lacks {key!r}")
+    if not isinstance(config["training"], dict):
+        raise InputError(f"{path}: training is {config['training']!r}; expected an object")
     return config
 
 
 def _read_weights(path: Path, config: RNNConfig) -> dict[str, torch.Tensor]:
-    """Read the weights and compare them with the shapes that `config` asks for."""
+    """Read the weights and compare them with what `config` asks for."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
+        with path.open("rb"):  # names the fault of a file that cannot be read; load_file does not
+            weights = load_file(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror or error}; expected the weights of a checkpoint"
+        ) from error
+    except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
     # On meta: a config with absurd sizes fails here before any memory is taken.
     with torch.device("meta"):
@@ -118,6 +125,12 @@ def _read_weights(path: Path, config: RNNConfig) -> dict[str, torch.Tensor]:
         found, wanted = list(weights[name].shape), list(expected[name].shape)
         if found != wanted:
             raise InputError(f"{path}: {name} has shape {found}; expected {wanted} by {CONFIG}")
+        if weights[name].dtype != expected[name].dtype:
+            raise InputError(
+                f"{path}: {name} is {weights[name].dtype}; expected {expected[name].dtype}"
+            )
+        if not weights[name].isfinite().all():
+            raise InputError(f"{path}: {name} holds NaN or infinity; expected finite numbers")
     return weights
 
 
