@@ -485,7 +485,7 @@ def test_replace_folder_makes_no_folder_in_vain(tmp_path):
     with contextlib.suppress(KeyboardInterrupt), replace_folder(tmp_path / "new"):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
-    with pytest.raises(InputError, match="^/: (holds|cannot)"), replace_folder("/"):
+    with pytest.raises(InputError, match=r"^/: (holds|cannot)"), replace_folder("/"):
         pytest.fail("the block must not be entered")
 
 

@@ -62,7 +62,10 @@ def evaluate(
     count = targets.numel()
     cross_entropy = nats / count
     if not math.isfinite(cross_entropy):
-        raise FloatingPointError(f"the cross-entropy is {cross_entropy}; expected a finite number")
+        raise FloatingPointError(
+            f"the cross-entropy is {cross_entropy}; expected a finite number "
+            "(in training, a lower learning rate may help)"
+        )
     return Evaluation(
         cross_entropy,
         # A model worse than e^700 is past a float; say so instead of raising OverflowError.
