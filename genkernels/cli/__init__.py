@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = "stdout" if _stdout_is_lost() else error.filename or "output folder"
         if isinstance(error, BrokenPipeError):
             return 1
-        return _fail(f"{where}: {error.strerror}; expected a place that can be written to", 2)
+        return _fail(
+            f"{where}: {error.strerror or error}; expected a place that can be written to", 2
+        )
     except (RuntimeError, MemoryError) as error:
         tried = re.search(r"tried to allocate \d+ bytes", str(error))
         if not tried and not isinstance(error, MemoryError):
