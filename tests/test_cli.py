@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import genkernels
 from genkernels.cli import main
+from genkernels.cli.app import app
 from genkernels.data import load_text
+from genkernels.models import RNNLanguageModel
 from genkernels.training import load_checkpoint
 
 TINY = ["--embedding-dim=8", "--hidden-size=16", "--batch-size=8", "--sequence-length=16"]
@@ -158,18 +162,49 @@ def test_evaluate_repeats_the_figures_of_training(checkpoint, notes, capsys):
     assert f"of {len(notes.read_bytes()) - 1:,} tokens" in whole
 
 
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"genkernels {genkernels.__version__}\n"
+
+
 def test_info(capsys):
     assert main(["info"]) == 0
     assert torch.__version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["train", "rnn"], ["generate"], ["evaluate"]])
+EXAMPLES = {
+    "": ["genkernels train rnn", 'genkernels generate --prompt "The class"'],
+    "train": ["genkernels train rnn --data notes.txt --minutes 2"],
+    "train rnn": ["genkernels train rnn --preset seed --output runs/seed"],
+    "generate": [
+        'genkernels generate runs/rnn --prompt "The class" --temperature 0.7 --seed 1',
+    ],
+    "evaluate": ["genkernels evaluate runs/rnn --data notes.txt --whole"],
+    "info": ["GENKERNELS_SIMD=avx2 genkernels info"],
+}
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
 def test_help_teaches(command, capsys):
-    assert main([*command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     out = capsys.readouterr().out
     assert "Usage: genkernels" in out
-    assert "genkernels train rnn" in out or command not in ([], ["train", "rnn"])
     assert "--help" in out
+    lines = [line.strip() for line in out.splitlines()]
+    for example in EXAMPLES[command]:
+        assert example in lines, "to be copied, so on a line of its own"
+
+
+def test_help_explains_every_option(capsys):
+    commands = [typer.main.get_command(app)]
+    for command in commands:
+        commands += getattr(command, "commands", {}).values()
+        assert all(parameter.help for parameter in command.params), command.name
+    assert len(commands) == 6
+    assert main(["train", "rnn", "--help"]) == 0
+    out = capsys.readouterr().out
+    for value in ("hidden-size 384", "hidden-size 512", "learning-rate 0.003"):
+        assert value in out
 
 
 def test_without_arguments_it_shows_the_help(capsys):
@@ -184,8 +219,8 @@ TRAIN = {
     "a folder": (["--data", "{tmp}"], "{tmp}: Is a directory"),
     "empty file": (["--data", "{tmp}/empty.txt"], "{tmp}/empty.txt: no text"),
     "not UTF-8": (["--data", "{tmp}/latin1.txt"], "{tmp}/latin1.txt: not UTF-8 at byte 3 (0xe9)"),
-    "one sequence is longer": (["--data", "{tmp}/short.txt"], "text too short"),
-    "nothing to hold out": (["--data", "{tmp}/word.txt"], "nothing to hold out"),
+    "one sequence is longer": (["--data", "{tmp}/short.txt"], "{tmp}/short.txt: text too short"),
+    "nothing to hold out": (["--data", "{tmp}/word.txt"], "{tmp}/word.txt: nothing to hold out"),
     "unknown preset": (["--preset", "huge"], "'huge'; expected one of bytes, seed"),
     "negative steps": (["--steps", "-1"], "'--steps'"),
     "no steps": (["--steps", "0"], "'--steps'"),
@@ -195,7 +230,19 @@ TRAIN = {
     "batch size in words": (["--batch-size", "all"], "neither a positive integer nor full"),
     "vocabulary below bytes": (["--vocab-size", "255"], "'--vocab-size'"),
     "dropout of all": (["--dropout", "1"], "'--dropout'"),
-    "unknown optimizer": (["--optimizer", "lion"], "'sgd', 'adam', 'adamw'"),
+    "more than any machine holds": (
+        ["--hidden-size=1000000", "--num-layers=1000"],
+        "out of memory (tried to allocate 12000000000000 bytes); expected a smaller model",
+    ),
+    "units beyond count": (["--hidden-size", "9" * 30], "'--hidden-size'"),
+    "tokens beyond count": (["--vocab-size", "9" * 30], "'--vocab-size'"),
+    "layers beyond count": (["--num-layers", "10000000"], "'--num-layers'"),
+    "endless minutes": (["--minutes", "inf"], "'--minutes': inf is not a finite number"),
+    "endless rate": (["--learning-rate", "inf"], "'--learning-rate': inf is not a finite number"),
+    "unknown optimizer": (
+        ["--optimizer", "lion"],
+        "'--optimizer': 'lion' is not one of 'sgd', 'adam', 'adamw'",
+    ),
     "unknown schedule": (["--schedule", "linear"], "'constant', 'cosine'"),
     "unknown option": (["--frobnicate"], "No such option: --frobnicate"),
     "output below a file": (["--output", "{tmp}/short.txt/rnn"], "{tmp}/short.txt/rnn: cannot"),
@@ -239,6 +286,8 @@ OTHER = {
     "prompt of nothing": (["generate", "{run}", "--prompt", "\x00"], "--prompt: empty"),
     "prompt not UTF-8": (["generate", "{run}", "--prompt", "\udcff"], "--prompt: not UTF-8"),
     "below zero": (["generate", "{run}", "--temperature", "-1"], "'--temperature'"),
+    "endless temperature": (["generate", "{run}", "--temperature", "inf"], "'--temperature'"),
+    "nothing to hold out": (["evaluate", "{run}", "--data", "{tmp}/x"], "{tmp}/x: nothing to hold"),
     "no number": (["generate", "{run}", "--temperature", "nan"], "'--temperature'"),
     "seed below zero": (["generate", "{run}", "--seed", "-1"], "'--seed'"),
     "seed too large": (["generate", "{run}", "--seed", str(2**64)], "'--seed'"),
@@ -285,7 +334,9 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name
+)
 def test_interrupt_keeps_what_was_learned(number, notes, tmp_path):
     output = tmp_path / "rnn"
     arguments = ["--data", str(notes), "--output", str(output), "--no-compare"]
@@ -301,6 +352,54 @@ def test_interrupt_keeps_what_was_learned(number, notes, tmp_path):
     training = load_checkpoint(output).training
     assert 200 <= training["steps"] < 4000
     assert [p.name for p in tmp_path.iterdir()] == ["rnn"]
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_says_that_it_was_interrupted(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(RNNLanguageModel, "generate", interrupt)
+    assert main(["generate", str(checkpoint)]) == 130
+    assert capsys.readouterr().err == "genkernels: interrupted; nothing was written\n"
+
+
+def test_interrupt_of_the_sample_keeps_the_checkpoint(notes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(RNNLanguageModel, "generate", interrupt)
+    output = tmp_path / "rnn"
+    arguments = ["--data", str(notes), "--output", str(output), "--no-compare", "--steps=2"]
+    assert main(["train", "rnn", *TINY, *arguments]) == 130
+    err = capsys.readouterr().err
+    assert err == f"genkernels: interrupted after step 2; {output} has it\n"
+    assert load_checkpoint(output).training["steps"] == 2
+
+
+def test_a_terminal_that_is_gone_costs_no_checkpoint(notes, tmp_path):
+    output = tmp_path / "rnn"
+    arguments = ["--data", str(notes), "--output", str(output), "--no-compare", "--steps=4000"]
+    child, terminal = pty.fork()
+    if not child:
+        command = [sys.executable, "-m", "genkernels.cli", "train", "rnn", *TINY, *arguments]
+        os.execve(sys.executable, command, os.environ | {"OMP_NUM_THREADS": "1"})
+    shown = b""
+    while b"  cpp" not in shown:
+        shown += os.read(terminal, 1000)
+    os.close(terminal)  # the kernel sends SIGHUP
+    os.waitpid(child, 0)
+    assert load_checkpoint(output).training["steps"] < 4000
+    assert [p.name for p in tmp_path.iterdir()] == ["rnn"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("command", ["generate", "info"])
+def test_says_that_the_output_cannot_be_written(command, checkpoint, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main([command] + [str(checkpoint)] * (command == "generate")) == 2
+        monkeypatch.undo()
+    err = capsys.readouterr().err
+    assert err.startswith("genkernels: stdout: No space left on device")
+    assert err.count("\n") == 1
 
 
 def test_says_which_extra_is_missing():

@@ -19,7 +19,14 @@ def small_model(num_layers: int = 1, dropout: float = 0.0) -> RNNLanguageModel:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("vocab_size", 0), ("hidden_size", 2.0), ("num_layers", True), ("dropout", 1.0)],
+    [
+        ("vocab_size", 0),
+        ("hidden_size", 2.0),
+        ("hidden_size", 10**30),
+        ("num_layers", True),
+        ("num_layers", 10**7),
+        ("dropout", 1.0),
+    ],
 )
 def test_config_refuses_sizes_that_are_none(field, value):
     sizes = {"vocab_size": 10, "embedding_dim": 4, "hidden_size": 4, field: value}
@@ -117,6 +124,13 @@ def test_sampling_frequencies(temperature, top_k):
     frequencies = torch.bincount(drawn[:, 0], minlength=5) / 20_000
     torch.testing.assert_close(frequencies[: len(expected)], expected, atol=0.02, rtol=0)
     assert frequencies[len(expected) :].sum() == 0
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+def test_sampling_refuses_logits_that_are_no_numbers(logit, temperature):
+    with pytest.raises(FloatingPointError, match="largest logit"):
+        sample_token(torch.tensor([[0.0, logit]]), temperature)
 
 
 def test_every_temperature_can_be_divided_by():

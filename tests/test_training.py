@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import pickle
 
 import pytest
@@ -214,6 +215,13 @@ def test_evaluation_of_pieces_side_by_side():
         evaluate(model, tokens[:1], lengths)
 
 
+def test_evaluation_of_weights_that_are_no_numbers():
+    model = small_model()
+    torch.nn.init.constant_(model.linear.bias, math.nan)
+    with pytest.raises(FloatingPointError, match="cross-entropy is nan"):
+        evaluate(model, random_tokens(9), ByteTokenizer.byte_lengths)
+
+
 def test_is_as_good_as_on_torch_gru_at_equal_steps(corpus):
     """Real text, dropout and two layers: the same held-out bits per byte within 0.5%."""
     tokenizer = ByteTokenizer()
@@ -299,7 +307,33 @@ BROKEN = {
     "tokenizer missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
     "tokenizer unknown": (lambda f: edit_config(f, tokenizer="words"), "words"),
     "tokenizer mismatching": (lambda f: edit_config(f, tokenizer="bytes"), "256 tokens; expected"),
-    "weights missing": (lambda f: (f / "model.safetensors").unlink(), "not a safetensors file"),
+    "config nested too deep": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        "not JSON",
+    ),
+    "size beyond any machine": (
+        lambda f: edit_config(
+            f, config={"vocab_size": 9, "embedding_dim": 1, "hidden_size": 10**30}
+        ),
+        "hidden_size must be an int from 1 to 1,000,000, got 1000",
+    ),
+    "training is null": (lambda f: edit_config(f, training=None), "training is None"),
+    "weights missing": (
+        lambda f: (f / "model.safetensors").unlink(),
+        "model.safetensors: No such file or directory; expected the weights",
+    ),
+    "weights are a folder": (
+        lambda f: [(f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()],
+        "model.safetensors: Is a directory; expected the weights",
+    ),
+    "weights of another dtype": (
+        lambda f: edit_weights(f, lambda w: w.update({"linear.bias": w["linear.bias"].half()})),
+        "linear.bias is torch.float16; expected torch.float32",
+    ),
+    "weights are no numbers": (
+        lambda f: edit_weights(f, lambda w: w["linear.bias"].fill_(math.nan)),
+        "linear.bias holds NaN",
+    ),
     "weights cut off": (
         lambda f: (f / "model.safetensors").write_bytes(
             (f / "model.safetensors").read_bytes()[:-9]
@@ -378,23 +412,81 @@ def test_replace_folder_spares_what_is_no_checkpoint(checkpoint, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    (tmp_path / "folders" / "loss.png").mkdir(parents=True)
     file = tmp_path / "file"
     file.write_text("mine")
     for place, message in [
         (path, "notes.md"),
         (other, "format is None"),
-        (file, "Not a directory"),
-        (file / "below", f"File exists: {file}"),
+        (file, f"File exists: {file}"),
+        (file / "below", f"Not a directory: {file}"),
+        (tmp_path / "folders", "loss.png"),
     ]:
         with pytest.raises(InputError, match=message), replace_folder(place):
             pytest.fail("the block must not be entered")
     assert (path / "notes.md").read_text() == "mine"
     assert file.read_text() == "mine"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "model", "other"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folders", "model", "other"]
     (tmp_path / "empty").mkdir()
     with replace_folder(tmp_path / "empty") as folder:
         (folder / "config.json").write_text("{}")
     assert (tmp_path / "empty" / "config.json").exists()
+
+
+def test_replace_folder_fills_the_working_directory_and_links(checkpoint, tmp_path, monkeypatch):
+    path, model, tokenizer = checkpoint
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    (path / ".genkernels-of-a-killed-run").mkdir()
+    (path / "loss.png").touch()
+    monkeypatch.chdir(path)
+    before = os.stat(path)
+    for place, steps in ((".", 4), (link, 5), (path, 6)):
+        with replace_folder(place) as folder:
+            save_checkpoint(folder, model, tokenizer, {"steps": steps})
+        assert load_checkpoint(".").training == {"steps": steps}
+        assert os.path.samestat(os.stat(path), before)
+        assert not (path / "loss.png").exists(), "of the checkpoint that was replaced"
+    assert link.is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "model"]
+    assert len(list(path.iterdir())) == 4
+
+
+def test_replace_folder_never_shows_a_mixture(checkpoint, monkeypatch):
+    """Wherever the moving is cut short; after an interrupt it is finished."""
+    path, model, tokenizer = checkpoint
+    replace, moved = os.replace, []
+
+    def killed(source, target):
+        if len(moved) == 1:
+            raise SystemExit
+        moved.append(target)
+        replace(source, target)
+
+    def interrupted(source, target):
+        replace(source, target)
+        monkeypatch.setattr(os, "replace", replace)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with replace_folder(path) as folder:
+        save_checkpoint(folder, model, tokenizer, {"steps": 4})
+    assert load_checkpoint(path).training == {"steps": 4}
+    assert len(list(path.iterdir())) == 3
+    monkeypatch.setattr(os, "replace", killed)
+    with contextlib.suppress(SystemExit), replace_folder(path) as folder:
+        save_checkpoint(folder, model, tokenizer, {"steps": 5})
+    assert moved
+    with pytest.raises(InputError, match=r"config.json: No such file"):
+        load_checkpoint(path)
+
+
+def test_replace_folder_makes_no_folder_in_vain(tmp_path):
+    with contextlib.suppress(KeyboardInterrupt), replace_folder(tmp_path / "new"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"^/: (holds|cannot)"), replace_folder("/"):
+        pytest.fail("the block must not be entered")
 
 
 def test_loss_curve_is_a_png(tmp_path):

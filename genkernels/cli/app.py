@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
-from inspect import cleandoc
+from typing import Annotated
 
 import typer
 
+from .. import __version__
 from . import evaluate, generate, train_rnn
 
 app = typer.Typer(
-    name="genkernels",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="markdown",
-    help=cleandoc("""
-        Train generative models on the fused kernels of genkernels.
-
-        First steps:
-
-            genkernels train rnn
-            genkernels generate --prompt "The class"
-    """),
+    name="genkernels", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown"
 )
-train = typer.Typer(no_args_is_help=True, help="Train a model on a text file.")
+train = typer.Typer(no_args_is_help=True)
 train.command("rnn")(train_rnn.train_rnn)
 app.add_typer(train, name="train")
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"genkernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _genkernels(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show it and exit."),
+    ] = False,
+) -> None:
+    """Train generative models on the fused kernels of genkernels.
+
+    First steps:
+
+    ```
+    genkernels train rnn
+    genkernels generate --prompt "The class"
+    ```
+    """
+
+
+@train.callback()
+def _train() -> None:
+    """Train a model on a text file.
+
+    Example:
+
+    ```
+    genkernels train rnn --data notes.txt --minutes 2
+    ```
+    """
+
+
 @app.command()
 def info() -> None:
-    """Print versions, CPU features, SIMD levels and which kernels can run."""
+    """Print versions, CPU features, SIMD levels and which kernels can run.
+
+    Example:
+
+    ```
+    GENKERNELS_SIMD=avx2 genkernels info
+    ```
+    """
     from ..info import main
 
     main()

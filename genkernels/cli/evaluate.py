@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..data import DEFAULT_CORPUS, ByteTokenizer, InputError, load_text, split_text
+from ..data import DEFAULT_CORPUS, ByteTokenizer, InputError, errors_in, load_text, split_text
 from ..models import MarkovModel
 from ..training import evaluate as evaluate_model
 from ..training import load_checkpoint
@@ -45,7 +45,8 @@ def evaluate(
     bytes_of = ByteTokenizer().encode
     baseline = None
     if not whole:
-        training, text = split_text(text)
+        with errors_in(data or DEFAULT_CORPUS):
+            training, text = split_text(text)
         baseline = MarkovModel(order=3).fit(bytes_of(training)).bits_per_byte(bytes_of(text))
     tokens = tokenizer.encode(text)
     if len(tokens) < 2:

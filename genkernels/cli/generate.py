@@ -23,7 +23,8 @@ def generate(
     ] = "\n",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 400,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Below 1 is safer, above 1 bolder; 0 is greedy.")
+        float,
+        typer.Option(min=0, max=1e6, help="Below 1 is safer, above 1 bolder; 0 is greedy."),
     ] = 0.8,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Draw among the k likeliest tokens only.")

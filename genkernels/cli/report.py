@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 
@@ -68,7 +69,8 @@ class TrainingDisplay:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        with contextlib.suppress(OSError):  # a terminal that is gone must not cost the checkpoint
+            self._bar.stop()
 
     def step(self, step: Step) -> None:
         description = f"step {step.number:,}  loss {step.loss:.4f}"

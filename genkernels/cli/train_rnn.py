@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
+import math
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +17,14 @@ from ..data import (
     ByteTokenizer,
     InputError,
     clean_text,
+    errors_in,
     load_text,
     sequence_batches,
     split_text,
     train_tokenizer,
 )
 from ..models import MarkovModel, RNNLanguageModel
+from ..models.rnn import MAX_LAYERS, MAX_SIZE
 from ..training import (
     LOSS_CURVE,
     RNN_PRESETS,
@@ -54,13 +56,28 @@ def _batch_size(value: str) -> int | str:
     raise typer.BadParameter(f"{value!r} is neither a positive integer nor full.")
 
 
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def _values(preset: str) -> str:
+    """Return the name of a preset and its values, as options are written."""
+    model, training = RNN_PRESETS[preset]
+    values = dataclasses.asdict(model) | dataclasses.asdict(training)
+    shown = (f"{k.replace('_', '-')} {v}" for k, v in values.items() if v is not None)
+    return f"{preset}: {', '.join(shown)}."
+
+
 def train_rnn(
     data: Annotated[
         Path | None,
         typer.Option(help="UTF-8 text file.", show_default=DEFAULT_CORPUS),
     ] = None,
     preset: Annotated[
-        str, typer.Option(help=f"Named settings: {', '.join(RNN_PRESETS)}.")
+        str,
+        typer.Option(help=" ".join(["Named settings.", *map(_values, RNN_PRESETS)])),
     ] = "bytes",
     output: Annotated[
         Path, typer.Option(help="Folder for the checkpoint; a checkpoint there is replaced.")
@@ -76,36 +93,75 @@ def train_rnn(
         int | None,
         typer.Option(
             min=256,
+            max=MAX_SIZE,
             help="256: bytes as they are; above: BPE learned from the training split.",
             rich_help_panel=_MODEL,
         ),
     ] = None,
     embedding_dim: Annotated[
-        int | None, typer.Option(min=1, help="Width of a token.", rich_help_panel=_MODEL)
+        int | None,
+        typer.Option(min=1, max=MAX_SIZE, help="Width of a token.", rich_help_panel=_MODEL),
     ] = None,
     hidden_size: Annotated[
-        int | None, typer.Option(min=1, help="GRU units.", rich_help_panel=_MODEL)
+        int | None,
+        typer.Option(min=1, max=MAX_SIZE, help="GRU units.", rich_help_panel=_MODEL),
     ] = None,
     num_layers: Annotated[
-        int | None, typer.Option(min=1, help="GRU layers.", rich_help_panel=_MODEL)
+        int | None,
+        typer.Option(min=1, max=MAX_LAYERS, help="GRU layers.", rich_help_panel=_MODEL),
     ] = None,
-    dropout: Annotated[float | None, typer.Option(min=0, max=0.99, rich_help_panel=_MODEL)] = None,
+    dropout: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=0.99,
+            help="Share of the features zeroed in training.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="End after so many.", rich_help_panel=_TRAINING)
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.01, help="End after so long.", rich_help_panel=_TRAINING)
+        float | None,
+        typer.Option(
+            min=0.01, callback=_finite, help="End after so long.", rich_help_panel=_TRAINING
+        ),
     ] = None,
-    optimizer: Annotated[OptimizerName | None, typer.Option(rich_help_panel=_TRAINING)] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0, rich_help_panel=_TRAINING)] = None,
-    weight_decay: Annotated[float | None, typer.Option(min=0, rich_help_panel=_TRAINING)] = None,
+    optimizer: Annotated[
+        OptimizerName | None,
+        typer.Option(help="That of torch.optim.", rich_help_panel=_TRAINING),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            callback=_finite,
+            help="At its highest, after the warm-up.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            callback=_finite,
+            help="Pull of every weight towards zero, as the optimizer defines it.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     schedule: Annotated[
         ScheduleName | None,
         typer.Option(help="Of the learning rate, after a warm-up.", rich_help_panel=_TRAINING),
     ] = None,
     max_grad_norm: Annotated[
         float | None,
-        typer.Option(min=0, help="Clip gradients to it; 0 does not.", rich_help_panel=_TRAINING),
+        typer.Option(
+            min=0,
+            callback=_finite,
+            help="Clip gradients to it; 0 does not.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     batch_size: Annotated[
         Any,
@@ -156,22 +212,27 @@ def train_rnn(
     if steps is not None or minutes is not None:  # either replaces the preset's limit
         config = dataclasses.replace(config, steps=steps, minutes=minutes)
 
-    text = split_text(load_text(data))
-    tokenizer = train_tokenizer(text.training, sizes.vocab_size)
-    sizes = dataclasses.replace(sizes, vocab_size=tokenizer.vocab_size)
-    held_out = tokenizer.encode(text.held_out)
-    if len(held_out) < 2:
-        raise InputError(f"text too short: {len(held_out)} token to hold out; expected at least 2")
-    batches = sequence_batches(
-        tokenizer.encode(text.training), config.batch_size, config.sequence_length
-    )
+    source = data or DEFAULT_CORPUS
+    whole = load_text(data)
+    with errors_in(source):
+        text = split_text(whole)
+        tokenizer = train_tokenizer(text.training, sizes.vocab_size)
+        sizes = dataclasses.replace(sizes, vocab_size=tokenizer.vocab_size)
+        held_out = tokenizer.encode(text.held_out)
+        if len(held_out) < 2:
+            raise InputError(
+                f"text too short: {len(held_out)} token to hold out; expected at least 2"
+            )
+        batches = sequence_batches(
+            tokenizer.encode(text.training), config.batch_size, config.sequence_length
+        )
     with replace_folder(output) as folder:
         torch.manual_seed(seed)
         model = RNNLanguageModel(sizes)
         training_bytes, held_out_bytes = map(ByteTokenizer().encode, text)
         input = batches[0][0]
         print(
-            f"data            {data or DEFAULT_CORPUS}: {len(training_bytes):,} bytes to train on, "
+            f"data            {source}: {len(training_bytes):,} bytes to train on, "
             f"{len(held_out_bytes):,} held out\n"
             f"model           {sum(p.numel() for p in model.parameters()):,} parameters: "
             f"{tokenizer.vocab_size:,} tokens ({tokenizer.name}), embedding {sizes.embedding_dim}, "
@@ -184,7 +245,7 @@ def train_rnn(
         result = evaluate(model, held_out, tokenizer.byte_lengths)
         markov = MarkovModel(order=3).fit(training_bytes).bits_per_byte(held_out_bytes)
         training: dict[str, Any] = {
-            "data": str(data or DEFAULT_CORPUS),
+            "data": str(source),
             "seed": seed,
             "settings": dataclasses.asdict(config),
             "steps": len(history.training),
@@ -197,23 +258,26 @@ def train_rnn(
         save_checkpoint(folder, model, tokenizer, training)
         plot_loss(folder / LOSS_CURVE, history.training, history.held_out, markov)
 
-    print("\n".join(["", *evaluation_lines(result, markov)]))
-    print(f"tokens/s        {history.tokens_per_second:,.0f}")
-    print(f"kernels         {kernel_calls(history.calls)}")
-    if comparison:
-        print(f"speed-up        {comparison.speed_up:.2f}x over torch.nn.GRU")
-    print(f"loss curve      {output / LOSS_CURVE}")
-    print(f"checkpoint      {output}")
-    prompt = tokenizer.encode(text.held_out[:_PROMPT_CHARACTERS])
-    sample = model.generate(
-        prompt[None], _SAMPLE_TOKENS, temperature=0.8, generator=torch.Generator().manual_seed(seed)
-    )
-    print(f"sample          (the first {_PROMPT_CHARACTERS} characters are given)")
-    print(textwrap.indent(clean_text(tokenizer.decode(sample[0])), "  | ", lambda line: True))
+    try:
+        print("\n".join(["", *evaluation_lines(result, markov)]))
+        print(f"tokens/s        {history.tokens_per_second:,.0f}")
+        print(f"kernels         {kernel_calls(history.calls)}")
+        if comparison:
+            print(f"speed-up        {comparison.speed_up:.2f}x over torch.nn.GRU")
+        print(f"loss curve      {output / LOSS_CURVE}")
+        print(f"checkpoint      {output}")
+        sample = model.generate(
+            tokenizer.encode(text.held_out[:_PROMPT_CHARACTERS])[None],
+            _SAMPLE_TOKENS,
+            temperature=0.8,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        print(f"sample          (the first {_PROMPT_CHARACTERS} characters are given)")
+        print(textwrap.indent(clean_text(tokenizer.decode(sample[0])), "  | ", lambda line: True))
+    except KeyboardInterrupt:  # the checkpoint stands, so that the word on it must not be lost
+        history.interrupted = True
     if history.interrupted:
-        step = len(history.training)
-        print(f"genkernels: interrupted after step {step}; {output} has it", file=sys.stderr)
-        raise typer.Exit(130)
+        raise typer.Abort(f"interrupted after step {len(history.training)}; {output} has it")
 
 
 def _override(config: Any, **given: Any) -> Any:

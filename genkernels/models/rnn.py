@@ -10,15 +10,19 @@ from torch import Tensor, nn
 from ..nn import GRU
 from .sampling import sample_token
 
+# Far above what fits into a machine, far below where sizes overflow or building takes forever.
+MAX_SIZE = 1_000_000
+MAX_LAYERS = 1_000
+
 
 @dataclass(frozen=True)
 class RNNConfig:
-    """Sizes of an `RNNLanguageModel`.
+    """Sizes of an `RNNLanguageModel`: at most 1,000,000, and at most 1,000 layers.
 
     `dropout` is the probability after the embedding, between the layers and before the last Linear.
 
     Raises:
-        ValueError: a size that is not a positive int, or a dropout outside [0, 1).
+        ValueError: a size that is no int or out of range, or a dropout outside [0, 1).
     """
 
     vocab_size: int
@@ -30,8 +34,9 @@ class RNNConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embedding_dim", "hidden_size", "num_layers"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive int, got {value!r}")
+            most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} must be an int from 1 to {most:,}, got {value!r}")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
 

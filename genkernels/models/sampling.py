@@ -19,15 +19,19 @@ def sample_token(
 
     Raises:
         ValueError: temperature < 0 or top_k < 1.
+        FloatingPointError: a row whose largest logit is not a finite number.
     """
     if not temperature >= 0:  # not a number is no temperature either
         raise ValueError(f"temperature must be >= 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be >= 1, got {top_k}")
+    largest = logits.amax(-1, keepdim=True)  # [B, 1]
+    if not largest.isfinite().all():
+        raise FloatingPointError("the largest logit is NaN or infinite; expected finite logits")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)  # [B, 1]
     # Float64, from the maximum down: no temperature above 0 is too small to divide by.
-    logits = (logits.double() - logits.amax(-1, keepdim=True)) / temperature  # [B, V]
+    logits = (logits.double() - largest) / temperature  # [B, V]
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k).values[:, -1:]  # [B, 1]
         logits = logits.masked_fill(logits < threshold, float("-inf"))

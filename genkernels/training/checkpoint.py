@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ WEIGHTS = "model.safetensors"
 LOSS_CURVE = "loss.png"
 FILES = {CONFIG, WEIGHTS, LOSS_CURVE, BPETokenizer.file}
 FORMAT = "genkernels-1"
+_TEMPORARY = ".genkernels-"
 
 
 class Checkpoint(NamedTuple):
@@ -85,7 +86,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: {error.strerror}; expected the folder of a checkpoint"
         ) from error
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise InputError(f"{path}: not JSON ({error})") from error
     expected = {"format": FORMAT, "model": RNNLanguageModel.name}
     for key, value in expected.items():
@@ -95,17 +96,24 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for key in ("config", "tokenizer", "training"):
         if key not in config:
             raise InputError(f"{path}: lacks {key!r}")
+    if not isinstance(config["training"], dict):
+        raise InputError(f"{path}: training is {config['training']!r}; expected an object")
     return config
 
 
 def _read_weights(path: Path, config: RNNConfig) -> dict[str, torch.Tensor]:
-    """Read the weights and compare them with the shapes that `config` asks for."""
+    """Read the weights and compare them with what `config` asks for."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        weights = load_file(path)
-    except (OSError, SafetensorError) as error:
+        with path.open("rb"):  # names the fault of a file that cannot be read; load_file does not
+            weights = load_file(path)
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror or error}; expected the weights of a checkpoint"
+        ) from error
+    except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
     # On meta: a config with absurd sizes fails here before any memory is taken.
     with torch.device("meta"):
@@ -117,52 +125,69 @@ def _read_weights(path: Path, config: RNNConfig) -> dict[str, torch.Tensor]:
         found, wanted = list(weights[name].shape), list(expected[name].shape)
         if found != wanted:
             raise InputError(f"{path}: {name} has shape {found}; expected {wanted} by {CONFIG}")
+        if weights[name].dtype != expected[name].dtype:
+            raise InputError(
+                f"{path}: {name} is {weights[name].dtype}; expected {expected[name].dtype}"
+            )
+        if not weights[name].isfinite().all():
+            raise InputError(f"{path}: {name} holds NaN or infinity; expected finite numbers")
     return weights
 
 
 @contextlib.contextmanager
 def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give an empty folder to write into, and put it at `path` when the block ends well.
+    """Give an empty folder to write into, and move its files to `path` when the block ends well.
 
-    The folder is made beside `path` at once, so that a place that cannot be written to is found
-    before the work, and is renamed at the end; if the block raises, it is removed and what stands
-    at `path` stays as it was.
+    The empty folder is made inside `path` at once, so that a place that cannot be written to is
+    found before the work; if the block raises, it is removed and what stands at `path` stays as it
+    was. `path` itself is filled in place, since it may be a link, a mount point or the working
+    directory. The old config.json goes first and the new one comes last: a reader meets a whole
+    checkpoint or none, even after a kill between the two, which leaves the rest in `.genkernels-*`.
 
     Raises:
         InputError: the place cannot be written to, or holds something other than a checkpoint.
     """
     path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    old = temporary.with_suffix(".old")
     try:
-        if path.exists():
-            _check_replaceable(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        is_new = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+        _check_replaceable(path)
+        temporary = tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=path)
     except OSError as error:
         raise InputError(
             f"{path}: cannot write there ({error.strerror}: {error.filename}); "
             "expected a folder in a writable place"
         ) from error
     try:
-        yield temporary
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+        with temporary as name:
+            folder = Path(name)
+            yield folder
+            stale = FILES.difference(os.listdir(folder)) | {CONFIG}
+            try:
+                for file in stale:
+                    (path / file).unlink(missing_ok=True)
+                _move_files(folder, path)
+            except KeyboardInterrupt:  # too late to stop: the old checkpoint is gone
+                _move_files(folder, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # not empty: all went well
+                path.rmdir()
+
+
+def _move_files(source: Path, target: Path) -> None:
+    for file in sorted(os.listdir(source), key=CONFIG.__eq__):  # config.json last
+        os.replace(source / file, target / file)
 
 
 def _check_replaceable(path: Path) -> None:
     """Let only an empty folder or one of our own checkpoints be replaced, never a user's files."""
-    names = {entry.name for entry in path.iterdir()}
-    if not names:
-        return
-    foreign = sorted(names - FILES)
+    entries = [entry for entry in path.iterdir() if not entry.name.startswith(_TEMPORARY)]
+    foreign = sorted(entry.name for entry in entries if entry.name not in FILES or entry.is_dir())
     if foreign:
         raise InputError(
             f"{path}: holds {foreign[0]!r}, which is no part of a checkpoint; "
             "expected a new or empty folder, or a checkpoint to replace"
         )
-    _read_config(path)
+    if entries:
+        _read_config(path)

@@ -42,6 +42,7 @@ def evaluate(
 
     Raises:
         ValueError: fewer than two tokens.
+        FloatingPointError: the cross-entropy is not a finite number.
     """
     if len(tokens) < 2:
         raise ValueError(f"tokens must hold at least 2, got {len(tokens)}")
@@ -60,6 +61,11 @@ def evaluate(
     model.train(was_training)
     count = targets.numel()
     cross_entropy = nats / count
+    if not math.isfinite(cross_entropy):
+        raise FloatingPointError(
+            f"the cross-entropy is {cross_entropy}; expected a finite number "
+            "(in training, a lower learning rate may help)"
+        )
     return Evaluation(
         cross_entropy,
         # A model worse than e^700 is past a float; say so instead of raising OverflowError.
