@@ -18,6 +18,7 @@ using type = memory::data_type;
 namespace {
 
 std::string failure;
+bool unimplemented = false;
 
 struct Gru {
   dnnl::engine engine{dnnl::engine::kind::cpu, 0};
@@ -65,8 +66,10 @@ auto guarded(Function function) -> decltype(function()) {
     return function();
   } catch (const dnnl::error& error) {
     failure = std::string(error.what()) + " (status " + std::to_string(error.status) + ")";
+    unimplemented = error.status == dnnl_unimplemented;
   } catch (const std::exception& error) {
     failure = error.what();
+    unimplemented = false;
   }
   return {};
 }
@@ -77,6 +80,9 @@ extern "C" {
 
 // The message of the last call that returned null or false.
 const char* gru_failure() { return failure.c_str(); }
+
+// Whether that call asked for what oneDNN does not have on this CPU.
+bool gru_unimplemented() { return unimplemented; }
 
 // major * 10000 + minor * 100 + patch of the library that was loaded.
 int gru_library_version() {

@@ -54,7 +54,8 @@ def build(case: Case) -> Contestant:
         values["cotangent_h"],
     )
     if not handle:
-        raise Unsupported(f"oneDNN: {library.gru_failure().decode()}")
+        message = f"oneDNN: {library.gru_failure().decode()}"
+        raise (Unsupported if library.gru_unimplemented() else RuntimeError)(message)
 
     def step() -> None:
         if not library.gru_step(handle):
@@ -95,6 +96,7 @@ def load() -> ctypes.CDLL:
         "-ldnnl",
     )
     library.gru_failure.restype = ctypes.c_char_p
+    library.gru_unimplemented.restype = ctypes.c_bool
     library.gru_create.restype = ctypes.c_void_p
     library.gru_create.argtypes = [ctypes.c_long] * 4 + [ctypes.c_bool] * 2 + [POINTER] * 7
     library.gru_destroy.restype = None

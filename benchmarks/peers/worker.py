@@ -86,7 +86,7 @@ def serve(build: Callable[[Case], Contestant], *distributions: str) -> None:
             answer({"unsupported": str(reason)})
         except Exception as error:
             traceback.print_exc()
-            answer({"error": f"{type(error).__name__}: {error}"})
+            answer({"error": " ".join(f"{type(error).__name__}: {error}".split())})
         else:
             version = ", ".join(f"{name} {metadata.version(name)}" for name in distributions)
             answer({"results": results, "settings": contestant.settings, "version": version})
