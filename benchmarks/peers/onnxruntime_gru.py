@@ -54,8 +54,8 @@ def build(case: Case) -> Contestant:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = case.threads
     options.inter_op_num_threads = 1
-    # Threads that sleep between the steps of a sequence would cost it several times its time, so
-    # they spin, but only while a run lasts: in another contestant's turn they are asleep.
+    # Threads that sleep between the steps of a sequence wait for the scheduler when anything else
+    # runs, so they spin, but only while a run lasts: in another contestant's turn they sleep.
     entries = {"session.intra_op.allow_spinning": "1", "session.force_spinning_stop": "1"}
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
