@@ -15,7 +15,7 @@ FIND_TORCH := from importlib import metadata, util; \
   print(util.find_spec("torch").origin.rsplit("/torch/", 1)[0])
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench bench-compare build lint format abi-check clean torch-requirement
+.PHONY: help train test bench bench-compare peers build lint format abi-check clean torch-requirement
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,8 @@ bench: .venv/built .venv/installed  ## run the benchmarks and print the table
 bench-compare: .venv/built .venv/installed  ## compare this tree with another revision (BASE=main)
 	$(PY) -m benchmarks.compare --base "$(BASE)" $(ARGS)
 
+peers: .venv-peers/installed  ## install the libraries the GRU is compared with, into .venv-peers
+
 build: .venv/built .venv/installed  ## build the extension into the source tree; quick after an edit in csrc
 
 lint: .venv/dependencies  ## ruff, mypy, clang-format; changes nothing
@@ -49,7 +51,7 @@ format: .venv/dependencies  ## let ruff and clang-format rewrite the files
 abi-check: .venv/dependencies  ## one wheel, run beside torch 2.10.0 and the newest torch (downloads gigabytes)
 	$(PY) tools/abi_check.py $(ARGS)
 
-clean:  ## remove what was built; .venv stays
+clean:  ## remove what was built; .venv and .venv-peers stay
 	rm -rf build dist *.egg-info genkernels/*.so .venv/built .venv/installed
 
 .venv/dependencies: requirements-dev.txt $(if $(filter command line,$(origin TORCH)),torch-requirement)
@@ -66,6 +68,11 @@ clean:  ## remove what was built; .venv stays
 
 .venv/built: .venv/dependencies setup.py build_backend.py CMakeLists.txt $(CSRC)
 	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+.venv-peers/installed: requirements-peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -r requirements-peers.txt
 	@touch $@
 
 # After the build, which pip would run without showing its progress.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,6 +42,30 @@ def flops(shape: tuple[int, int, int, int], direction: str) -> float:
     return 2.0 * T * B * 3 * H * (I + H) * (1 if direction == "forward" else 3)
 
 
+def draw(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What every contestant computes with, rounded to `dtype`, under torch.nn.GRU's names."""
+    T, B, I, H = shape
+    generator = torch.Generator().manual_seed(0)
+    values = {
+        name: torch.empty(size).uniform_(-(H**-0.5), H**-0.5, generator=generator)
+        for name, size in (
+            ("weight_ih", (3 * H, I)),
+            ("weight_hh", (3 * H, H)),
+            ("bias_ih", (3 * H,)),
+            ("bias_hh", (3 * H,)),
+        )
+    } | {
+        name: torch.randn(size, generator=generator)
+        for name, size in (
+            ("input", (T, B, I)),
+            ("hx", (1, B, H)),
+            ("cotangent", (T, B, H)),
+            ("cotangent_h", (1, B, H)),
+        )
+    }
+    return {name: value.to(dtype) for name, value in values.items()}
+
+
 def make_step(
     make_module: Callable[..., Any],
     shape: tuple[int, int, int, int],
@@ -55,28 +78,22 @@ def make_step(
     Returns (output, h_n), and with the backward pass also the gradients of the input, of hx and of
     the parameters. `compute_dtype` computes with the values of `dtype` in another one.
     """
-    T, B, I, H = shape
-    generator = torch.Generator().manual_seed(0)
-    module = make_module(I, H, dtype=dtype)
+    _, _, I, H = shape
+    compute_dtype = compute_dtype or dtype
+    values = {name: value.to(compute_dtype) for name, value in draw(shape, dtype).items()}
+    module = make_module(I, H, dtype=compute_dtype)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.uniform_(-(H**-0.5), H**-0.5, generator=generator)
-    x, hx, cotangent, cotangent_h = (
-        torch.randn(size, generator=generator).to(dtype)
-        for size in ((T, B, I), (1, B, H), (T, B, H), (1, B, H))
-    )
-    if compute_dtype is not None:
-        module = copy.deepcopy(module).to(compute_dtype)
-        x, hx, cotangent, cotangent_h = (
-            t.to(compute_dtype) for t in (x, hx, cotangent, cotangent_h)
-        )
+        for name, parameter in module.named_parameters():
+            parameter.copy_(values[name.removeprefix("_orig_mod.").removesuffix("_l0")])
+    x, hx = values["input"], values["hx"]
     if direction == "forward":
         return torch.no_grad()(functools.partial(module, x, hx))
     leaves = (x.requires_grad_(), hx.requires_grad_(), *module.parameters())
 
     def step() -> Sequence[Tensor]:
         outputs = module(x, hx)
-        return *outputs, *torch.autograd.grad(outputs, leaves, (cotangent, cotangent_h))
+        cotangents = values["cotangent"], values["cotangent_h"]
+        return *outputs, *torch.autograd.grad(outputs, leaves, cotangents)
 
     return step
 

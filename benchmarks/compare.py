@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import shutil
 import statistics
@@ -17,54 +16,31 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.workers import ROOT, Failure, Worker, median_seconds, requests
+
 LIMIT = 0.95
 TURN_SECONDS = 0.02  # a turn repeats a short case until it takes about this long
 
 
-class Failure(Exception):
-    """What stops the comparison, in one line."""
-
-
-class Worker:
+class BuildWorker(Worker):
     """A process that has loaded one build of genkernels and runs cases on request."""
 
     def __init__(self, name: str, site: Path) -> None:
-        self.name = name
-        self.process = subprocess.Popen(
+        super().__init__(
+            name,
             [sys.executable, "-m", "benchmarks.compare", "--serve", str(site)],
-            cwd=ROOT,
             # Unbound, a worker's threads can share one core for seconds; and threads that spin long
             # after their work would take the cores from the other worker's turn.
-            env={**os.environ, "OMP_PROC_BIND": "true", "GOMP_SPINCOUNT": "10000"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            {"OMP_PROC_BIND": "true", "GOMP_SPINCOUNT": "10000"},
         )
         self.cases: list[str] = self.answer()
 
-    def answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise Failure(f"the worker that runs {self.name} ended early, see its message above")
-        return json.loads(line)
-
     def seconds(self, case: str, calls: int) -> float:
         """Time of one call of a case, the median of `calls` after one that is not counted."""
-        assert self.process.stdin is not None
-        print(json.dumps([case, calls]), file=self.process.stdin, flush=True)
-        return self.answer()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        return self.ask([case, calls])
 
 
 def serve(site: str) -> None:
@@ -77,20 +53,14 @@ def serve(site: str) -> None:
     from benchmarks.bench_gru import cases
 
     steps = cases("genkernels")
-    print(json.dumps(list(steps)), flush=True)
+    asked, answer = requests()
+    answer(list(steps))
     name, step = "", None
-    for line in sys.stdin:
-        request, calls = json.loads(line)
+    for request, calls in asked:
         if request != name:
             name, step = request, steps[request]()
         assert step is not None
-        step()
-        times = []
-        for _ in range(calls):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-        print(json.dumps(statistics.median(times)), flush=True)
+        answer(median_seconds(step, calls))
 
 
 def git(*arguments: str) -> bytes:
@@ -141,7 +111,9 @@ def build(name: str, revision: str | None, folder: Path) -> Path:
     return site
 
 
-def compare(base: Worker, head: Worker, case: str, rounds: int) -> tuple[list[float], list[float]]:
+def compare(
+    base: BuildWorker, head: BuildWorker, case: str, rounds: int
+) -> tuple[list[float], list[float]]:
     """Median seconds of both, and the quartiles of base / head, above 1 where head is faster."""
     once = min(worker.seconds(case, 3) for worker in (base, head))
     calls = max(1, round(TURN_SECONDS / once))
@@ -162,10 +134,10 @@ def run(options: argparse.Namespace) -> int:
         sites = {
             role: build(labels[role], revisions[role], Path(folder) / role) for role in revisions
         }
-        workers: list[Worker] = []
+        workers: list[BuildWorker] = []
         try:
             for role, site in sites.items():
-                workers.append(Worker(labels[role], site))
+                workers.append(BuildWorker(labels[role], site))
             base, head = workers
             cases = [case for case in head.cases if options.only in case]
             if not cases:

@@ -8,11 +8,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
-import hashlib
 import os
-import shutil
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from benchmarks import native
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 FLOPS_PER_ITERATION = {  # accumulators x lanes x (multiply, add), as in limits.cpp
@@ -100,20 +98,7 @@ def _seconds(work: Callable[[], object], threads: int) -> float:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        raise RuntimeError("limits.cpp needs a C++ compiler: none of c++, g++, clang++ was found")
-    command = [*compiler.split(), "-std=c++20", "-O2", "-shared", "-fPIC", "-w", str(SOURCE)]
-    digest = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "genkernels"
-    target = cache / f"limits-{digest}.so"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            built = Path(folder) / target.name
-            subprocess.run([*command, "-o", str(built)], check=True)
-            os.replace(built, target)
-    library = ctypes.CDLL(str(target))
+    library = native.load(SOURCE, "-w")
     for name in FLOPS_PER_ITERATION:
         if hasattr(library, name):
             function = getattr(library, name)
