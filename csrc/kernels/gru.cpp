@@ -156,18 +156,39 @@ struct GateWeights {
     }
   }
 
-  // Transposes as it goes: 16 elements of a row are read at a time, so that what is written stays in L1.
+  // A square of `units` rows by as many groups of k at a time, transposed in registers.
   void pack_rows(const T* weight, int64_t K, int64_t first, int64_t units, E* to) const {
-    constexpr int64_t kBlock = 16, kGroupSize = kGroup<E>;
-    const int64_t padded = ceil_div(K, kGroupSize) * kGroupSize;
-    for (int64_t k0 = 0; k0 < padded; k0 += kBlock)
-      for (int64_t gate = 0; gate < 3; ++gate)
+    constexpr int64_t kGroupSize = kGroup<E>, kElements = kUnits * kGroupSize;
+    const int64_t groups = ceil_div(K, kGroupSize);
+    for (int64_t gate = 0; gate < 3; ++gate)
+      for (int64_t k = 0; k < K; k += kElements) {
+        Square<LaneOf<sizeof(E) * kGroupSize>> square;
+        static_assert(square.kRows == kUnits);
+#pragma GCC unroll 16
         for (int64_t u = 0; u < kUnits; ++u) {
-          const T* row = weight + (gate * gru.hidden_size + first + u) * K;
-          E* column = to + (gate * kUnits + u) * kGroupSize;
-          for (int64_t k = k0; k < smaller(k0 + kBlock, padded); ++k)
-            column[k / kGroupSize * kStep + k % kGroupSize] = u < units && k < K ? as<E>(row[k]) : E{};
+          const T* row = weight + (gate * gru.hidden_size + first + u) * K + k;
+          load_operands(row, u < units ? smaller(kElements, K - k) : 0, square.rows[u]);
         }
+        square.transpose();
+        const int64_t filled = smaller(kUnits, groups - k / kGroupSize);
+        for (int64_t i = 0; i < filled; ++i)
+          __builtin_memcpy(to + (k / kGroupSize + i) * kStep + gate * kElements, &square.rows[i], kVectorBytes);
+      }
+  }
+
+  // A register of operands, `count` of them read and the others zero.
+  template <class Row>
+  static GENKERNELS_INLINE void load_operands(const T* from, int64_t count, Row& to) {
+    constexpr int64_t kElements = kVectorBytes / int64_t(sizeof(E));
+    if (count < kElements) {
+      E elements[kElements] = {};
+      for (int64_t i = 0; i < count; ++i) elements[i] = as<E>(from[i]);
+      __builtin_memcpy(&to, elements, sizeof to);
+    } else if constexpr (__is_same(T, E)) {
+      __builtin_memcpy(&to, from, sizeof to);
+    } else {
+      to = (Row)load(from);
+    }
   }
 };
 

@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -106,6 +107,46 @@ GENKERNELS_INLINE void store(T* to, Vector<T> v, int count) {
   store(lanes, v);
   __builtin_memcpy(to, lanes, size_t(count) * sizeof(T));
 }
+
+template <size_t bytes>
+struct LaneOfSize {
+  using type = uint32_t;
+};
+template <>
+struct LaneOfSize<8> {
+  using type = uint64_t;
+};
+template <size_t bytes>
+using LaneOf = typename LaneOfSize<bytes>::type;
+
+// A square matrix in registers, transposed: interleaving the lower half of the rows with the upper, as often as their
+// number has bits, is a perfect shuffle of all elements. Lanes are integers, so that no value is touched.
+template <class Lane>
+struct Square {
+  static constexpr int kRows = kVectorBytes / int(sizeof(Lane));
+  typedef Lane Row __attribute__((vector_size(kVectorBytes)));
+
+  Row rows[kRows];
+
+  GENKERNELS_INLINE void transpose() { shuffle(std::make_integer_sequence<int, kRows>{}); }
+
+ private:
+  template <int... i>
+  GENKERNELS_INLINE void shuffle(std::integer_sequence<int, i...>) {
+#pragma GCC unroll 8
+    for (int bits = 1; bits < kRows; bits *= 2) {
+      Row next[kRows];
+#pragma GCC unroll 16
+      for (int k = 0; k < kRows / 2; ++k) {
+        const Row low = rows[k], high = rows[k + kRows / 2];
+        next[2 * k] = __builtin_shufflevector(low, high, (i / 2 + i % 2 * kRows)...);
+        next[2 * k + 1] = __builtin_shufflevector(low, high, (kRows / 2 + i / 2 + i % 2 * kRows)...);
+      }
+#pragma GCC unroll 16
+      for (int k = 0; k < kRows; ++k) rows[k] = next[k];
+    }
+  }
+};
 
 GENKERNELS_INLINE float convert(bfloat16 x, float) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
 template <class T>
