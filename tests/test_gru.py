@@ -414,7 +414,7 @@ def raw_arguments(op: str, **options: Any) -> tuple[Any, ...]:
         return *inputs, *sequence, options.get("save_gates", True)
     output, h_n, gates = torch.ops.genkernels.gru_forward(*inputs, *sequence, True)
     cotangents = torch.randn_like(output), torch.randn_like(h_n)
-    return *cotangents, *inputs, output, gates, *sequence, *grads
+    return *cotangents, *inputs, output, gates, *sequence, *grads, options.get("states_grad", False)
 
 
 @pytest.mark.parametrize(
@@ -426,6 +426,7 @@ def raw_arguments(op: str, **options: Any) -> tuple[Any, ...]:
         ("gru_forward", {"resets": torch.eye(3, 4, dtype=torch.bool)}),
         ("gru_forward", {"batch_sizes": torch.tensor([4, 3, 1])}),
         ("gru_backward", {}),
+        ("gru_backward", {"states_grad": True}),
         ("gru_backward", {"grads": (False, True)}),
         ("gru_backward", {"grads": (True, False)}),
         ("gru_backward", {"grads": (False, False)}),

@@ -383,10 +383,12 @@ struct Backward {
     const T* from_output = grad.grad_output ? sequence.at(static_cast<const T*>(grad.grad_output),
                                                           grad.grad_output_stride_t, grad.grad_output_stride_b, t, b)[0]
                                             : nullptr;
+    T* states = grad.grad_states ? static_cast<T*>(grad.grad_states) + (sequence.offset(t) + b) * H : nullptr;
     for (int64_t u = first; u < last; u += kLanes<A>) {
       const int count = int(smaller(kLanes<A>, last - u));
       Vector<A> dh = load(carry + b * H + u, count);
       if (from_output) dh += load(from_output + u, count);
+      if (states) store(states + u, dh, count);
       const Vector<A> r = load(saved + u, count), z = load(saved + H + u, count);
       const Vector<A> n = load(saved + 2 * H + u, count), hn = load(saved + 3 * H + u, count);
       const Vector<A> h = state ? load(state + u, count) : Vector<A>{};

@@ -31,6 +31,7 @@ struct GruGradients {
   const void* grad_h_n;                   // [B, H], or null
   void* grad_input;                       // [T, B, I] or [sum(batch_sizes), I], or null
   void* grad_hx;                          // [B, H]
+  void* grad_states;                      // gradient of the state after each step, as output, or null
   bool needs_weights;                     // whether the weights' and biases' gradients are wanted
   void *grad_weight_ih, *grad_weight_hh;  // [3H, I], [3H, H]
   void *grad_bias_ih, *grad_bias_hh;      // [3H], or null if there are no biases

@@ -16,6 +16,7 @@ using torch::stable::contiguous;
 using torch::stable::new_empty;
 using OptionalTensor = std::optional<Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using GradientsAndStates = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
@@ -120,7 +121,8 @@ std::tuple<Tensor, Tensor> run_forward(Arguments& arguments, Tensor output, Tens
 }
 
 Gradients run_backward(Arguments& arguments, const OptionalTensor& grad_output_, const OptionalTensor& grad_h_n_,
-                       const Tensor& output, const Tensor& gates_, bool input_grad, bool weight_grad) {
+                       const Tensor& output, const Tensor& gates_, bool input_grad, bool weight_grad,
+                       Tensor* grad_states) {
   Gru& gru = arguments.gru;
   const Tensor& input = arguments.input;
   const int64_t I = gru.input_size, H = gru.hidden_size;
@@ -158,6 +160,7 @@ Gradients run_backward(Arguments& arguments, const OptionalTensor& grad_output_,
   };
   Tensor grad_hx = new_empty(input, {gru.batch, H});
   grad.grad_hx = grad_hx.mutable_data_ptr();
+  grad.grad_states = grad_states ? grad_states->mutable_data_ptr() : nullptr;
   Tensor grad_input = input_grad ? arguments.new_like_output(I) : new_empty(input, {0});
   grad.grad_input = input_grad ? grad_input.mutable_data_ptr() : nullptr;
   grad.needs_weights = weight_grad;
@@ -186,13 +189,17 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor input, Tensor hx, Tensor w
   return {output, h_n, gates};
 }
 
-Gradients gru_backward(OptionalTensor grad_output, OptionalTensor grad_h_n, Tensor input, Tensor hx, Tensor weight_ih,
-                       Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh, Tensor output, Tensor gates,
-                       OptionalTensor batch_sizes, OptionalTensor resets, bool reverse, bool input_grad,
-                       bool weight_grad) {
+GradientsAndStates gru_backward(OptionalTensor grad_output, OptionalTensor grad_h_n, Tensor input, Tensor hx,
+                                Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh,
+                                Tensor output, Tensor gates, OptionalTensor batch_sizes, OptionalTensor resets,
+                                bool reverse, bool input_grad, bool weight_grad, bool states_grad) {
   Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, false);
   ++backward_calls.calls;
-  return run_backward(arguments, grad_output, grad_h_n, output, gates, input_grad, weight_grad);
+  Tensor grad_states =
+      states_grad ? arguments.new_like_output(arguments.gru.hidden_size) : new_empty(arguments.input, {0});
+  return std::tuple_cat(run_backward(arguments, grad_output, grad_h_n, output, gates, input_grad, weight_grad,
+                                     states_grad ? &grad_states : nullptr),
+                        std::tuple(grad_states));
 }
 
 std::tuple<Tensor, Tensor> gru_cell_forward(Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh,
@@ -208,7 +215,7 @@ Gradients gru_cell_backward(Tensor grad_h, Tensor input, Tensor hx, Tensor weigh
   Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, {}, {}, false, true);
   ++cell_backward_calls.calls;
   // One step enters with hx alone, so its output is not read.
-  return run_backward(arguments, grad_h, {}, arguments.hx, gates, input_grad, weight_grad);
+  return run_backward(arguments, grad_h, {}, arguments.hx, gates, input_grad, weight_grad, nullptr);
 }
 
 }  // namespace

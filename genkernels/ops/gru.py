@@ -1,5 +1,6 @@
 """The fused gated recurrent unit: a whole sequence (`gru`) and one step (`gru_cell`)."""
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -15,8 +16,8 @@ _INPUTS = (
     "Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh"
 )
 _GRADIENTS = (
-    "(Tensor grad_input, Tensor grad_hx, Tensor grad_weight_ih, Tensor grad_weight_hh, "
-    "Tensor grad_bias_ih, Tensor grad_bias_hh)"
+    "Tensor grad_input, Tensor grad_hx, Tensor grad_weight_ih, Tensor grad_weight_hh, "
+    "Tensor grad_bias_ih, Tensor grad_bias_hh"
 )
 
 
@@ -247,10 +248,12 @@ def _fake_backward(
     reverse: bool,
     input_grad: bool,
     weight_grad: bool,
+    states_grad: bool,
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients(
+    gradients = _fake_gradients(
         input, hx, weight_ih, weight_hh, bias_ih, bias_hh, input_grad, weight_grad
     )
+    return *gradients, _rows(input, hx.size(1)) if states_grad else input.new_empty(0)
 
 
 def _reference_cell_forward(
@@ -307,8 +310,9 @@ def _reference_cell_backward(
         False,
         input_grad,
         weight_grad,
+        False,
     )
-    return gradients[0].view(input.shape if input_grad else 0), *gradients[1:]
+    return gradients[0].view(input.shape if input_grad else 0), *gradients[1:6]
 
 
 def _fake_cell_backward(
@@ -330,7 +334,8 @@ def _fake_cell_backward(
 
 # gates: what the backward pass needs of every step, [.., 4H] beside output's [.., H]: r, z, n and
 # W_hn h + b_hn. They cost four times the memory of the output; without save_gates they have no
-# elements. Gradients that input_grad and weight_grad do not ask for (or that a missing bias cannot
+# elements. grad_states: the gradient of the state after each step, which the double backward needs.
+# Gradients that input_grad and weight_grad do not ask for (or that a missing bias cannot
 # have) have none either: a raw op returns tensors, not None.
 _gru_forward = define(
     f"gru_forward({_INPUTS}, Tensor? batch_sizes, Tensor? resets, bool reverse, bool save_gates) "
@@ -340,8 +345,8 @@ _gru_forward = define(
 )
 _gru_backward = define(
     f"gru_backward(Tensor? grad_output, Tensor? grad_h_n, {_INPUTS}, Tensor output, Tensor gates, "
-    "Tensor? batch_sizes, Tensor? resets, bool reverse, bool input_grad, bool weight_grad) "
-    f"-> {_GRADIENTS}",
+    "Tensor? batch_sizes, Tensor? resets, bool reverse, bool input_grad, bool weight_grad, "
+    f"bool states_grad) -> ({_GRADIENTS}, Tensor grad_states)",
     reference_backward,
     _fake_backward,
 )
@@ -352,14 +357,14 @@ _gru_cell_forward = define(
 )
 _gru_cell_backward = define(
     f"gru_cell_backward(Tensor grad_h, {_INPUTS}, Tensor gates, bool input_grad, bool weight_grad) "
-    f"-> {_GRADIENTS}",
+    f"-> ({_GRADIENTS})",
     _reference_cell_backward,
     _fake_cell_backward,
 )
 
 
 def _or_none(
-    gradients: tuple[Tensor, ...], of: tuple[Tensor | None, ...], needed: list[bool]
+    gradients: Sequence[Tensor], of: tuple[Tensor | None, ...], needed: list[bool]
 ) -> list[Tensor | None]:
     return [
         gradient if tensor is not None and need else None
@@ -391,9 +396,9 @@ class _Gru(torch.autograd.Function):
         args = (grad_output, grad_h_n, *inputs, output, gates, batch_sizes, resets, ctx.reverse)
         wanted = (needed[0], any(needed[2:]))
         if needs_autograd(grad_output, grad_h_n, *inputs):
-            gradients = _GruBackward.apply(*args, *wanted)
+            *gradients, _ = _GruBackward.apply(*args, *wanted)
         else:
-            gradients = _gru_backward(*args, *wanted)
+            *gradients, _ = _gru_backward(*args, *wanted, False)
         return *_or_none(gradients, tuple(inputs), needed), None, None, None
 
     @staticmethod
@@ -404,18 +409,21 @@ class _Gru(torch.autograd.Function):
 class _GruBackward(torch.autograd.Function):
     @staticmethod
     def forward(*args):
-        return _gru_backward(*args)
+        return _gru_backward(*args, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        grad_states = output[6]
+        ctx.mark_non_differentiable(grad_states)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:12])
+        *tensors, batch_sizes, resets = inputs[:12]
+        ctx.save_for_backward(*tensors, grad_states, batch_sizes, resets)
         ctx.reverse = inputs[12]
 
     @staticmethod
     def backward(ctx, *cotangents):
         backend.count("gru_backward", "reference")
-        args: Any = (cotangents, *ctx.saved_tensors, ctx.reverse)
+        args: Any = (cotangents[:6], *ctx.saved_tensors, ctx.reverse)
         gradients = gru_double_backward(*args)
         return *gradients, *(None,) * 7
 
@@ -472,7 +480,7 @@ class _GruCellBackward(torch.autograd.Function):
         d_sequence = [None if d_input is None else d_input.unsqueeze(0), *d_others]
         sequence = (None, grad_h, input.unsqueeze(0), hx, *weights)
         # One step enters with hx alone: what stands for its output is not read.
-        saved = (hx.unsqueeze(0), gates.unsqueeze(0), None, None, False)
+        saved = (*(t.unsqueeze(0) for t in (hx, gates, grad_h)), None, None, False)
         args: Any = (d_sequence, *sequence, *saved)
         _, grad_grad_h, grad_input, *gradients = gru_double_backward(*args)
         assert grad_input is not None

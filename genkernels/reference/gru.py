@@ -7,7 +7,7 @@
 torch.nn.GRU has it.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -91,17 +91,22 @@ def gru_backward(
     reverse: bool,
     input_grad: bool,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Backpropagation through time. Gradients that are not asked for have no elements."""
+    states_grad: bool,
+) -> tuple[Tensor, ...]:
+    """Backpropagation through time. Gradients that are not asked for have no elements.
+
+    The last one is that of the state after each step, as output.
+    """
     H = hx.size(1)
     saved = _steps(gates, batch_sizes)
     grads = None if grad_output is None else _steps(grad_output, batch_sizes)
     entering = _entering(output, hx, batch_sizes, resets, reverse)
     carry = hx.new_zeros(hx.shape) if grad_h_n is None else grad_h_n
     deltas: dict[int, Tensor] = {}
+    states: dict[int, Tensor] = {}
     for t in _times(len(saved), not reverse):
         _, z, *_ = saved[t].chunk(4, -1)
-        dh = carry[: len(z)] if grads is None else carry[: len(z)] + grads[t]
+        states[t] = dh = carry[: len(z)] if grads is None else carry[: len(z)] + grads[t]
         deltas[t] = (dh.unsqueeze(1) * _slopes(saved[t], entering[t])).flatten(1)
         carry = _carry(dh * z + deltas[t][:, H:] @ weight_hh, carry, t, resets)
     delta = _join(deltas)  # [N, 4H], N the rows of all steps
@@ -118,6 +123,7 @@ def gru_backward(
         gradient(weight_grad, lambda: delta[:, H:].t() @ state),
         gradient(bias_grad, lambda: _rzn(delta[:, : 3 * H].sum(0))),
         gradient(bias_grad, lambda: delta[:, H:].sum(0)),
+        gradient(states_grad, lambda: _join(states).view(output.shape)),
     )
 
 
@@ -133,6 +139,7 @@ def gru_double_backward(
     bias_hh: Tensor | None,
     output: Tensor,
     gates: Tensor,
+    grad_states: Tensor,
     batch_sizes: Tensor | None,
     resets: Tensor | None,
     reverse: bool,
@@ -145,19 +152,22 @@ def gru_double_backward(
     multiplication by the Hessian"). A step's tensors stay in the cache from one operation to the
     next; only what the last products need is kept of all steps.
 
-    Differentiable to any order: where gradients are recorded, output and gates are computed anew,
-    so that they depend on the inputs.
+    Differentiable to any order: where gradients are recorded, what was saved is computed anew, so
+    that it depends on the inputs.
     """
     if torch.is_grad_enabled():
-        output, _, gates = gru_forward(
-            input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, True
+        leaves = (input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+        output, _, gates = gru_forward(*leaves, batch_sizes, resets, reverse, True)
+        computed = (output, gates, batch_sizes, resets, reverse)
+        *_, grad_states = gru_backward(
+            grad_output, grad_h_n, *leaves, *computed, False, False, True
         )
     H = hx.size(1)
     d_input, d_hx, d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh = cotangents
     x = input.reshape(-1, input.size(-1))  # [N, I]
     d_x = None if d_input is None else d_input.reshape(x.shape)
     saved = _steps(gates, batch_sizes)
-    grads = None if grad_output is None else _steps(grad_output, batch_sizes)
+    states = _steps(grad_states, batch_sizes)
     entering = _entering(output, hx, batch_sizes, resets, reverse)
 
     projected = linear(x.new_zeros(x.shape) if d_x is None else d_x, weight_ih, d_bias_ih)
@@ -186,47 +196,64 @@ def gru_double_backward(
         d_entering[t], d_gates[t] = d_state, torch.cat([d_rz, d_n, d_q], -1)
         d_h = _carry(d_outputs[t], d_h, t, None)
 
-    deltas: dict[int, Tensor] = {}
-    carry = hx.new_zeros(hx.shape) if grad_h_n is None else grad_h_n
+    inputs = _steps(input, batch_sizes)
+    d_inputs = None if d_input is None else _steps(d_input, batch_sizes)
+    grad_inputs: dict[int, Tensor] = {}
+    grad_weight_ih, grad_weight_hh = hx.new_zeros(3 * H, x.size(1)), hx.new_zeros(3 * H, H)
+    grad_bias = hx.new_zeros(4 * H)
     d_carry = hx.new_zeros(hx.shape)
-    for t in _times(len(saved), not reverse):
-        _, z, *_ = saved[t].chunk(4, -1)
-        _, d_z, *_ = d_gates[t].chunk(4, -1)
-        slopes = _slopes(saved[t], entering[t])
-        d_slopes = _d_slopes(saved[t], entering[t], slopes, d_gates[t], d_entering[t])
-        dh = carry[: len(z)] if grads is None else carry[: len(z)] + grads[t]
-        d_dh = d_carry[: len(z)]
-        delta = (dh.unsqueeze(1) * slopes).flatten(1)
-        d_delta = torch.addcmul(dh.unsqueeze(1) * d_slopes, d_dh.unsqueeze(1), slopes).flatten(1)
-        # One product of both: twice the rows for one reading of the weight.
-        deltas[t] = torch.cat([delta, d_delta])
-        through, d_through = (deltas[t][:, H:] @ weight_hh).chunk(2)
-        passed = torch.addcmul(through, dh, z)
-        d_passed = torch.addcmul(torch.addcmul(d_through, d_dh, z), dh, d_z)
-        if d_weight_hh is not None:
-            d_passed = torch.addmm(d_passed, delta[:, H:], d_weight_hh)
-        carry, d_carry = _carry(passed, carry, t, resets), _carry(d_passed, d_carry, t, resets)
+    for times in _blocks(_times(len(saved), not reverse), len(hx)):
+        deltas: list[Tensor] = []
+        d_deltas: list[Tensor] = []
+        for t in times:
+            _, z, *_ = saved[t].chunk(4, -1)
+            _, d_z, *_ = d_gates[t].chunk(4, -1)
+            slopes = _slopes(saved[t], entering[t])
+            d_slopes = _d_slopes(saved[t], entering[t], slopes, d_gates[t], d_entering[t])
+            dh, d_dh = states[t], d_carry[: len(z)]
+            delta = (dh.unsqueeze(1) * slopes).flatten(1)
+            d_delta = torch.addcmul(dh.unsqueeze(1) * d_slopes, d_dh.unsqueeze(1), slopes)
+            d_delta = d_delta.flatten(1)
+            d_passed = torch.addmm(dh * d_z, d_delta[:, H:], weight_hh)
+            d_passed = torch.addcmul(d_passed, d_dh, z)
+            if d_weight_hh is not None:
+                d_passed = torch.addmm(d_passed, delta[:, H:], d_weight_hh)
+            d_carry = _carry(d_passed, d_carry, t, resets)
+            deltas.append(delta)
+            d_deltas.append(d_delta)
+        delta, d_delta = torch.cat(deltas), torch.cat(d_deltas)  # [rows of the block, 4H]
+        of_input, d_of_input = delta[:, : 3 * H], d_delta[:, : 3 * H]
+        grad_rows = d_of_input @ _nrz(weight_ih)
+        if d_weight_ih is not None:
+            grad_rows = torch.addmm(grad_rows, of_input, _nrz(d_weight_ih))
+        sizes = [len(rows) for rows in deltas]
+        grad_inputs.update(zip(times, grad_rows.split(sizes), strict=True))
 
-    delta = _join({t: pair[: len(pair) // 2] for t, pair in deltas.items()})  # [N, 4H]
-    d_delta = _join({t: pair[len(pair) // 2 :] for t, pair in deltas.items()})
-    grad_input = d_delta[:, : 3 * H] @ _nrz(weight_ih)
-    if d_weight_ih is not None:
-        grad_input = torch.addmm(grad_input, delta[:, : 3 * H], _nrz(d_weight_ih))
-    grad_weight_ih = d_delta[:, : 3 * H].t() @ x
-    if d_x is not None:
-        grad_weight_ih = torch.addmm(grad_weight_ih, delta[:, : 3 * H].t(), d_x)
-    grad_weight_hh = d_delta[:, H:].t() @ _join(entering)
-    grad_weight_hh = torch.addmm(grad_weight_hh, delta[:, H:].t(), _join(d_entering))
+        def rows(steps: Mapping[int, Tensor] | Sequence[Tensor], times: range = times) -> Tensor:
+            return torch.cat([steps[t] for t in times])
+
+        grad_weight_ih = torch.addmm(grad_weight_ih, d_of_input.t(), rows(inputs))
+        if d_inputs is not None:
+            grad_weight_ih = torch.addmm(grad_weight_ih, of_input.t(), rows(d_inputs))
+        grad_weight_hh = torch.addmm(grad_weight_hh, d_delta[:, H:].t(), rows(entering))
+        grad_weight_hh = torch.addmm(grad_weight_hh, delta[:, H:].t(), rows(d_entering))
+        grad_bias = grad_bias + d_delta.sum(0)
     return [
         None if grad_output is None else _join(d_outputs).view(grad_output.shape),
         None if grad_h_n is None else d_h,
-        grad_input.view(input.shape),
+        _join(grad_inputs).view(input.shape),
         d_carry,
         _rzn(grad_weight_ih),
         grad_weight_hh,
-        None if bias_ih is None else _rzn(d_delta[:, : 3 * H].sum(0)),
-        None if bias_hh is None else d_delta[:, H:].sum(0),
+        None if bias_ih is None else _rzn(grad_bias[: 3 * H]),
+        None if bias_hh is None else grad_bias[H:].clone(),
     ]
+
+
+def _blocks(times: range, batch: int) -> list[range]:
+    """Steps in runs of about 512 rows: enough for a product, few enough to stay in the cache."""
+    steps = max(1, 512 // max(1, batch))
+    return [times[first : first + steps] for first in range(0, len(times), steps)]
 
 
 def _slopes(gates: Tensor, state: Tensor) -> Tensor:
