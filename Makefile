@@ -15,7 +15,7 @@ FIND_TORCH := from importlib import metadata, util; \
   print(util.find_spec("torch").origin.rsplit("/torch/", 1)[0])
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench bench-compare peers build lint format abi-check clean torch-requirement
+.PHONY: help train test bench bench-compare bench-gru peers build lint format abi-check clean torch-requirement
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,10 @@ bench: .venv/built .venv/installed  ## run the benchmarks and print the table
 
 bench-compare: .venv/built .venv/installed  ## compare this tree with another revision (BASE=main)
 	$(PY) -m benchmarks.compare --base "$(BASE)" $(ARGS)
+
+# Idle threads stop spinning early, so that they do not take the cores from the contestant whose turn it is.
+bench-gru: .venv/built .venv/installed  ## the GRU beside its peers and its bars (make peers; ARGS='--only B=16')
+	GOMP_SPINCOUNT=10000 $(PY) -m benchmarks.bars $(ARGS)
 
 peers: .venv-peers/installed  ## install the libraries the GRU is compared with, into .venv-peers
 

@@ -34,8 +34,7 @@ def levels() -> tuple[str, ...]:
     return LEVELS[: _library().highest_level() + 1]
 
 
-@functools.cache
-def peak_flops(level: str, dtype: torch.dtype = torch.float32, threads: int = 1) -> float:
+def measure_peak(level: str, dtype: torch.dtype, threads: int, repeats: int) -> float:
     """FLOP/s of `threads` threads that do nothing but multiply-add in registers.
 
     bfloat16 below avx512_bf16 is computed in float32, so its limit there is float32's; float64 has
@@ -52,9 +51,15 @@ def peak_flops(level: str, dtype: torch.dtype = torch.float32, threads: int = 1)
     while _seconds(functools.partial(run, iterations, *arguments), 1) < 0.02:
         iterations *= 2
     work = functools.partial(run, iterations, *arguments)
-    seconds = min(_seconds(work, threads) for _ in range(7))
+    seconds = min(_seconds(work, threads) for _ in range(repeats))
     rate = threads * iterations * FLOPS_PER_ITERATION[name] / seconds
     return rate / 2 if dtype == torch.float64 else rate
+
+
+@functools.cache
+def peak_flops(level: str, dtype: torch.dtype = torch.float32, threads: int = 1) -> float:
+    """The peak of this process, measured once."""
+    return measure_peak(level, dtype, threads, repeats=7)
 
 
 @functools.cache

@@ -1,0 +1,430 @@
+"""The GRU beside its peers, and the bars it is held to: `make bench-gru`.
+
+Every contestant of a case takes turns with the others and with the machine's own peak, so that a
+drift of the machine meets all alike. Speeds are medians of the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import genkernels
+from benchmarks import limits
+from benchmarks.bench_gru import CONTESTANTS, DIRECTIONS, SHAPES, flops, make_step
+from benchmarks.peers.check import Wrong
+from benchmarks.peers.peer import NAMES, Peer, Unsupported, missing
+from benchmarks.workers import ROOT, Failure, median_seconds
+from genkernels import backend
+
+Shape = tuple[int, int, int, int]
+
+FORWARD, TRAINING = DIRECTIONS
+# The share of the machine's FMA peak that float32 has to reach. Where a ratio to a peer would ask
+# for more than CAP_MARGIN above it, or above CAPS where no share is named, that is asked instead.
+SHARES: dict[tuple[str, Shape], float] = {
+    (FORWARD, (128, 64, 256, 512)): 0.89,
+    (FORWARD, (100, 64, 512, 512)): 0.89,
+    (FORWARD, (32, 64, 1024, 1024)): 0.84,
+    (FORWARD, (128, 16, 256, 256)): 0.84,
+    (FORWARD, (128, 128, 128, 128)): 0.82,
+    (FORWARD, (512, 8, 64, 64)): 0.36,
+    (TRAINING, (128, 64, 256, 512)): 0.78,
+    (TRAINING, (100, 64, 512, 512)): 0.78,
+    (TRAINING, (32, 64, 1024, 1024)): 0.78,
+    (TRAINING, (128, 16, 256, 256)): 0.75,
+    (TRAINING, (128, 128, 128, 128)): 0.72,
+}
+CAP_MARGIN = 0.03
+CAPS = {FORWARD: 0.88, TRAINING: 0.80}
+AVX2_SHARE = 0.75
+BFLOAT16_CAP = 0.80
+
+SEQUENCE_CASES = [
+    (shape, direction, dtype)
+    for dtype in (torch.float32, torch.bfloat16)
+    for direction in DIRECTIONS
+    for shape in SHAPES
+    if dtype == torch.float32 or shape[1] >= 16
+]
+CELL_SIZES = [(batch, size) for size in (128, 512, 1024) for batch in (1, 8, 64, 256)]
+
+
+@dataclasses.dataclass
+class Bar:
+    """`name` asks for `asked`; `reached` is in the same unit."""
+
+    name: str
+    asked: float
+    reached: float
+
+    @property
+    def is_met(self) -> bool:
+        return self.reached >= self.asked
+
+
+@dataclasses.dataclass
+class Row:
+    """One case: GFLOP/s of every contestant and of the machine's peak, and the bars."""
+
+    case: str
+    gflops: dict[str, float]
+    peak: float
+    bars: list[Bar]
+
+    @property
+    def share(self) -> float:
+        return self.gflops["genkernels"] / self.peak
+
+    def ratios(self) -> dict[str, float]:
+        own = self.gflops["genkernels"]
+        return {name: own / rate for name, rate in self.gflops.items() if name != "genkernels"}
+
+
+class Local:
+    """A contestant of this process."""
+
+    def __init__(self, step: Callable[[], object]) -> None:
+        self.step = step
+
+    def seconds(self, calls: int) -> float:
+        self.step()
+        return median_seconds(self.step, calls)
+
+
+def take_turns(
+    contestants: dict[str, Local | Peer], level: str, dtype: torch.dtype, rounds: int
+) -> tuple[dict[str, float], float]:
+    """Median seconds of each contestant, and the median of the peaks measured in the same turns."""
+    threads = torch.get_num_threads()
+    calls = {
+        name: max(1, round(0.04 / contestant.seconds(1)))
+        for name, contestant in contestants.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    peaks = []
+    for _ in range(rounds):
+        for name, contestant in contestants.items():
+            times[name].append(contestant.seconds(calls[name]))
+        peaks.append(limits.measure_peak(level, dtype, threads, repeats=2))
+    return {name: statistics.median(t) for name, t in times.items()}, statistics.median(peaks)
+
+
+def sequence_bars(
+    shape: Shape, direction: str, dtype: torch.dtype, gflops: dict[str, float], peak: float
+) -> list[Bar]:
+    own = gflops["genkernels"]
+    peers = {k: v for k, v in gflops.items() if k not in ("genkernels", "torch", "own float32")}
+    bars = []
+    if dtype == torch.float32:
+        share = SHARES.get((direction, shape))
+        if share is not None:
+            bars.append(Bar(f"{share:.0%} of peak", share * peak, own))
+        cap = peak * (CAPS[direction] if share is None else share + CAP_MARGIN)
+        asked = [("torch", 3.0)]
+        if peers:
+            asked.append((max(peers, key=peers.__getitem__), 1.2 if direction == FORWARD else 1.15))
+    else:
+        cap = BFLOAT16_CAP * peak
+        asked = [("torch", 1.0 if direction == FORWARD else 1.8)]
+        if direction == FORWARD:
+            asked.append(("own float32", 1.5))
+            asked += [("openvino", 0.9)] if "openvino" in peers else []
+    return bars + [
+        Bar(f"{ratio:g}x {name}", min(ratio * gflops[name], cap), own) for name, ratio in asked
+    ]
+
+
+def sequence_row(
+    shape: Shape, direction: str, dtype: torch.dtype, peers: dict[str, Peer], options: Any
+) -> Row:
+    contestants: dict[str, Local | Peer] = {
+        name: Local(make_step(CONTESTANTS[name], shape, direction, dtype))
+        for name in ("genkernels", "torch", *(["torch.compile"] if options.compile else []))
+    }
+    if dtype == torch.bfloat16 and direction == FORWARD:
+        contestants["own float32"] = Local(
+            make_step(CONTESTANTS["genkernels"], shape, direction, torch.float32)
+        )
+    for name, peer in peers.items():
+        try:
+            peer.setup(shape, direction, dtype)
+        except Unsupported:
+            continue
+        except Wrong as error:  # never timed
+            print(f"bars: {error}", file=sys.stderr)
+            continue
+        contestants[name] = peer
+    seconds, peak = take_turns(contestants, limits.levels()[-1], dtype, options.rounds)
+    work = flops(shape, direction)
+    gflops = {name: work / value / 1e9 for name, value in seconds.items()}
+    name = "T={} B={} I={} H={}, {}, {}".format(*shape, direction, _name(dtype))
+    peak /= 1e9
+    return Row(name, gflops, peak, sequence_bars(shape, direction, dtype, gflops, peak))
+
+
+def avx2_row(shape: Shape, direction: str, options: Any) -> Row:
+    step = make_step(CONTESTANTS["genkernels"], shape, direction, torch.float32)
+    with backend.use_simd("avx2"):
+        seconds, peak = take_turns(
+            {"genkernels": Local(step)}, "avx2", torch.float32, options.rounds
+        )
+    own, peak = flops(shape, direction) / seconds["genkernels"] / 1e9, peak / 1e9
+    name = "T={} B={} I={} H={}, {}, float32, AVX2".format(*shape, direction)
+    bar = Bar(f"{AVX2_SHARE:.0%} of AVX2 peak", AVX2_SHARE * peak, own)
+    return Row(name, {"genkernels": own}, peak, [bar])
+
+
+def cell_step(make_module: Callable[..., Any], batch: int, size: int, direction: str) -> Local:
+    torch.manual_seed(0)
+    module = make_module(size, size)
+    input, hx, cotangent = (torch.randn(batch, size) for _ in range(3))
+    if direction == FORWARD:
+        return Local(torch.no_grad()(lambda: module(input, hx)))
+    leaves = (input.requires_grad_(), hx.requires_grad_(), *module.parameters())
+
+    def step() -> Sequence[Tensor]:
+        return torch.autograd.grad(module(input, hx), leaves, cotangent)
+
+    return Local(step)
+
+
+def cell_row(batch: int, size: int, direction: str, options: Any) -> Row:
+    modules = {"genkernels": genkernels.nn.GRUCell, "torch": torch.nn.GRUCell}
+    seconds, peak = take_turns(
+        {name: cell_step(module, batch, size, direction) for name, module in modules.items()},
+        limits.levels()[-1],
+        torch.float32,
+        options.rounds,
+    )
+    work = flops((1, batch, size, size), direction)
+    gflops = {name: work / value / 1e9 for name, value in seconds.items()}
+    peak /= 1e9
+    asked = min(2 * gflops["torch"], CAPS[direction] * peak)
+    bar = Bar("2x torch", asked, gflops["genkernels"])
+    return Row(f"cell B={batch} I=H={size}, {direction}, float32", gflops, peak, [bar])
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    names = sorted({name for row in rows for name in row.gflops} - {"genkernels"})
+    yield f"| case | genkernels | share of peak | {' | '.join(names)} | bars |"
+    yield "|---|---|---|" + "---|" * (len(names) + 1)
+    for row in rows:
+        cells = [f"{row.gflops[name]:.0f}" if name in row.gflops else "" for name in names]
+        bars = [f"{'' if b.is_met else 'MISSED '}{b.name} ({b.asked:.0f})" for b in row.bars]
+        own = f"{row.gflops['genkernels']:.0f}"
+        yield f"| {row.case} | {own} | {row.share:.0%} | {' | '.join(cells)} | {'; '.join(bars)} |"
+
+
+def draw_chart(path: Path, rows: Sequence[Row]) -> None:
+    """Share of the measured peak, sequence cases in float32, each contestant a colour."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if row.case.startswith("T=") and row.case.endswith("float32")]
+    names = ["genkernels", *sorted({n for row in shown for n in row.gflops} - {"genkernels"})]
+    figure, axes = pyplot.subplots(1, len(DIRECTIONS), figsize=(13, 5), sharey=True)
+    for axis, direction in zip(axes, DIRECTIONS, strict=True):
+        cases = [row for row in shown if f", {direction}," in row.case]
+        for index, name in enumerate(names):
+            places = [i + (index + 0.5) * 0.8 / len(names) - 0.4 for i in range(len(cases))]
+            shares = [100 * row.gflops.get(name, 0) / row.peak for row in cases]
+            axis.bar(places, shares, 0.8 / len(names), label=name)
+        labels = [row.case.split(",")[0].replace(" ", "\n") for row in cases]
+        axis.set_xticks(range(len(cases)), labels, fontsize=8)
+        axis.set_title(direction)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_ylabel("% of the measured FMA peak")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    pyplot.close(figure)
+
+
+def report(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **settings,
+        "rows": [
+            {**dataclasses.asdict(row), "share": row.share, "ratios": row.ratios()} for row in rows
+        ],
+    }
+
+
+def history_line(rows: Sequence[Row], settings: dict[str, Any]) -> str:
+    """Ratios only: GFLOP/s of two days or two machines do not compare."""
+    ratios = {
+        row.case: {
+            "share": round(row.share, 3),
+            **{n: round(r, 2) for n, r in row.ratios().items()},
+        }
+        for row in rows
+    }
+    kept = ("date", "revision", "cpu", "simd_level", "threads")
+    return json.dumps({**{key: settings[key] for key in kept}, "ratios": ratios})
+
+
+def machine() -> dict[str, Any]:
+    revision = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "revision": revision,
+        "cpu": _cpu(),
+        "simd_level": backend.simd_level(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        facts: dict[str, str] = {}
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+        if "model name" in facts:
+            return "{model name}, family {cpu family}, model {model}".format(**facts)
+    return platform.processor() or platform.machine()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside `path`, then rename: an interrupted run leaves what was there."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder, path.name)
+        write(temporary)
+        os.replace(temporary, path)
+
+
+def run(options: argparse.Namespace) -> int:
+    settings = machine()
+    print(", ".join(f"{key} {value}" for key, value in settings.items()), file=sys.stderr)
+    plan: list[tuple[str, Callable[[], Row]]] = []
+    with contextlib.ExitStack() as stack:
+        peers: dict[str, Peer] = {}
+        for name in NAMES:
+            reason = missing(name)
+            if reason:
+                print(f"bars: without {name}: {reason}", file=sys.stderr)
+            else:
+                peers[name] = stack.enter_context(Peer(name, settings["threads"]))
+        for shape, direction, dtype in SEQUENCE_CASES:
+            plan.append(
+                (
+                    "T={} B={} I={} H={}, {}, {}".format(*shape, direction, _name(dtype)),
+                    lambda s=shape, d=direction, t=dtype: sequence_row(s, d, t, peers, options),
+                )
+            )
+        if "avx2" in backend.simd_levels() and backend.simd_level() != "avx2":
+            for shape in SHAPES:
+                if shape[1] >= 16:
+                    plan += [
+                        (
+                            "T={} B={} I={} H={}, {}, float32, AVX2".format(*shape, direction),
+                            lambda s=shape, d=direction: avx2_row(s, d, options),
+                        )
+                        for direction in DIRECTIONS
+                    ]
+        for direction in DIRECTIONS:
+            plan += [
+                (
+                    f"cell B={batch} I=H={size}, {direction}, float32",
+                    lambda b=batch, s=size, d=direction: cell_row(b, s, d, options),
+                )
+                for batch, size in CELL_SIZES
+            ]
+        chosen = [(name, make) for name, make in plan if options.only in name]
+        if not chosen:
+            raise Failure(f"--only {options.only}: no case is named so; the first is {plan[0][0]}")
+        rows = []
+        start = time.perf_counter()
+        for index, (name, make) in enumerate(chosen, 1):
+            rows.append(make())
+            missed = [bar.name for bar in rows[-1].bars if not bar.is_met]
+            print(
+                f"[{index}/{len(chosen)}, {time.perf_counter() - start:.0f} s] {name}: "
+                f"{rows[-1].share:.0%} of peak{', missed: ' if missed else ''}{', '.join(missed)}",
+                file=sys.stderr,
+                flush=True,
+            )
+        settings["peers"] = {
+            peer.name: {"version": peer.version, **peer.settings} for peer in peers.values()
+        }
+    for name, facts in settings["peers"].items():
+        print(f"- {name}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+    print("\n".join(table(rows)))
+    count = sum(not bar.is_met for row in rows for bar in row.bars)
+    print(f"\n{count} of {sum(len(row.bars) for row in rows)} bars missed")
+    if options.save:
+        folder = Path(options.save)
+        text = json.dumps(report(rows, settings), indent=1)
+        _replace(folder / "gru.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        draw_chart(folder / "gru.png", rows)
+        with open(folder / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(history_line(rows, settings) + "\n")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bars",
+        description="Time the GRU in turns with its peers and print GFLOP/s, the share of the "
+        "machine's measured FMA peak, and which bars are missed. Peers are those of .venv-peers "
+        "(make peers); one whose results are wrong is not timed.",
+        epilog="Exit code: 0 when everything ran, bars missed or not; 2 when it could not. "
+        "Example: python -m benchmarks.bars --only 'B=16 I=256'",
+    )
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="cases whose name contains this (default: all)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="turns per case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile(torch.nn.GRU) too; takes minutes"
+    )
+    parser.add_argument(
+        "--save",
+        metavar="FOLDER",
+        help="write gru.json and gru.png there and add a line to its history.jsonl "
+        "(default: print only)",
+    )
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"argument --rounds: expected at least 1, got {options.rounds}")
+    if options.save and not Path(options.save).is_dir():
+        parser.error(f"argument --save: {options.save}: expected an existing folder")
+    try:
+        return run(options)
+    except Failure as failure:
+        print(f"bars: {failure}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
