@@ -8,6 +8,7 @@ import pty
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -334,6 +335,15 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.fixture
+def hangup_ends() -> Iterator[None]:
+    """Under nohup a child would inherit that SIGHUP is ignored."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.usefixtures("hangup_ends")
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name
 )
@@ -374,6 +384,7 @@ def test_interrupt_of_the_sample_keeps_the_checkpoint(notes, tmp_path, monkeypat
     assert load_checkpoint(output).training["steps"] == 2
 
 
+@pytest.mark.usefixtures("hangup_ends")
 def test_a_terminal_that_is_gone_costs_no_checkpoint(notes, tmp_path):
     output = tmp_path / "rnn"
     arguments = ["--data", str(notes), "--output", str(output), "--no-compare", "--steps=4000"]

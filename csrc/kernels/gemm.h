@@ -12,8 +12,12 @@ namespace genkernels::GENKERNELS_LEVEL {
 constexpr int kPanelVectors = 3;
 
 // Longest run of products summed in registers before it is added to the total. One chain over all of K has twice
-// PyTorch's rounding error at K = 512 and ten times at 8192; 256 costs one addition in 256.
-constexpr int64_t kChain = 256;
+// PyTorch's rounding error at K = 512 and ten times at 8192; 256 costs one addition in 256. A narrow tile reads a panel
+// for fewer rows at a time, more often than the L2 cache can give: there the run of a panel has to fit the L1 cache.
+constexpr int64_t kChain = kVectorBytes == 64 ? 256 : 160;
+
+// Rows that are multiplied with one run of a panel before the next.
+constexpr int kRunRows = kVectorBytes == 64 ? kTileRows : 8 * kTileRows;
 
 // The type operands are multiplied in. bf16 is multiplied as it is where the CPU can, else widened when packed.
 template <class T>
@@ -89,21 +93,6 @@ GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff
 }
 #endif
 
-// The whole product of a tile, summed in chains: total[i][v] = a[i][:] b[:][v].
-template <class E, int kRows, int kVectors, int64_t kLongest = kChain>
-GENKERNELS_INLINE void product(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
-                               Vector<E> (&total)[kRows][kVectors]) {
-  for (int64_t k = 0; k < K || k == 0; k += kLongest) {
-    Vector<E> sum[kRows][kVectors] = {};
-    multiply<E, kRows, kVectors>(a + k / kGroup<E> * step, row_stride, step,
-                                 b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kLongest, K - k), sum);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) total[i][v] = k == 0 ? sum[i][v] : total[i][v] + sum[i][v];
-  }
-}
-
 // Calls body.operator()<rows>(first) for full tiles and once for the rows left over.
 template <int kMost, class Body>
 GENKERNELS_INLINE void for_last_rows(int64_t rows, int64_t first, const Body& body) {
@@ -118,6 +107,37 @@ GENKERNELS_INLINE void for_row_tiles(int64_t rows, const Body& body) {
   int64_t first = 0;
   for (; first + kTileRows <= rows; first += kTileRows) body.template operator()<kTileRows>(first);
   for_last_rows<kTileRows - 1>(rows - first, first, body);
+}
+
+// The whole product of a tile, summed in chains: total[i][v] = a[i][:] b[:][v].
+template <class E, int kRows, int kVectors, int64_t kLongest>
+GENKERNELS_INLINE void product(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
+                               Vector<E> (&total)[kRows][kVectors]) {
+  for (int64_t k = 0; k < K || k == 0; k += kLongest) {
+    Vector<E> sum[kRows][kVectors] = {};
+    multiply<E, kRows, kVectors>(a + k / kGroup<E> * step, row_stride, step,
+                                 b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kLongest, K - k), sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) total[i][v] = k == 0 ? sum[i][v] : total[i][v] + sum[i][v];
+  }
+}
+
+// total[i][v] = a[i][:] b[:][v] for at most kRunRows rows.
+template <class E, int kVectors>
+GENKERNELS_INLINE void product_of_rows(const E* a, ptrdiff_t row_stride, int64_t rows, const E* b, int64_t K,
+                                       Vector<E> (&total)[kRunRows][kVectors]) {
+  for (int64_t k = 0; k < K || k == 0; k += kChain)
+    for_row_tiles(rows, [&]<int kRows>(int64_t first) {
+      Vector<E> sum[kRows][kVectors] = {};
+      multiply<E, kRows, kVectors>(a + first * row_stride + k, row_stride, kGroup<E>,
+                                   b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kChain, K - k), sum);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) total[first + i][v] = k == 0 ? sum[i][v] : total[first + i][v] + sum[i][v];
+    });
 }
 
 // How N columns are cut into panels: as few as fit, their widths differing by at most one vector, so that 64 columns
@@ -151,12 +171,11 @@ struct Columns {
 
 // Packs one panel of B. row(k) gives the address of row k of B, or null for a row of zeros.
 template <class E, class T, class Row>
-void pack_panel(const Columns<E>& columns, int64_t panel, int64_t K, const Row& row, E* packed) {
+void pack_panel(const Columns<E>& columns, int64_t panel, int64_t K, const Row& row, E* to) {
   constexpr int kGroupSize = kGroup<E>;
   const int64_t first = columns.first_column(panel);
   const int64_t width = columns.width(panel) * kLanes<E>;
   const int64_t used = smaller(columns.count - first, width);
-  E* to = packed + columns.offset(panel, K);
   for (int64_t k = 0; k < K; k += kGroupSize, to += width * kGroupSize) {
     for (int g = 0; g < kGroupSize; ++g) {
       const T* from = k + g < K ? row(k + g) : nullptr;

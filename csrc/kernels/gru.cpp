@@ -83,6 +83,8 @@ struct Sequence {
 
 // Fewer rows than this per thread, and the time loop is shared out by units.
 constexpr int64_t kFewRows = 2 * kTileRows;
+// A single step of so many rows does not pack its weights.
+constexpr int64_t kDirectRows = 2;
 
 int64_t row_shares(const Gru& gru, const Runtime& runtime) { return smaller(runtime.threads, gru.batch); }
 
@@ -109,7 +111,8 @@ bool collides(int64_t stride) {
 }
 
 // Both weights and the biases, packed so that one tile holds the three gates of the same units: per block of units
-// [ceil(I / group)][3][lanes][group] of W_ih, then as much of W_hh.
+// [ceil(I / group)][3][lanes][group] of W_ih, then as much of W_hh. A single step packs each block where it uses it,
+// into a buffer that stays in the cache; otherwise all are packed at once.
 template <class T>
 struct GateWeights {
   using E = Operand<T>;
@@ -117,43 +120,56 @@ struct GateWeights {
   static constexpr int kUnits = kLanes<A>;
   static constexpr int64_t kStep = Panel<E, 3>::kStep;
 
+  struct Block {
+    int64_t first;  // unit
+    const E *input, *state;
+    A bias[4][kUnits];  // b_ir + b_hr, b_iz + b_hz, b_in, b_hn
+  };
+
   const Gru& gru;
   int64_t blocks, input_size, block_size;
-  E* packed;
-  A* biases;  // [block][4][lanes]: b_ir + b_hr, b_iz + b_hz, b_in, b_hn
+  bool at_once;
+  E* packed;  // all blocks, or one for each thread
 
   GateWeights(const Gru& g, const Runtime& runtime)
       : gru(g),
         blocks(ceil_div(g.hidden_size, kUnits)),
         input_size(ceil_div(g.input_size, kGroup<E>) * kStep),
         block_size(input_size + ceil_div(g.hidden_size, kGroup<E>) * kStep),
-        packed(allocate<E>(runtime, blocks * block_size)),
-        biases(allocate<A>(runtime, blocks * 4 * kUnits)) {
-    parallel(runtime, smaller(runtime.threads, blocks), [&](int64_t i) {
-      const int64_t shares = smaller(runtime.threads, blocks);
-      for (int64_t j = blocks * i / shares; j < blocks * (i + 1) / shares; ++j) pack(j);
+        at_once(g.steps > 1),
+        packed(allocate<E>(runtime, (at_once ? blocks : runtime.threads) * block_size)) {
+    if (!at_once) return;
+    const int64_t shares = smaller(runtime.threads, blocks);
+    parallel(runtime, shares, [&](int64_t i) {
+      for (int64_t j = blocks * i / shares; j < blocks * (i + 1) / shares; ++j) pack(j, packed + j * block_size);
     });
   }
 
-  const E* of_input(int64_t block) const { return packed + block * block_size; }
-  const E* of_state(int64_t block) const { return of_input(block) + input_size; }
-  const A* bias(int64_t block) const { return biases + block * 4 * kUnits; }
+  // `thread` is the index of the buffer that a block may be packed into.
+  Block block(int64_t j, int64_t thread) const {
+    E* at = packed + (at_once ? j : thread) * block_size;
+    if (!at_once) pack(j, at);
+    return with_biases({j * kUnits, at, at + input_size, {}});
+  }
 
-  void pack(int64_t block) const {
-    const int64_t H = gru.hidden_size, first = block * kUnits, units = smaller(kUnits, H - first);
-    pack_rows(static_cast<const T*>(gru.weight_ih), gru.input_size, first, units, packed + block * block_size);
-    pack_rows(static_cast<const T*>(gru.weight_hh), H, first, units, packed + block * block_size + input_size);
+  Block with_biases(Block block) const {
+    const int64_t H = gru.hidden_size;
     const T* bias_ih = static_cast<const T*>(gru.bias_ih);
     const T* bias_hh = static_cast<const T*>(gru.bias_hh);
-    A* to = biases + block * 4 * kUnits;
-    for (int64_t u = 0; u < kUnits; ++u) {
-      const bool used = bias_ih != nullptr && u < units;
-      const auto value = [&](const T* bias, int gate) { return used ? as<A>(bias[gate * H + first + u]) : A(0); };
-      to[u] = value(bias_ih, 0) + value(bias_hh, 0);
-      to[kUnits + u] = value(bias_ih, 1) + value(bias_hh, 1);
-      to[2 * kUnits + u] = value(bias_ih, 2);
-      to[3 * kUnits + u] = value(bias_hh, 2);
+    for (int64_t u = 0; bias_ih != nullptr && u < smaller(kUnits, H - block.first); ++u) {
+      const auto value = [&](const T* bias, int gate) { return as<A>(bias[gate * H + block.first + u]); };
+      block.bias[0][u] = value(bias_ih, 0) + value(bias_hh, 0);
+      block.bias[1][u] = value(bias_ih, 1) + value(bias_hh, 1);
+      block.bias[2][u] = value(bias_ih, 2);
+      block.bias[3][u] = value(bias_hh, 2);
     }
+    return block;
+  }
+
+  void pack(int64_t j, E* to) const {
+    const int64_t H = gru.hidden_size, first = j * kUnits, units = smaller(kUnits, H - first);
+    pack_rows(static_cast<const T*>(gru.weight_ih), gru.input_size, first, units, to);
+    pack_rows(static_cast<const T*>(gru.weight_hh), H, first, units, to + input_size);
   }
 
   // A square of `units` rows by as many groups of k at a time, transposed in registers.
@@ -192,41 +208,99 @@ struct GateWeights {
   }
 };
 
-template <class T, int kRows>
-GENKERNELS_INLINE void forward_tile(const GateWeights<T>& weights, int64_t block, Rows<const Operand<T>> input,
-                                    Rows<const Operand<T>> state, T* output, T* gates) {
+// Turns the sums of one row's products into its gates and its new state.
+template <class T, class S>
+GENKERNELS_INLINE void finish_row(const typename GateWeights<T>::Block& block, int64_t H, Vector<Accumulator<T>> sum_r,
+                                  Vector<Accumulator<T>> sum_z, Vector<Accumulator<T>> n_of_input,
+                                  Vector<Accumulator<T>> n_of_state, const S* state, T* output, T* gates) {
+  using A = Accumulator<T>;
+  const int count = int(smaller(kLanes<A>, H - block.first));
+  const Vector<A> r = sigmoid(sum_r + load(block.bias[0]));
+  const Vector<A> z = sigmoid(sum_z + load(block.bias[1]));
+  const Vector<A> hn = n_of_state + load(block.bias[3]);
+  const Vector<A> n = tanh(n_of_input + load(block.bias[2]) + r * hn);
+  const Vector<A> h = load(state + block.first, count);
+  store(output + block.first, n + z * (h - n), count);
+  if (gates == nullptr) return;
+  T* to = gates + block.first;
+  store(to, r, count);
+  store(to + H, z, count);
+  store(to + 2 * H, n, count);
+  store(to + 3 * H, hn, count);
+}
+
+// One step of a block's units, for at most kRunRows rows.
+template <class T>
+GENKERNELS_INLINE void forward_run(const Gru& gru, const typename GateWeights<T>::Block& block,
+                                   Rows<const Operand<T>> input, Rows<const Operand<T>> state, int64_t rows, T* output,
+                                   T* gates) {
   using E = Operand<T>;
+  const int64_t H = gru.hidden_size;
+  Vector<Accumulator<T>> from_input[kRunRows][3], from_state[kRunRows][3];
+  product_of_rows<E, 3>(input.first, input.stride, rows, block.input, gru.input_size, from_input);
+  product_of_rows<E, 3>(state.first, state.stride, rows, block.state, H, from_state);
+  for (int64_t i = 0; i < rows; ++i)
+    finish_row<T>(block, H, from_input[i][0] + from_state[i][0], from_input[i][1] + from_state[i][1], from_input[i][2],
+                  from_state[i][2], state[i], output + i * H, gates ? gates + i * 4 * H : nullptr);
+}
+
+// x [K] times `units` neighbouring rows of a weight as it lies in memory: each row's sum in a lane.
+template <class T>
+Vector<Accumulator<T>> multiply_units(const T* weight, int64_t K, int64_t units, const T* x) {
   using A = Accumulator<T>;
   constexpr int kUnits = kLanes<A>;
-  const int64_t H = weights.gru.hidden_size, first = block * kUnits;
-  const int count = int(smaller(kUnits, H - first));
-  Vector<A> from_input[kRows][3], from_state[kRows][3];
-  product<E, kRows, 3>(input.first, input.stride, kGroup<E>, weights.of_input(block), weights.gru.input_size,
-                       from_input);
-  product<E, kRows, 3>(state.first, state.stride, kGroup<E>, weights.of_state(block), H, from_state);
-  const A* bias = weights.bias(block);
-  const Vector<A> b_r = load(bias), b_z = load(bias + kUnits);
-  const Vector<A> b_in = load(bias + 2 * kUnits), b_hn = load(bias + 3 * kUnits);
-  for (int i = 0; i < kRows; ++i) {
-    const Vector<A> r = sigmoid(from_input[i][0] + from_state[i][0] + b_r);
-    const Vector<A> z = sigmoid(from_input[i][1] + from_state[i][1] + b_z);
-    const Vector<A> hn = from_state[i][2] + b_hn;
-    const Vector<A> n = tanh(from_input[i][2] + b_in + r * hn);
-    const Vector<A> h = load(state[i] + first, count);
-    store(output + i * H + first, n + z * (h - n), count);
-    if (gates != nullptr) {
-      T* row = gates + i * 4 * H + first;
-      store(row, r, count);
-      store(row + H, z, count);
-      store(row + 2 * H, n, count);
-      store(row + 3 * H, hn, count);
+  const T* rows[kUnits];
+  for (int u = 0; u < kUnits; ++u) rows[u] = weight + smaller(u, units - 1) * K;
+  Vector<A> sums[kUnits] = {};
+  int64_t k = 0;
+  for (; k + kUnits <= K; k += kUnits) {
+    const Vector<A> column = load(x + k);
+#pragma GCC unroll 16
+    for (int u = 0; u < kUnits; ++u) sums[u] += column * load(rows[u] + k);
+  }
+  if (k < K) {
+    const int count = int(K - k);
+    const Vector<A> column = load(x + k, count);
+    for (int u = 0; u < kUnits; ++u) sums[u] += column * load(rows[u] + k, count);
+  }
+  Square<LaneOf<sizeof(A)>> square;
+  __builtin_memcpy(square.rows, sums, sizeof sums);
+  square.transpose();
+  __builtin_memcpy(sums, square.rows, sizeof sums);
+  Vector<A> total = sums[0];
+  for (int u = 1; u < kUnits; ++u) total += sums[u];
+  return total;
+}
+
+// One step of so few rows that reading the weights is all it costs: they are read once, as they lie.
+template <class T>
+void forward_few_rows(const Sequence<T>& sequence, const GateWeights<T>& weights, int64_t first_block,
+                      int64_t last_block) {
+  using A = Accumulator<T>;
+  const Gru& gru = sequence.gru;
+  const int64_t H = gru.hidden_size;
+  for (int64_t j = first_block; j < last_block; ++j) {
+    const auto block = weights.with_biases({j * kLanes<A>, nullptr, nullptr, {}});
+    for (int64_t b = 0; b < gru.batch; ++b) {
+      const auto products = [&](const void* weight, int64_t K, const T* x, Vector<A>(&sums)[3]) {
+        for (int gate = 0; gate < 3; ++gate)
+          sums[gate] = multiply_units(static_cast<const T*>(weight) + (gate * H + block.first) * K, K,
+                                      smaller(kLanes<A>, H - block.first), x);
+      };
+      Vector<A> from_input[3], from_state[3];
+      const T* state = static_cast<const T*>(gru.hx) + b * H;
+      products(gru.weight_ih, gru.input_size, sequence.input(0, b)[0], from_input);
+      products(gru.weight_hh, H, state, from_state);
+      finish_row<T>(block, H, from_input[0] + from_state[0], from_input[1] + from_state[1], from_input[2],
+                    from_state[2], state, sequence.output(0, b)[0], gru.gates ? sequence.gates(0, b) : nullptr);
     }
   }
 }
 
-// How the time loop is shared out: by rows, which do not depend on each other, so that threads never wait; or, where a
-// thread would have too few rows to make use of a weight it has read, by units, all threads meeting after every step.
+// How the time loop is shared out: by rows, which do not depend on each other, so that threads never wait; or by units,
+// all threads meeting after every step, where a thread would have too few rows to make use of a weight it has read.
 bool splits_units(const Gru& gru, const Runtime& runtime, int64_t blocks) {
+  if (gru.steps == 1) return true;  // each weight is packed by the thread that uses it, and nobody waits
   return blocks >= runtime.threads && gru.batch < kFewRows * runtime.threads && runtime.threads > 1;
 }
 
@@ -234,7 +308,7 @@ bool splits_units(const Gru& gru, const Runtime& runtime, int64_t blocks) {
 // finish(s) after step s.
 template <class T, class Finish>
 void forward_steps(const Sequence<T>& sequence, const GateWeights<T>& weights, int64_t begin, int64_t end,
-                   int64_t first_block, int64_t last_block, Operand<T>* scratch, const Finish& finish) {
+                   int64_t first_block, int64_t last_block, int64_t thread, Operand<T>* scratch, const Finish& finish) {
   using E = Operand<T>;
   const Gru& gru = sequence.gru;
   const int64_t I = gru.input_size, H = gru.hidden_size;
@@ -263,11 +337,12 @@ void forward_steps(const Sequence<T>& sequence, const GateWeights<T>& weights, i
       }
       T* output = sequence.output(t, begin)[0];
       T* gates = gru.gates ? sequence.gates(t, begin) : nullptr;
-      for (int64_t block = first_block; block < last_block; ++block)
-        for_row_tiles(rows, [&]<int kRows>(int64_t i) {
-          forward_tile<T, kRows>(weights, block, {input[i], input.stride}, {state[i], state.stride}, output + i * H,
-                                 gates ? gates + i * 4 * H : nullptr);
-        });
+      for (int64_t j = first_block; j < last_block; ++j) {
+        const auto block = weights.block(j, thread);
+        for (int64_t i = 0; i < rows; i += kRunRows)
+          forward_run(gru, block, {input[i], input.stride}, {state[i], state.stride}, smaller(kRunRows, rows - i),
+                      output + i * H, gates ? gates + i * 4 * H : nullptr);
+      }
     }
     finish(s);
   }
@@ -281,19 +356,24 @@ void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
   const int64_t H = gru.hidden_size, B = gru.batch;
   const int64_t row_scratch = staged_stride<E>(gru.input_size) + staged_stride<E>(H);
   if (splits_units(gru, runtime, weights.blocks)) {
-    const int64_t shares = runtime.threads;
+    const int64_t shares = smaller(runtime.threads, weights.blocks);
     const Barrier barrier(runtime, shares);
     E* scratch = allocate<E>(runtime, shares * B * row_scratch);
+    const bool is_direct = gru.steps == 1 && B <= kDirectRows && gru.resets == nullptr;
     parallel_ranges(runtime, shares, [&](int64_t first, int64_t last) {
-      forward_steps(sequence, weights, 0, B, weights.blocks * first / shares, weights.blocks * last / shares,
-                    scratch + first * B * row_scratch, [&](int64_t s) { barrier.wait(last - first, s + 1); });
+      const int64_t first_block = weights.blocks * first / shares, last_block = weights.blocks * last / shares;
+      if (is_direct) return forward_few_rows(sequence, weights, first_block, last_block);
+      forward_steps(sequence, weights, 0, B, first_block, last_block, first, scratch + first * B * row_scratch,
+                    [&](int64_t s) {
+                      if (gru.steps > 1) barrier.wait(last - first, s + 1);
+                    });
     });
   } else {
     const int64_t shares = row_shares(gru, runtime);
     E* scratch = allocate<E>(runtime, B * row_scratch);
     parallel(runtime, shares, [&](int64_t i) {
       const int64_t begin = sequence.share(i, shares), end = sequence.share(i + 1, shares);
-      forward_steps(sequence, weights, begin, end, 0, weights.blocks, scratch + begin * row_scratch, [](int64_t) {});
+      forward_steps(sequence, weights, begin, end, 0, weights.blocks, i, scratch + begin * row_scratch, [](int64_t) {});
     });
   }
   if (h_n == nullptr) return;
@@ -304,43 +384,71 @@ void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
 }
 
 // A weight [3H, N] as the right operand of a product with K = 3H, its rows taken in the order of the gradient's
-// columns.
+// columns. As of the forward pass, a single step packs each panel where it uses it.
 template <class T>
 struct BackwardWeight {
   using E = Operand<T>;
+  const T* weight;
+  int64_t K, N, first_row;  // row k of the operand is row (k + first_row) % K of the weight
   Columns<E> columns;
-  E* packed;
+  bool at_once;
+  E* packed;  // all panels, or one for each thread
 
-  BackwardWeight(const T* weight, int64_t H, int64_t N, bool n_first, const Runtime& runtime) : columns(N) {
-    packed = allocate<E>(runtime, columns.packed_size(3 * H));
+  BackwardWeight(const Gru& gru, const void* w, int64_t n, bool n_first, const Runtime& runtime)
+      : weight(static_cast<const T*>(w)),
+        K(3 * gru.hidden_size),
+        N(n),
+        first_row(n_first ? 2 * gru.hidden_size : 0),
+        columns(n),
+        at_once(gru.steps > 1),
+        packed(allocate<E>(runtime, at_once ? columns.packed_size(K) : runtime.threads * panel_size())) {
+    if (!at_once) return;
     const int64_t shares = smaller(runtime.threads, columns.panels);
     parallel(runtime, shares, [&](int64_t i) {
       for (int64_t p = columns.panels * i / shares; p < columns.panels * (i + 1) / shares; ++p)
-        pack_panel<E, T>(
-            columns, p, 3 * H, [&](int64_t k) { return weight + (n_first ? (k < H ? k + 2 * H : k - H) : k) * N; },
-            packed);
+        pack(p, packed + columns.offset(p, K));
     });
+  }
+
+  int64_t panel_size() const { return ceil_div(K, kGroup<E>) * Panel<E, kPanelVectors>::kStep; }
+
+  // `thread` is the index of the buffer that a panel may be packed into.
+  const E* panel(int64_t p, int64_t thread) const {
+    if (at_once) return packed + columns.offset(p, K);
+    E* at = packed + thread * panel_size();
+    pack(p, at);
+    return at;
+  }
+
+  void pack(int64_t p, E* to) const {
+    pack_panel<E, T>(
+        columns, p, K, [&](int64_t k) { return weight + (k + first_row < K ? k + first_row : k + first_row - K) * N; },
+        to);
   }
 };
 
-// The product of `rows` rows with panels [first_panel, last_panel) of B, given to store_vector(row, column, count,
-// sum).
-template <class E, class Store>
-void multiply_rows(const Columns<E>& columns, const E* packed, int64_t K, Rows<const E> a, int64_t rows,
+// The product of `rows` rows with panels [first_panel, last_panel), given to store_vector(row, column, count, sum).
+template <class T, class Store>
+void multiply_rows(const BackwardWeight<T>& weight, int64_t thread, Rows<const Operand<T>> a, int64_t rows,
                    int64_t first_panel, int64_t last_panel, const Store& store_vector) {
-  using A = Accumulator<E>;
-  for (int64_t p = first_panel; p < last_panel; ++p)
+  using E = Operand<T>;
+  using A = Accumulator<T>;
+  const Columns<E>& columns = weight.columns;
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    const E* panel = weight.panel(p, thread);
     columns.with_width(p, [&]<int kVectors>() {
-      for_row_tiles(rows, [&]<int kRows>(int64_t first) {
-        Vector<A> sum[kRows][kVectors];
-        product<E, kRows, kVectors>(a[first], a.stride, kGroup<E>, packed + columns.offset(p, K), K, sum);
-        for (int i = 0; i < kRows; ++i)
+      for (int64_t first = 0; first < rows; first += kRunRows) {
+        const int64_t run = smaller(kRunRows, rows - first);
+        Vector<A> sum[kRunRows][kVectors];
+        product_of_rows<E, kVectors>(a[first], a.stride, run, panel, weight.K, sum);
+        for (int64_t i = 0; i < run; ++i)
           for (int v = 0; v < kVectors; ++v) {
             const int64_t column = columns.first_column(p) + v * kLanes<A>;
             store_vector(first + i, column, int(smaller(kLanes<A>, columns.count - column)), sum[i][v]);
           }
-      });
+      }
     });
+  }
 }
 
 // Backpropagation through time in blocks of steps. Per block: the time loop writes the gradients of the gates of all
@@ -354,6 +462,7 @@ struct Backward {
   using E = Operand<T>;
   using A = Accumulator<T>;
   static constexpr int64_t kBlockRows = 512;
+  static constexpr int64_t kWeightRun = kVectorBytes == 64 ? kBlockRows : 256;  // rows of a panel, as kRunRows
 
   const Gru& gru;
   const GruGradients& grad;
@@ -408,7 +517,7 @@ struct Backward {
   // `weight_hh`. The product reads delta of all units: meet(s) returns when step s has them all.
   template <class Meet>
   void steps(int64_t first, int64_t last, int64_t base, const BackwardWeight<T>& weight_hh, int64_t begin, int64_t end,
-             int64_t first_panel, int64_t last_panel, const Meet& meet) const {
+             int64_t first_panel, int64_t last_panel, int64_t thread, const Meet& meet) const {
     const Columns<E>& columns = weight_hh.columns;
     const int64_t first_unit = columns.first_column(first_panel);
     const int64_t last_unit = smaller(H, columns.first_column(last_panel));
@@ -417,11 +526,11 @@ struct Backward {
       E* step_delta = delta + (sequence.offset(t) + begin - base) * delta_stride;
       for (int64_t i = 0; i < rows; ++i) delta_row(t, begin + i, first_unit, last_unit, step_delta + i * delta_stride);
       meet(s);
-      multiply_rows<E>(columns, weight_hh.packed, 3 * H, {step_delta + H, delta_stride}, rows, first_panel, last_panel,
-                       [&](int64_t i, int64_t column, int count, Vector<A> sum) {
-                         A* to = carry + (begin + i) * H + column;
-                         store(to, load(to, count) + sum, count);
-                       });
+      multiply_rows(weight_hh, thread, {step_delta + H, delta_stride}, rows, first_panel, last_panel,
+                    [&](int64_t i, int64_t column, int count, Vector<A> sum) {
+                      A* to = carry + (begin + i) * H + column;
+                      store(to, load(to, count) + sum, count);
+                    });
       for (int64_t i = 0; gru.resets && i < rows; ++i)
         if (gru.resets[t * gru.batch + begin + i])
           for (int64_t u = first_unit; u < last_unit; ++u) carry[(begin + i) * H + u] = A(0);
@@ -441,12 +550,12 @@ struct Backward {
   void run() {
     const int64_t panels = Columns<E>(H).panels;
     const bool is_split_by_units = splits_units(gru, runtime, panels);
-    const int64_t shares = is_split_by_units ? runtime.threads : row_shares(gru, runtime);
+    const int64_t shares = is_split_by_units ? smaller(runtime.threads, panels) : row_shares(gru, runtime);
     for (int64_t i = 0; i < gru.batch * H; ++i)
       carry[i] = grad.grad_h_n ? as<A>(static_cast<const T*>(grad.grad_h_n)[i]) : A(0);
-    const BackwardWeight<T> weight_hh(static_cast<const T*>(gru.weight_hh), H, H, false, runtime);
+    const BackwardWeight<T> weight_hh(gru, gru.weight_hh, H, false, runtime);
     // A GRU whose input needs no gradient packs nothing for it.
-    const BackwardWeight<T> weight_ih(static_cast<const T*>(gru.weight_ih), H, grad.grad_input ? I : 0, true, runtime);
+    const BackwardWeight<T> weight_ih(gru, gru.weight_ih, grad.grad_input ? I : 0, true, runtime);
     WeightGradients sums = prepare_weight_gradients();
     bool is_first_block = true;
     for (int64_t last = gru.steps; last > 0;) {
@@ -457,12 +566,12 @@ struct Backward {
       if (is_split_by_units) {
         const Barrier barrier(runtime, shares);
         parallel_ranges(runtime, shares, [&](int64_t i, int64_t end) {
-          steps(first, last, base, weight_hh, 0, gru.batch, panels * i / shares, panels * end / shares,
+          steps(first, last, base, weight_hh, 0, gru.batch, panels * i / shares, panels * end / shares, i,
                 [&](int64_t s) { barrier.wait(end - i, last - s); });
         });
       } else {
         parallel(runtime, shares, [&](int64_t i) {
-          steps(first, last, base, weight_hh, sequence.share(i, shares), sequence.share(i + 1, shares), 0, panels,
+          steps(first, last, base, weight_hh, sequence.share(i, shares), sequence.share(i + 1, shares), 0, panels, i,
                 [](int64_t) {});
         });
       }
@@ -475,16 +584,20 @@ struct Backward {
     if (grad.needs_weights) finish_weight_gradients(sums);
   }
 
+  // Shared out by rows, or by panels where there are few rows.
   void input_gradient(int64_t base, int64_t rows, const BackwardWeight<T>& weight_ih) const {
-    const int64_t tiles = ceil_div(rows, kTileRows), shares = smaller(runtime.threads, tiles);
+    const int64_t tiles = ceil_div(rows, kTileRows), panels = weight_ih.columns.panels;
+    const bool by_rows = weight_ih.at_once && tiles >= runtime.threads;
+    const int64_t shares = smaller(runtime.threads, by_rows ? tiles : panels);
+    T* to = static_cast<T*>(grad.grad_input) + base * I;
     parallel(runtime, shares, [&](int64_t i) {
-      const int64_t begin = tiles * i / shares * kTileRows;
-      const int64_t end = smaller(rows, tiles * (i + 1) / shares * kTileRows);
-      T* to = static_cast<T*>(grad.grad_input) + (base + begin) * I;
-      multiply_rows<E>(
-          weight_ih.columns, weight_ih.packed, 3 * H, {delta + begin * delta_stride, delta_stride}, end - begin, 0,
-          weight_ih.columns.panels,
-          [&](int64_t row, int64_t column, int count, Vector<A> sum) { store(to + row * I + column, sum, count); });
+      const int64_t begin = by_rows ? tiles * i / shares * kTileRows : 0;
+      const int64_t end = by_rows ? smaller(rows, tiles * (i + 1) / shares * kTileRows) : rows;
+      multiply_rows(weight_ih, i, {delta + begin * delta_stride, delta_stride}, end - begin,
+                    by_rows ? 0 : panels * i / shares, by_rows ? panels : panels * (i + 1) / shares,
+                    [&](int64_t row, int64_t column, int count, Vector<A> sum) {
+                      store(to + (begin + row) * I + column, sum, count);
+                    });
     });
   }
 
@@ -531,12 +644,12 @@ struct Backward {
               [&](int64_t k) {
                 return row_of(k, [&](int64_t t, int64_t b) -> const T* { return sequence.input(t, b)[0]; });
               },
-              to.input);
+              to.input + to.input_columns.offset(p, rows));
         else
           pack_panel<E, T>(
               to.state_columns, p - to.input_columns.panels, rows,
               [&](int64_t k) { return row_of(k, [&](int64_t t, int64_t b) { return sequence.state(t, b); }); },
-              to.state);
+              to.state + to.state_columns.offset(p - to.input_columns.panels, rows));
       for (int64_t tile = tiles * i / shares; tile < tiles * (i + 1) / shares; ++tile) {
         const int64_t gate = tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
         const int64_t units = smaller(kTileRows, H - unit);
@@ -556,13 +669,17 @@ struct Backward {
         const int64_t mine = 3 * to.gate_tiles;
         for (int64_t p = 0; p < columns.panels; ++p)
           columns.with_width(p, [&]<int kVectors>() {
-            for (int64_t tile = mine * i / shares; tile < mine * (i + 1) / shares; ++tile) {
-              const int64_t gate = gate0 + tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
-              // Columns of delta are n, r, z, hn; rows of both gradients r, z, n.
-              A* rows_to = sums + ((gate + 2) % 3 * H + unit) * N;
-              add_tile<kVectors>(columns, p, packed, to.transposed + (gate * to.gate_tiles * kTileRows + unit) * K,
-                                 rows, int(smaller(kTileRows, H - unit)), rows_to, N, is_first_block);
-            }
+            const E* panel = packed + columns.offset(p, rows);
+            for (int64_t k = 0; k < rows || k == 0; k += kWeightRun)
+              for (int64_t tile = mine * i / shares; tile < mine * (i + 1) / shares; ++tile) {
+                const int64_t gate = gate0 + tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
+                // Columns of delta are n, r, z, hn; rows of both gradients r, z, n.
+                A* rows_to = sums + ((gate + 2) % 3 * H + unit) * N;
+                add_tile<kVectors>(columns, p, panel + k / kGroup<E> * Panel<E, kVectors>::kStep,
+                                   to.transposed + (gate * to.gate_tiles * kTileRows + unit) * K + k * kTileRows,
+                                   smaller(kWeightRun, rows - k), int(smaller(kTileRows, H - unit)), rows_to, N,
+                                   is_first_block && k == 0);
+              }
           });
       };
       accumulate(to.input_columns, to.input, 0, to.weight_ih, I);
@@ -571,19 +688,18 @@ struct Backward {
   }
 
   template <int kVectors>
-  static void add_tile(const Columns<E>& columns, int64_t p, const E* packed, const E* transposed, int64_t K, int rows,
-                       A* to, int64_t stride, bool is_first_block) {
+  static void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* transposed, int64_t K, int rows,
+                       A* to, int64_t stride, bool is_first) {
     // PyTorch's sums over the rows are shorter: with chains of 256 the error exceeds twice theirs at 264 rows.
     constexpr int64_t kLongest = 128;
     Vector<A> sum[kTileRows][kVectors];
-    product<E, kTileRows, kVectors, kLongest>(transposed, kGroup<E>, kTileRows * kGroup<E>,
-                                              packed + columns.offset(p, K), K, sum);
+    product<E, kTileRows, kVectors, kLongest>(transposed, kGroup<E>, kTileRows * kGroup<E>, panel, K, sum);
     for (int i = 0; i < rows; ++i)
       for (int v = 0; v < kVectors; ++v) {
         const int64_t column = columns.first_column(p) + v * kLanes<A>;
         const int count = int(smaller(kLanes<A>, columns.count - column));
         A* at = to + i * stride + column;
-        store(at, is_first_block ? sum[i][v] : load(at, count) + sum[i][v], count);
+        store(at, is_first ? sum[i][v] : load(at, count) + sum[i][v], count);
       }
   }
 

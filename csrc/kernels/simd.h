@@ -58,7 +58,7 @@ constexpr int kLanes = kVectorBytes / int(sizeof(Accumulator<T>));
 
 template <class S>
 GENKERNELS_INLINE Vector<S> broadcast(S value) {
-  return Vector<S>{} + value;
+  return value - Vector<S>{};  // 0 + value would have to be computed: it is not value for -0
 }
 
 template <class S>
