@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import dataclasses
+import functools
+import itertools
 import json
 import os
 import platform
@@ -17,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,8 @@ SHARES: dict[tuple[str, Shape], float] = {
 CAP_MARGIN = 0.03
 CAPS = {FORWARD: 0.88, TRAINING: 0.80}
 AVX2_SHARE = 0.75
+GRID = ROOT / "benchmarks" / "gru_grid.csv"
+GRID_RATIO = 0.97
 BFLOAT16_CAP = 0.80
 
 SEQUENCE_CASES = [
@@ -108,22 +113,29 @@ class Local:
         return median_seconds(self.step, calls)
 
 
-def take_turns(
-    contestants: dict[str, Local | Peer], level: str, dtype: torch.dtype, rounds: int
+def measure(
+    contestants: Mapping[str, Local | Peer],
+    work: float,
+    rounds: int,
+    dtype: torch.dtype = torch.float32,
+    level: str | None = None,
 ) -> tuple[dict[str, float], float]:
-    """Median seconds of each contestant, and the median of the peaks measured in the same turns."""
+    """GFLOP/s of each contestant, for `work` operations, and the peak of the same turns."""
+    level = level or limits.levels()[-1]
     threads = torch.get_num_threads()
-    calls = {
-        name: max(1, round(0.04 / contestant.seconds(1)))
-        for name, contestant in contestants.items()
-    }
+    calls = {name: max(1, round(0.04 / each.seconds(1))) for name, each in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in contestants}
     peaks = []
     for _ in range(rounds):
         for name, contestant in contestants.items():
             times[name].append(contestant.seconds(calls[name]))
         peaks.append(limits.measure_peak(level, dtype, threads, repeats=2))
-    return {name: statistics.median(t) for name, t in times.items()}, statistics.median(peaks)
+    gflops = {name: work / statistics.median(t) / 1e9 for name, t in times.items()}
+    return gflops, statistics.median(peaks) / 1e9
+
+
+def sequence_name(shape: Shape, direction: str, dtype: torch.dtype) -> str:
+    return "T={} B={} I={} H={}, {}, {}".format(*shape, direction, _name(dtype))
 
 
 def sequence_bars(
@@ -171,24 +183,23 @@ def sequence_row(
             print(f"bars: {error}", file=sys.stderr)
             continue
         contestants[name] = peer
-    seconds, peak = take_turns(contestants, limits.levels()[-1], dtype, options.rounds)
-    work = flops(shape, direction)
-    gflops = {name: work / value / 1e9 for name, value in seconds.items()}
-    name = "T={} B={} I={} H={}, {}, {}".format(*shape, direction, _name(dtype))
-    peak /= 1e9
-    return Row(name, gflops, peak, sequence_bars(shape, direction, dtype, gflops, peak))
+    gflops, peak = measure(contestants, flops(shape, direction), options.rounds, dtype)
+    bars = sequence_bars(shape, direction, dtype, gflops, peak)
+    return Row(sequence_name(shape, direction, dtype), gflops, peak, bars)
 
 
 def avx2_row(shape: Shape, direction: str, options: Any) -> Row:
     step = make_step(CONTESTANTS["genkernels"], shape, direction, torch.float32)
     with backend.use_simd("avx2"):
-        seconds, peak = take_turns(
-            {"genkernels": Local(step)}, "avx2", torch.float32, options.rounds
+        gflops, peak = measure(
+            {"genkernels": Local(step)}, flops(shape, direction), options.rounds, level="avx2"
         )
-    own, peak = flops(shape, direction) / seconds["genkernels"] / 1e9, peak / 1e9
-    name = "T={} B={} I={} H={}, {}, float32, AVX2".format(*shape, direction)
-    bar = Bar(f"{AVX2_SHARE:.0%} of AVX2 peak", AVX2_SHARE * peak, own)
-    return Row(name, {"genkernels": own}, peak, [bar])
+    bar = Bar(f"{AVX2_SHARE:.0%} of AVX2 peak", AVX2_SHARE * peak, gflops["genkernels"])
+    return Row(avx2_name(shape, direction), gflops, peak, [bar])
+
+
+def avx2_name(shape: Shape, direction: str) -> str:
+    return sequence_name(shape, direction, torch.float32) + ", AVX2"
 
 
 def cell_step(make_module: Callable[..., Any], batch: int, size: int, direction: str) -> Local:
@@ -207,18 +218,36 @@ def cell_step(make_module: Callable[..., Any], batch: int, size: int, direction:
 
 def cell_row(batch: int, size: int, direction: str, options: Any) -> Row:
     modules = {"genkernels": genkernels.nn.GRUCell, "torch": torch.nn.GRUCell}
-    seconds, peak = take_turns(
+    gflops, peak = measure(
         {name: cell_step(module, batch, size, direction) for name, module in modules.items()},
-        limits.levels()[-1],
-        torch.float32,
+        flops((1, batch, size, size), direction),
         options.rounds,
     )
-    work = flops((1, batch, size, size), direction)
-    gflops = {name: work / value / 1e9 for name, value in seconds.items()}
-    peak /= 1e9
     asked = min(2 * gflops["torch"], CAPS[direction] * peak)
     bar = Bar("2x torch", asked, gflops["genkernels"])
-    return Row(f"cell B={batch} I=H={size}, {direction}, float32", gflops, peak, [bar])
+    return Row(cell_name(batch, size, direction), gflops, peak, [bar])
+
+
+def cell_name(batch: int, size: int, direction: str) -> str:
+    return f"cell B={batch} I=H={size}, {direction}, float32"
+
+
+def grid_row(shape: Shape, direction: str, dtype: torch.dtype, options: Any) -> Row:
+    """Beside torch alone, which no point of the grid may lose to."""
+    contestants = {
+        name: Local(make_step(CONTESTANTS[name], shape, direction, dtype))
+        for name in ("genkernels", "torch")
+    }
+    gflops, peak = measure(contestants, flops(shape, direction), options.rounds, dtype)
+    bar = Bar(f"{GRID_RATIO:g}x torch", GRID_RATIO * gflops["torch"], gflops["genkernels"])
+    return Row(sequence_name(shape, direction, dtype), gflops, peak, [bar])
+
+
+def read_grid() -> Iterator[tuple[Shape, str, torch.dtype]]:
+    with open(GRID, encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            T, B, I, H = (int(line[name]) for name in "TBIH")
+            yield (T, B, I, H), line["direction"], getattr(torch, line["dtype"])
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
@@ -319,43 +348,35 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
 
 
+def bars_plan(
+    peers: dict[str, Peer], options: argparse.Namespace
+) -> Iterator[tuple[str, Callable[[], Row]]]:
+    for case in SEQUENCE_CASES:
+        yield sequence_name(*case), functools.partial(sequence_row, *case, peers, options)
+    if "avx2" in backend.simd_levels() and backend.simd_level() != "avx2":
+        for case in itertools.product((s for s in SHAPES if s[1] >= 16), DIRECTIONS):
+            yield avx2_name(*case), functools.partial(avx2_row, *case, options)
+    for direction, sizes in itertools.product(DIRECTIONS, CELL_SIZES):
+        yield cell_name(*sizes, direction), functools.partial(cell_row, *sizes, direction, options)
+
+
+def grid_plan(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
+    for case in read_grid():
+        yield sequence_name(*case), functools.partial(grid_row, *case, options)
+
+
 def run(options: argparse.Namespace) -> int:
     settings = machine()
     print(", ".join(f"{key} {value}" for key, value in settings.items()), file=sys.stderr)
-    plan: list[tuple[str, Callable[[], Row]]] = []
     with contextlib.ExitStack() as stack:
         peers: dict[str, Peer] = {}
-        for name in NAMES:
+        for name in () if options.grid else NAMES:
             reason = missing(name)
             if reason:
                 print(f"bars: without {name}: {reason}", file=sys.stderr)
             else:
                 peers[name] = stack.enter_context(Peer(name, settings["threads"]))
-        for shape, direction, dtype in SEQUENCE_CASES:
-            plan.append(
-                (
-                    "T={} B={} I={} H={}, {}, {}".format(*shape, direction, _name(dtype)),
-                    lambda s=shape, d=direction, t=dtype: sequence_row(s, d, t, peers, options),
-                )
-            )
-        if "avx2" in backend.simd_levels() and backend.simd_level() != "avx2":
-            for shape in SHAPES:
-                if shape[1] >= 16:
-                    plan += [
-                        (
-                            "T={} B={} I={} H={}, {}, float32, AVX2".format(*shape, direction),
-                            lambda s=shape, d=direction: avx2_row(s, d, options),
-                        )
-                        for direction in DIRECTIONS
-                    ]
-        for direction in DIRECTIONS:
-            plan += [
-                (
-                    f"cell B={batch} I=H={size}, {direction}, float32",
-                    lambda b=batch, s=size, d=direction: cell_row(b, s, d, options),
-                )
-                for batch, size in CELL_SIZES
-            ]
+        plan = list(grid_plan(options) if options.grid else bars_plan(peers, options))
         chosen = [(name, make) for name, make in plan if options.only in name]
         if not chosen:
             raise Failure(f"--only {options.only}: no case is named so; the first is {plan[0][0]}")
@@ -407,6 +428,12 @@ def main() -> int:
         "--compile", action="store_true", help="torch.compile(torch.nn.GRU) too; takes minutes"
     )
     parser.add_argument(
+        "--grid",
+        action="store_true",
+        help="the points of benchmarks/gru_grid.csv beside torch.nn.GRU alone: small, odd and "
+        "large sizes, of which none may lose",
+    )
+    parser.add_argument(
         "--save",
         metavar="FOLDER",
         help="write gru.json and gru.png there and add a line to its history.jsonl "
@@ -415,6 +442,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"argument --rounds: expected at least 1, got {options.rounds}")
+    if options.save and options.grid:
+        parser.error("argument --save: not with --grid")
     if options.save and not Path(options.save).is_dir():
         parser.error(f"argument --save: {options.save}: expected an existing folder")
     try:

@@ -23,8 +23,8 @@ MUTANTS = {
     ),
     "unwritten_row": (  # nothing but the poisoned memory shows it
         "gru.cpp",
-        "store(output + i * H + first, n + z * (h - n), count);",
-        "if (i != 3) store(output + i * H + first, n + z * (h - n), count);",
+        "for (int64_t i = 0; i < rows; ++i)\n    finish_row<T>(",
+        "for (int64_t i = 0; i < rows; ++i)\n    if (i != 3) finish_row<T>(",
         "output: NaN or Inf unlike PyTorch's",
     ),
     "gradient": (  # the derivative of r * (W_hn h + b_hn) forgets r
@@ -35,7 +35,7 @@ MUTANTS = {
     ),
     "one_chain": (  # right, but summed less accurately than PyTorch sums
         "gemm.h",
-        "kChain = 256;",
+        "kChain = kVectorBytes == 64 ? 256 : 160;",
         "kChain = int64_t(1) << 40;",
         "largest error",
     ),

@@ -83,8 +83,8 @@ struct Sequence {
 
 // Fewer rows than this per thread, and the time loop is shared out by units.
 constexpr int64_t kFewRows = 2 * kTileRows;
-// A single step of so many rows does not pack its weights.
-constexpr int64_t kDirectRows = 2;
+// So many steps of so many rows do not pack their weights.
+constexpr int64_t kDirectRows = 2, kDirectSteps = 12;
 
 int64_t row_shares(const Gru& gru, const Runtime& runtime) { return smaller(runtime.threads, gru.batch); }
 
@@ -110,6 +110,11 @@ bool collides(int64_t stride) {
   return (stride * int64_t(sizeof(E))) % 4096 == 0 && stride != 0;
 }
 
+// Packing costs as much as reading the weights a few times.
+bool packs_weights(const Gru& gru) {
+  return gru.steps > kDirectSteps || gru.batch > kDirectRows || gru.resets != nullptr;
+}
+
 // Both weights and the biases, packed so that one tile holds the three gates of the same units: per block of units
 // [ceil(I / group)][3][lanes][group] of W_ih, then as much of W_hh. A single step packs each block where it uses it,
 // into a buffer that stays in the cache; otherwise all are packed at once.
@@ -129,7 +134,7 @@ struct GateWeights {
   const Gru& gru;
   int64_t blocks, input_size, block_size;
   bool at_once;
-  E* packed;  // all blocks, or one for each thread
+  E* packed;  // all blocks, or one for each thread, or null
 
   GateWeights(const Gru& g, const Runtime& runtime)
       : gru(g),
@@ -137,7 +142,9 @@ struct GateWeights {
         input_size(ceil_div(g.input_size, kGroup<E>) * kStep),
         block_size(input_size + ceil_div(g.hidden_size, kGroup<E>) * kStep),
         at_once(g.steps > 1),
-        packed(allocate<E>(runtime, (at_once ? blocks : runtime.threads) * block_size)) {
+        packed(nullptr) {
+    if (!packs_weights(gru)) return;
+    packed = allocate<E>(runtime, (at_once ? blocks : runtime.threads) * block_size);
     if (!at_once) return;
     const int64_t shares = smaller(runtime.threads, blocks);
     parallel(runtime, shares, [&](int64_t i) {
@@ -272,28 +279,32 @@ Vector<Accumulator<T>> multiply_units(const T* weight, int64_t K, int64_t units,
   return total;
 }
 
-// One step of so few rows that reading the weights is all it costs: they are read once, as they lie.
-template <class T>
+// Few steps of so few rows that reading the weights is all they cost: they are read as they lie.
+template <class T, class Finish>
 void forward_few_rows(const Sequence<T>& sequence, const GateWeights<T>& weights, int64_t first_block,
-                      int64_t last_block) {
+                      int64_t last_block, const Finish& finish) {
   using A = Accumulator<T>;
   const Gru& gru = sequence.gru;
   const int64_t H = gru.hidden_size;
-  for (int64_t j = first_block; j < last_block; ++j) {
-    const auto block = weights.with_biases({j * kLanes<A>, nullptr, nullptr, {}});
-    for (int64_t b = 0; b < gru.batch; ++b) {
-      const auto products = [&](const void* weight, int64_t K, const T* x, Vector<A>(&sums)[3]) {
-        for (int gate = 0; gate < 3; ++gate)
-          sums[gate] = multiply_units(static_cast<const T*>(weight) + (gate * H + block.first) * K, K,
-                                      smaller(kLanes<A>, H - block.first), x);
-      };
-      Vector<A> from_input[3], from_state[3];
-      const T* state = static_cast<const T*>(gru.hx) + b * H;
-      products(gru.weight_ih, gru.input_size, sequence.input(0, b)[0], from_input);
-      products(gru.weight_hh, H, state, from_state);
-      finish_row<T>(block, H, from_input[0] + from_state[0], from_input[1] + from_state[1], from_input[2],
-                    from_state[2], state, sequence.output(0, b)[0], gru.gates ? sequence.gates(0, b) : nullptr);
+  for (int64_t s = 0; s < gru.steps; ++s) {
+    const int64_t t = sequence.time(s);
+    for (int64_t j = first_block; j < last_block; ++j) {
+      const auto block = weights.with_biases({j * kLanes<A>, nullptr, nullptr, {}});
+      for (int64_t b = 0; b < sequence.size(t); ++b) {
+        const auto products = [&](const void* weight, int64_t K, const T* x, Vector<A>(&sums)[3]) {
+          for (int gate = 0; gate < 3; ++gate)
+            sums[gate] = multiply_units(static_cast<const T*>(weight) + (gate * H + block.first) * K, K,
+                                        smaller(kLanes<A>, H - block.first), x);
+        };
+        Vector<A> from_input[3], from_state[3];
+        const T* state = sequence.state(t, b);
+        products(gru.weight_ih, gru.input_size, sequence.input(t, b)[0], from_input);
+        products(gru.weight_hh, H, state, from_state);
+        finish_row<T>(block, H, from_input[0] + from_state[0], from_input[1] + from_state[1], from_input[2],
+                      from_state[2], state, sequence.output(t, b)[0], gru.gates ? sequence.gates(t, b) : nullptr);
+      }
     }
+    finish(s);
   }
 }
 
@@ -355,18 +366,17 @@ void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
   const GateWeights<T> weights(gru, runtime);
   const int64_t H = gru.hidden_size, B = gru.batch;
   const int64_t row_scratch = staged_stride<E>(gru.input_size) + staged_stride<E>(H);
-  if (splits_units(gru, runtime, weights.blocks)) {
+  if (!packs_weights(gru) || splits_units(gru, runtime, weights.blocks)) {
     const int64_t shares = smaller(runtime.threads, weights.blocks);
     const Barrier barrier(runtime, shares);
     E* scratch = allocate<E>(runtime, shares * B * row_scratch);
-    const bool is_direct = gru.steps == 1 && B <= kDirectRows && gru.resets == nullptr;
     parallel_ranges(runtime, shares, [&](int64_t first, int64_t last) {
       const int64_t first_block = weights.blocks * first / shares, last_block = weights.blocks * last / shares;
-      if (is_direct) return forward_few_rows(sequence, weights, first_block, last_block);
-      forward_steps(sequence, weights, 0, B, first_block, last_block, first, scratch + first * B * row_scratch,
-                    [&](int64_t s) {
-                      if (gru.steps > 1) barrier.wait(last - first, s + 1);
-                    });
+      const auto finish = [&](int64_t s) {
+        if (s + 1 < gru.steps) barrier.wait(last - first, s + 1);
+      };
+      if (!packs_weights(gru)) return forward_few_rows(sequence, weights, first_block, last_block, finish);
+      forward_steps(sequence, weights, 0, B, first_block, last_block, first, scratch + first * B * row_scratch, finish);
     });
   } else {
     const int64_t shares = row_shares(gru, runtime);
@@ -705,8 +715,18 @@ struct Backward {
 
   void finish_weight_gradients(const WeightGradients& from) const {
     if constexpr (!__is_same(T, A)) {
-      for (int64_t i = 0; i < 3 * H * I; ++i) narrow(static_cast<T*>(grad.grad_weight_ih) + i, from.weight_ih[i]);
-      for (int64_t i = 0; i < 3 * H * H; ++i) narrow(static_cast<T*>(grad.grad_weight_hh) + i, from.weight_hh[i]);
+      const int64_t shares = runtime.threads;
+      parallel(runtime, shares, [&](int64_t i) {
+        const auto narrow_share = [&](void* to, const A* sums, int64_t count) {
+          const int64_t last = count * (i + 1) / shares;
+          for (int64_t k = count * i / shares; k < last; k += kLanes<A>) {
+            const int lanes = int(smaller(kLanes<A>, last - k));
+            store(static_cast<T*>(to) + k, load(sums + k, lanes), lanes);
+          }
+        };
+        narrow_share(grad.grad_weight_ih, from.weight_ih, 3 * H * I);
+        narrow_share(grad.grad_weight_hh, from.weight_hh, 3 * H * H);
+      });
     }
     if (grad.grad_bias_ih == nullptr) return;
     for (int64_t gate = 0; gate < 3; ++gate)
