@@ -139,8 +139,13 @@ struct Square {
 #pragma GCC unroll 16
       for (int k = 0; k < kRows / 2; ++k) {
         const Row low = rows[k], high = rows[k + kRows / 2];
+#if defined(__clang__)
         next[2 * k] = __builtin_shufflevector(low, high, (i / 2 + i % 2 * kRows)...);
         next[2 * k + 1] = __builtin_shufflevector(low, high, (kRows / 2 + i / 2 + i % 2 * kRows)...);
+#else  // which GCC has from 12 on
+        next[2 * k] = __builtin_shuffle(low, high, Row{Lane(i / 2 + i % 2 * kRows)...});
+        next[2 * k + 1] = __builtin_shuffle(low, high, Row{Lane(kRows / 2 + i / 2 + i % 2 * kRows)...});
+#endif
       }
 #pragma GCC unroll 16
       for (int k = 0; k < kRows; ++k) rows[k] = next[k];
