@@ -282,8 +282,9 @@ def draw_chart(path: Path, rows: Sequence[Row]) -> None:
         axis.set_title(direction)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("% of the measured FMA peak")
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    handles, texts = axes[0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="upper center", ncols=len(texts), fontsize=9)
     _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     pyplot.close(figure)
 

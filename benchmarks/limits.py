@@ -57,12 +57,6 @@ def measure_peak(level: str, dtype: torch.dtype, threads: int, repeats: int) -> 
 
 
 @functools.cache
-def peak_flops(level: str, dtype: torch.dtype = torch.float32, threads: int = 1) -> float:
-    """The peak of this process, measured once."""
-    return measure_peak(level, dtype, threads, repeats=7)
-
-
-@functools.cache
 def read_bandwidth(size: int, threads: int = 1) -> float:
     """Bytes per second that `threads` threads read, each from `size` bytes of its own."""
     level = levels()[-1]
@@ -144,7 +138,10 @@ def main() -> None:
                 continue
             if dtype == torch.float32 and level == "avx512_bf16":
                 continue
-            row = [f"{peak_flops(level, dtype, n) / 1e9:.0f} GFLOP/s" for n in options.threads]
+            row = [
+                f"{measure_peak(level, dtype, n, repeats=7) / 1e9:.0f} GFLOP/s"
+                for n in options.threads
+            ]
             print(f"| {level}, {str(dtype).removeprefix('torch.')} | {' | '.join(row)} |")
     for label, size in (("L2 (512 KiB a thread)", 1 << 19), ("memory (256 MiB a thread)", 1 << 28)):
         row = [f"{read_bandwidth(size, n) / 1e9:.0f} GB/s" for n in options.threads]
