@@ -42,8 +42,10 @@ def autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def is_autocast_enabled(device: str) -> bool:
-    # Devices without an autocast of their own, such as meta, make torch's question an error.
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Devices without an autocast of their own, such as meta, make torch's question an error. The
+    # compiler of torch 2.10 cannot trace what asks for that.
+    is_available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return is_available and torch.is_autocast_enabled(device)
 
 
 def needs_autograd(*tensors: Tensor | None) -> bool:
