@@ -89,8 +89,14 @@ struct Arguments {
 
   // [T, B, columns], [sum(batch_sizes), columns], or [B, columns] for one step.
   Tensor new_like_output(int64_t columns) const {
-    return input.dim() == 2 ? new_large(input, {input.size(0), columns})
-                            : new_large(input, {gru.steps, gru.batch, columns});
+    return input.dim() == 2 ? new_empty(input, {input.size(0), columns})
+                            : new_empty(input, {gru.steps, gru.batch, columns});
+  }
+  // As much, for the backward pass to read.
+  Tensor new_gates() const {
+    const int64_t columns = 4 * gru.hidden_size;
+    return input.dim() == 2 ? new_saved(input, {input.size(0), columns})
+                            : new_saved(input, {gru.steps, gru.batch, columns});
   }
 
  private:
@@ -112,7 +118,7 @@ struct Arguments {
 
 std::tuple<Tensor, Tensor> run_forward(Arguments& arguments, Tensor output, Tensor* h_n, bool save_gates) {
   Gru& gru = arguments.gru;
-  Tensor gates = save_gates ? arguments.new_like_output(4 * gru.hidden_size) : new_empty(arguments.input, {0});
+  Tensor gates = save_gates ? arguments.new_gates() : new_empty(arguments.input, {0});
   gru.output = output.mutable_data_ptr();
   gru.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
   CallRuntime runtime(arguments.operations);

@@ -5,7 +5,6 @@
 
 #if !defined(_WIN32)
 #include <pthread.h>
-#include <sys/mman.h>
 #endif
 
 namespace genkernels {
@@ -25,23 +24,15 @@ CallRuntime::CallRuntime(double operations)
     : runtime_{operations >= kSerialWork && !is_forked ? int(torch::stable::get_num_threads()) : 1, parallel, yield,
                allocate, this} {}
 
-void* CallRuntime::allocate(void* owner, size_t bytes) {
-  auto& memory = static_cast<CallRuntime*>(owner)->memory_;
-  memory.push_back(torch::stable::empty({int64_t(bytes)}, torch::headeronly::ScalarType::Byte));
-  return memory.back().mutable_data_ptr();
+CallRuntime::~CallRuntime() {
+  for (void* const block : blocks_) return_block(block);
 }
 
-torch::stable::Tensor new_large(const torch::stable::Tensor& input, std::initializer_list<int64_t> sizes) {
-  torch::stable::Tensor tensor = torch::stable::new_empty(input, sizes);
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHugePage = 2 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t end = begin + uintptr_t(tensor.numel()) * tensor.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  // Whether the system grants it or not, the memory is the same.
-  if (first + 8 * kHugePage < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-  return tensor;
+void* CallRuntime::allocate(void* owner, size_t bytes) {
+  auto& [memory, blocks, runtime] = *static_cast<CallRuntime*>(owner);
+  if (void* const block = bytes >= kLargeBlock ? take_block(bytes) : nullptr) return blocks.emplace_back(block);
+  memory.push_back(torch::stable::empty({int64_t(bytes)}, torch::headeronly::ScalarType::Byte));
+  return memory.back().mutable_data_ptr();
 }
 
 void CallRuntime::parallel(int64_t count, void (*task)(void*, int64_t, int64_t), void* argument) {

@@ -4,10 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <initializer_list>
 #include <vector>
 
 #include "../kernels/runtime.h"
+#include "memory.h"
 
 namespace genkernels {
 
@@ -16,6 +16,8 @@ class CallRuntime {
   // Opening a parallel region costs microseconds: work of fewer operations than kSerialWork stays on the caller's
   // thread.
   explicit CallRuntime(double operations);
+  ~CallRuntime();
+  CallRuntime(const CallRuntime&) = delete;
   const Runtime& get() const { return runtime_; }
 
  private:
@@ -25,11 +27,8 @@ class CallRuntime {
   static void yield();
 
   std::vector<torch::stable::Tensor> memory_;
+  std::vector<void*> blocks_;
   Runtime runtime_;
 };
-
-// A new tensor of input's dtype that the kernel writes once and something else reads once. A large one is a fresh
-// mapping at every call; in huge pages it costs a tenth of the page faults.
-torch::stable::Tensor new_large(const torch::stable::Tensor& input, std::initializer_list<int64_t> sizes);
 
 }  // namespace genkernels
