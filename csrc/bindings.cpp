@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "dispatch.h"
+#include "ops/memory.h"
 #include "ops/stats.h"
 
 namespace py = pybind11;
@@ -24,6 +25,8 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("simd_level", [] { return kernels().level; });
   m.def("select_simd_level", &select_level);
+  m.def("empty_cache", &empty_cache);
+  m.def("poison_memory", &poison_memory);
   m.def("call_counts", [] {
     py::dict counts;
     for (const CallCounter* counter = CallCounter::first(); counter != nullptr; counter = counter->next)

@@ -28,7 +28,11 @@ def poisoned_memory() -> Iterator[None]:
     previous = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
+    if backend._extension is not None:
+        backend._extension.poison_memory(True)
     yield
+    if backend._extension is not None:
+        backend._extension.poison_memory(False)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = previous
 

@@ -83,8 +83,8 @@ struct Sequence {
 
 // Fewer rows than this per thread, and the time loop is shared out by units.
 constexpr int64_t kFewRows = 2 * kTileRows;
-// So many steps of so many rows do not pack their weights.
-constexpr int64_t kDirectRows = 2, kDirectSteps = 12;
+// So many rows in one step, or in so many steps, do not pack their weights.
+constexpr int64_t kDirectRows = 32, kDirectRowsOfSteps = 2, kDirectSteps = 12;
 
 int64_t row_shares(const Gru& gru, const Runtime& runtime) { return smaller(runtime.threads, gru.batch); }
 
@@ -112,7 +112,8 @@ bool collides(int64_t stride) {
 
 // Packing costs as much as reading the weights a few times.
 bool packs_weights(const Gru& gru) {
-  return gru.steps > kDirectSteps || gru.batch > kDirectRows || gru.resets != nullptr;
+  const int64_t most = gru.steps == 1 ? kDirectRows : gru.steps <= kDirectSteps ? kDirectRowsOfSteps : 0;
+  return gru.batch > most || gru.resets != nullptr;
 }
 
 // Both weights and the biases, packed so that one tile holds the three gates of the same units: per block of units
@@ -128,12 +129,13 @@ struct GateWeights {
   struct Block {
     int64_t first;  // unit
     const E *input, *state;
-    A bias[4][kUnits];  // b_ir + b_hr, b_iz + b_hz, b_in, b_hn
+    const A* bias;  // [4][kUnits]: b_ir + b_hr, b_iz + b_hz, b_in, b_hn
   };
 
   const Gru& gru;
   int64_t blocks, input_size, block_size;
   bool at_once;
+  A* biases;  // [blocks][4][kUnits]
   E* packed;  // all blocks, or one for each thread, or null
 
   GateWeights(const Gru& g, const Runtime& runtime)
@@ -142,7 +144,9 @@ struct GateWeights {
         input_size(ceil_div(g.input_size, kGroup<E>) * kStep),
         block_size(input_size + ceil_div(g.hidden_size, kGroup<E>) * kStep),
         at_once(g.steps > 1),
+        biases(allocate<A>(runtime, blocks * 4 * kUnits)),
         packed(nullptr) {
+    pack_biases();
     if (!packs_weights(gru)) return;
     packed = allocate<E>(runtime, (at_once ? blocks : runtime.threads) * block_size);
     if (!at_once) return;
@@ -154,23 +158,28 @@ struct GateWeights {
 
   // `thread` is the index of the buffer that a block may be packed into.
   Block block(int64_t j, int64_t thread) const {
+    const A* bias = biases + j * 4 * kUnits;
+    if (packed == nullptr) return {j * kUnits, nullptr, nullptr, bias};
     E* at = packed + (at_once ? j : thread) * block_size;
     if (!at_once) pack(j, at);
-    return with_biases({j * kUnits, at, at + input_size, {}});
+    return {j * kUnits, at, at + input_size, bias};
   }
 
-  Block with_biases(Block block) const {
+  void pack_biases() const {
     const int64_t H = gru.hidden_size;
     const T* bias_ih = static_cast<const T*>(gru.bias_ih);
     const T* bias_hh = static_cast<const T*>(gru.bias_hh);
-    for (int64_t u = 0; bias_ih != nullptr && u < smaller(kUnits, H - block.first); ++u) {
-      const auto value = [&](const T* bias, int gate) { return as<A>(bias[gate * H + block.first + u]); };
-      block.bias[0][u] = value(bias_ih, 0) + value(bias_hh, 0);
-      block.bias[1][u] = value(bias_ih, 1) + value(bias_hh, 1);
-      block.bias[2][u] = value(bias_ih, 2);
-      block.bias[3][u] = value(bias_hh, 2);
+    for (int64_t first = 0; first < H; first += kUnits) {
+      const int count = int(smaller(kUnits, H - first));
+      const auto value = [&](const T* bias, int gate) {
+        return bias ? load(bias + gate * H + first, count) : Vector<A>{};
+      };
+      A* to = biases + first * 4;
+      store(to, value(bias_ih, 0) + value(bias_hh, 0));
+      store(to + kUnits, value(bias_ih, 1) + value(bias_hh, 1));
+      store(to + 2 * kUnits, value(bias_ih, 2));
+      store(to + 3 * kUnits, value(bias_hh, 2));
     }
-    return block;
   }
 
   void pack(int64_t j, E* to) const {
@@ -221,11 +230,12 @@ GENKERNELS_INLINE void finish_row(const typename GateWeights<T>::Block& block, i
                                   Vector<Accumulator<T>> sum_z, Vector<Accumulator<T>> n_of_input,
                                   Vector<Accumulator<T>> n_of_state, const S* state, T* output, T* gates) {
   using A = Accumulator<T>;
-  const int count = int(smaller(kLanes<A>, H - block.first));
-  const Vector<A> r = sigmoid(sum_r + load(block.bias[0]));
-  const Vector<A> z = sigmoid(sum_z + load(block.bias[1]));
-  const Vector<A> hn = n_of_state + load(block.bias[3]);
-  const Vector<A> n = tanh(n_of_input + load(block.bias[2]) + r * hn);
+  constexpr int kUnits = kLanes<A>;
+  const int count = int(smaller(kUnits, H - block.first));
+  const Vector<A> r = sigmoid(sum_r + load(block.bias));
+  const Vector<A> z = sigmoid(sum_z + load(block.bias + kUnits));
+  const Vector<A> hn = n_of_state + load(block.bias + 3 * kUnits);
+  const Vector<A> n = tanh(n_of_input + load(block.bias + 2 * kUnits) + r * hn);
   const Vector<A> h = load(state + block.first, count);
   store(output + block.first, n + z * (h - n), count);
   if (gates == nullptr) return;
@@ -251,57 +261,101 @@ GENKERNELS_INLINE void forward_run(const Gru& gru, const typename GateWeights<T>
                   from_state[i][2], state[i], output + i * H, gates ? gates + i * 4 * H : nullptr);
 }
 
-// x [K] times `units` neighbouring rows of a weight as it lies in memory: each row's sum in a lane.
-template <class T>
-Vector<Accumulator<T>> multiply_units(const T* weight, int64_t K, int64_t units, const T* x) {
+// sums[i][u] += x[i][k..] w[u][k..], element by element, for as many k as a register holds.
+template <class T, int kRows, int kUnits>
+GENKERNELS_INLINE int64_t multiply_columns(const T* const* x, const T* const (&w)[kUnits], int64_t K,
+                                           Vector<Accumulator<T>> (&sums)[kRows * kUnits]) {
   using A = Accumulator<T>;
-  constexpr int kUnits = kLanes<A>;
-  const T* rows[kUnits];
-  for (int u = 0; u < kUnits; ++u) rows[u] = weight + smaller(u, units - 1) * K;
-  Vector<A> sums[kUnits] = {};
   int64_t k = 0;
-  for (; k + kUnits <= K; k += kUnits) {
-    const Vector<A> column = load(x + k);
+#if defined(__AVX512BF16__)
+  if constexpr (__is_same(T, bfloat16)) {
+    for (; k + 2 * kLanes<A> <= K; k += 2 * kLanes<A>) {
+      const auto pairs = [k](const T* row) { return (__m512bh)_mm512_loadu_si512(row + k); };
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-    for (int u = 0; u < kUnits; ++u) sums[u] += column * load(rows[u] + k);
+        for (int u = 0; u < kUnits; ++u)
+          sums[i * kUnits + u] = (Vector<A>)_mm512_dpbf16_ps((__m512)sums[i * kUnits + u], pairs(x[i]), pairs(w[u]));
+    }
+    return k;
   }
-  if (k < K) {
-    const int count = int(K - k);
-    const Vector<A> column = load(x + k, count);
-    for (int u = 0; u < kUnits; ++u) sums[u] += column * load(rows[u] + k, count);
+#endif
+  for (; k + kLanes<A> <= K; k += kLanes<A>) {
+    Vector<A> column[kRows];
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) column[i] = load(x[i] + k);
+#pragma GCC unroll 16
+    for (int u = 0; u < kUnits; ++u) {
+      const Vector<A> row = load(w[u] + k);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) sums[i * kUnits + u] += column[i] * row;
+    }
   }
-  Square<LaneOf<sizeof(A)>> square;
-  __builtin_memcpy(square.rows, sums, sizeof sums);
-  square.transpose();
-  __builtin_memcpy(sums, square.rows, sizeof sums);
-  Vector<A> total = sums[0];
-  for (int u = 1; u < kUnits; ++u) total += sums[u];
-  return total;
+  return k;
 }
 
-// Few steps of so few rows that reading the weights is all they cost: they are read as they lie.
+// to[i][u] = x[i] w[u] for kRows rows x and `units` neighbouring rows of a weight as it lies in memory, at most a
+// register of sums at a time: what packing would cost is more than what adding up their lanes does.
+template <class T, int kRows>
+void multiply_units(const T* weight, int64_t K, int64_t units, const T* const* x, Accumulator<T>* to, int64_t stride) {
+  using A = Accumulator<T>;
+  constexpr int kUnits = kLanes<A> / kRows;
+  for (int64_t first = 0; first < units; first += kUnits) {
+    const T* w[kUnits];
+    for (int u = 0; u < kUnits; ++u) w[u] = weight + smaller(first + u, units - 1) * K;
+    Vector<A> sums[kRows * kUnits] = {};
+    for (int64_t k = multiply_columns<T, kRows, kUnits>(x, w, K, sums); k < K; k += kLanes<A>) {
+      const int count = int(smaller(kLanes<A>, K - k));
+      for (int i = 0; i < kRows; ++i) {
+        const Vector<A> column = load(x[i] + k, count);
+        for (int u = 0; u < kUnits; ++u) sums[i * kUnits + u] += column * load(w[u] + k, count);
+      }
+    }
+    A total[kRows * kUnits];
+    store(total, sums_of_lanes<A>(sums));
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) __builtin_memcpy(to + i * stride + first, total + i * kUnits, kUnits * sizeof(A));
+  }
+}
+
+template <class T, int kRows = int(smaller(4, kLanes<Accumulator<T>>))>
+void multiply_units_of_rows(const T* weight, int64_t K, int64_t units, const T* const* x, int64_t rows,
+                            Accumulator<T>* to, int64_t stride) {
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) multiply_units<T, kRows>(weight, K, units, x + i, to + i * stride, stride);
+  if constexpr (kRows > 1)
+    multiply_units_of_rows<T, kRows / 2>(weight, K, units, x + i, rows - i, to + i * stride, stride);
+}
+
+// Few rows: reading the weights, as they lie, is most of what they cost.
 template <class T, class Finish>
 void forward_few_rows(const Sequence<T>& sequence, const GateWeights<T>& weights, int64_t first_block,
                       int64_t last_block, const Finish& finish) {
   using A = Accumulator<T>;
+  constexpr int kUnits = kLanes<A>;
   const Gru& gru = sequence.gru;
   const int64_t H = gru.hidden_size;
   for (int64_t s = 0; s < gru.steps; ++s) {
-    const int64_t t = sequence.time(s);
+    const int64_t t = sequence.time(s), rows = sequence.size(t);
+    const T *input[kDirectRows], *state[kDirectRows];
+    for (int64_t b = 0; b < rows; ++b) {
+      input[b] = sequence.input(t, b)[0];
+      state[b] = sequence.state(t, b);
+    }
     for (int64_t j = first_block; j < last_block; ++j) {
-      const auto block = weights.with_biases({j * kLanes<A>, nullptr, nullptr, {}});
-      for (int64_t b = 0; b < sequence.size(t); ++b) {
-        const auto products = [&](const void* weight, int64_t K, const T* x, Vector<A>(&sums)[3]) {
-          for (int gate = 0; gate < 3; ++gate)
-            sums[gate] = multiply_units(static_cast<const T*>(weight) + (gate * H + block.first) * K, K,
-                                        smaller(kLanes<A>, H - block.first), x);
-        };
-        Vector<A> from_input[3], from_state[3];
-        const T* state = sequence.state(t, b);
-        products(gru.weight_ih, gru.input_size, sequence.input(t, b)[0], from_input);
-        products(gru.weight_hh, H, state, from_state);
-        finish_row<T>(block, H, from_input[0] + from_state[0], from_input[1] + from_state[1], from_input[2],
-                      from_state[2], state, sequence.output(t, b)[0], gru.gates ? sequence.gates(t, b) : nullptr);
+      const auto block = weights.block(j, 0);
+      A sums[kDirectRows][6][kUnits];  // r, z, n of the input, r, z, n of the state
+      for (int gate = 0; gate < 3; ++gate) {
+        const int64_t row = gate * H + block.first, units = smaller(kUnits, H - block.first);
+        const T* weight_ih = static_cast<const T*>(gru.weight_ih) + row * gru.input_size;
+        const T* weight_hh = static_cast<const T*>(gru.weight_hh) + row * H;
+        multiply_units_of_rows(weight_ih, gru.input_size, units, input, rows, sums[0][gate], 6 * kUnits);
+        multiply_units_of_rows(weight_hh, H, units, state, rows, sums[0][3 + gate], 6 * kUnits);
+      }
+      for (int64_t b = 0; b < rows; ++b) {
+        const auto sum = [&](int gate) { return load(sums[b][gate]); };
+        finish_row<T>(block, H, sum(0) + sum(3), sum(1) + sum(4), sum(2), sum(5), state[b], sequence.output(t, b)[0],
+                      gru.gates ? sequence.gates(t, b) : nullptr);
       }
     }
     finish(s);
@@ -461,6 +515,33 @@ void multiply_rows(const BackwardWeight<T>& weight, int64_t thread, Rows<const O
   }
 }
 
+// total[i][v] += a[i][:] b[:][v] for K products. The rows of b lie N elements apart, as those of a weight in memory; of
+// the last vector `count` columns are read.
+template <class T, int kRows, int kVectors>
+GENKERNELS_INLINE void multiply_as_it_lies(const Operand<T>* a, int64_t stride, const T* b, int64_t N, int64_t K,
+                                           int count, Vector<Accumulator<T>> (&total)[kRows][kVectors]) {
+  using A = Accumulator<T>;
+  for (int64_t first = 0; first < K; first += kChain) {
+    Vector<A> sum[kRows][kVectors] = {};
+    for (int64_t k = first; k < smaller(K, first + kChain); ++k) {
+      Vector<A> column[kVectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors - 1; ++v) column[v] = load(b + k * N + v * kLanes<A>);
+      column[kVectors - 1] = load(b + k * N + (kVectors - 1) * kLanes<A>, count);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        const Vector<A> row = broadcast(as<A>(a[i * stride + k]));
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += row * column[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) total[i][v] += sum[i][v];
+  }
+}
+
 // Backpropagation through time in blocks of steps. Per block: the time loop writes the gradients of the gates of all
 // its rows (`delta`), then products that read them while they are in the cache add to the weights' gradients and form
 // the input's.
@@ -472,6 +553,8 @@ struct Backward {
   using E = Operand<T>;
   using A = Accumulator<T>;
   static constexpr int64_t kBlockRows = 512;
+  // Registers of sums of a step that packs nothing, and rows they belong to at most.
+  static constexpr int kStepTile = kVectorBytes == 64 ? 24 : 12, kStepRows = kVectorBytes == 64 ? 8 : 4;
   static constexpr int64_t kWeightRun = kVectorBytes == 64 ? kBlockRows : 256;  // rows of a panel, as kRunRows
 
   const Gru& gru;
@@ -547,6 +630,114 @@ struct Backward {
     }
   }
 
+  // One step of few rows: all gradients follow from delta at once, and nothing is packed.
+  void run_step() const {
+    constexpr int64_t kUnits = kLanes<A>;
+    for (int64_t b = 0; b < gru.batch; ++b) delta_row(0, b, 0, H, delta + b * delta_stride);
+    const T *input[kDirectRows], *state[kDirectRows];
+    for (int64_t b = 0; b < gru.batch; ++b) {
+      input[b] = sequence.input(0, b)[0];
+      state[b] = sequence.state(0, b);
+    }
+    const int64_t state_vectors = ceil_div(H, kUnits), input_vectors = grad.grad_input ? ceil_div(I, kUnits) : 0;
+    const T* weight_ih = static_cast<const T*>(gru.weight_ih);
+    const T* weight_hh = static_cast<const T*>(gru.weight_hh);
+    const int64_t shares = runtime.threads;
+    parallel(runtime, shares, [&](int64_t i) {
+      const auto share = [&](int64_t count, int64_t part) { return count * (i + part) / shares; };
+      step_products<kStepRows>(0, H, share(state_vectors, 0), share(state_vectors, 1), static_cast<T*>(grad.grad_hx),
+                               carry, [&](const E* row, int64_t column, int count, auto& sum) {
+                                 multiply_as_it_lies<T>(row + H, delta_stride, weight_hh + column, H, 3 * H, count,
+                                                        sum);
+                               });
+      step_products<kStepRows>(
+          0, I, share(input_vectors, 0), share(input_vectors, 1), static_cast<T*>(grad.grad_input), nullptr,
+          [&](const E* row, int64_t column, int count, auto& sum) {
+            multiply_as_it_lies<T>(row, delta_stride, weight_ih + 2 * H * I + column, I, H, count, sum);
+            multiply_as_it_lies<T>(row + H, delta_stride, weight_ih + column, I, 2 * H, count, sum);
+          });
+      if (!grad.needs_weights) return;
+      for (int64_t gate = 0; gate < 3; ++gate) {
+        const int64_t first = share(H, 0), last = share(H, 1);
+        step_weight_rows(gate * H + first, last - first, (gate + 1) % 3 * H + first, input, I, grad.grad_weight_ih);
+        step_weight_rows(gate * H + first, last - first, (gate + 1) * H + first, state, H, grad.grad_weight_hh);
+      }
+    });
+    if (grad.grad_bias_ih == nullptr) return;
+    for (int64_t gate = 0; gate < 3; ++gate)
+      for (int64_t u = 0; u < H; u += kUnits) {
+        const int count = int(smaller(kUnits, H - u));
+        const auto write = [&](void* to, int64_t column) {
+          Vector<A> sum = {};
+          for (int64_t b = 0; b < gru.batch; ++b) sum += load(delta + b * delta_stride + column * H + u, count);
+          store(static_cast<T*>(to) + gate * H + u, sum, count);
+        };
+        write(grad.grad_bias_ih, (gate + 1) % 3);
+        write(grad.grad_bias_hh, gate + 1);
+      }
+  }
+
+  // to[b][vectors first to last of N columns] = carried[b] + what multiply adds, kRows rows and then fewer at a time.
+  template <int kRows, class Multiply>
+  void step_products(int64_t b, int64_t N, int64_t first, int64_t last, T* to, const A* carried,
+                     const Multiply& multiply) const {
+    constexpr int kMost = kStepTile / kRows;
+    for (; b + kRows <= gru.batch; b += kRows) {
+      const auto strip = [&]<int kVectors>(int64_t vector) {
+        const int64_t column = vector * kLanes<A>;
+        const int count = int(smaller(kLanes<A>, N - column - (kVectors - 1) * kLanes<A>));
+        const auto lanes = [&](int v) { return v == kVectors - 1 ? count : kLanes<A>; };
+        Vector<A> sum[kRows][kVectors];
+        for (int i = 0; i < kRows; ++i)
+          for (int v = 0; v < kVectors; ++v)
+            sum[i][v] = carried ? load(carried + (b + i) * N + column + v * kLanes<A>, lanes(v)) : Vector<A>{};
+        multiply(delta + b * delta_stride, column, count, sum);
+        for (int i = 0; i < kRows; ++i)
+          for (int v = 0; v < kVectors; ++v) store(to + (b + i) * N + column + v * kLanes<A>, sum[i][v], lanes(v));
+      };
+      int64_t vector = first;
+      for (; vector + kMost <= last; vector += kMost) strip.template operator()<kMost>(vector);
+      for (; vector < last; ++vector) strip.template operator()<1>(vector);
+    }
+    if constexpr (kRows > 1) step_products<kRows / 2>(b, N, first, last, to, carried, multiply);
+  }
+
+  // Rows [row, row + count) of a weight's gradient [3H, N]: sums over the batch of delta's columns from `column` on
+  // times the rows of `operand`. A run of neighbouring columns is written at a time.
+  void step_weight_rows(int64_t row, int64_t count, int64_t column, const T* const* operand, int64_t N,
+                        void* gradient) const {
+    T* to = static_cast<T*>(gradient) + row * N;
+    const auto tile = [&]<int kRows, int kVectors>(int64_t r, int64_t n, int lanes) {
+      Vector<A> sum[kRows][kVectors] = {};
+      for (int64_t b = 0; b < gru.batch; ++b) {
+        const E* factors = delta + b * delta_stride + column + r;
+        Vector<A> values[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) values[v] = load(operand[b] + n + v * kLanes<A>, lanes);
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+          const Vector<A> factor = broadcast(as<A>(factors[i]));
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) sum[i][v] += factor * values[v];
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) store(to + (r + i) * N + n + v * kLanes<A>, sum[i][v], lanes);
+    };
+    constexpr int kRows = kVectorBytes == 64 ? 4 : 2, kVectors = 4;
+    const auto rows = [&]<int kTile>(int64_t r) {
+      int64_t n = 0;
+      for (; n + kVectors * kLanes<A> <= N; n += kVectors * kLanes<A>)
+        tile.template operator()<kTile, kVectors>(r, n, kLanes<A>);
+      for (; n < N; n += kLanes<A>) tile.template operator()<kTile, 1>(r, n, int(smaller(kLanes<A>, N - n)));
+    };
+    int64_t r = 0;
+    for (; r + kRows <= count; r += kRows) rows.template operator()<kRows>(r);
+    for (; r < count; ++r) rows.template operator()<1>(r);
+  }
+
   // grad_weight += delta^T operand, for both weights, over the rows of one block of steps; the bias with it.
   struct WeightGradients {
     Columns<E> input_columns, state_columns;
@@ -563,6 +754,7 @@ struct Backward {
     const int64_t shares = is_split_by_units ? smaller(runtime.threads, panels) : row_shares(gru, runtime);
     for (int64_t i = 0; i < gru.batch * H; ++i)
       carry[i] = grad.grad_h_n ? as<A>(static_cast<const T*>(grad.grad_h_n)[i]) : A(0);
+    if (gru.steps == 1 && !packs_weights(gru)) return run_step();
     const BackwardWeight<T> weight_hh(gru, gru.weight_hh, H, false, runtime);
     // A GRU whose input needs no gradient packs nothing for it.
     const BackwardWeight<T> weight_ih(gru, gru.weight_ih, grad.grad_input ? I : 0, true, runtime);

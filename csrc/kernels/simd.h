@@ -119,6 +119,25 @@ struct LaneOfSize<8> {
 template <size_t bytes>
 using LaneOf = typename LaneOfSize<bytes>::type;
 
+// The lower, or the upper, halves of two registers, element by element: a0 b0 a1 b1 and so on.
+template <class Lane, class Row, int... i>
+GENKERNELS_INLINE Row interleave(Row a, Row b, bool upper, std::integer_sequence<int, i...>) {
+  constexpr int kCount = int(sizeof...(i));
+#if defined(__clang__)
+  return upper ? __builtin_shufflevector(a, b, (kCount / 2 + i / 2 + i % 2 * kCount)...)
+               : __builtin_shufflevector(a, b, (i / 2 + i % 2 * kCount)...);
+#else  // which GCC has from 12 on
+  typedef Lane Order __attribute__((vector_size(sizeof(Row))));
+  return upper ? __builtin_shuffle(a, b, Order{Lane(kCount / 2 + i / 2 + i % 2 * kCount)...})
+               : __builtin_shuffle(a, b, Order{Lane(i / 2 + i % 2 * kCount)...});
+#endif
+}
+
+template <class Lane, class Row>
+GENKERNELS_INLINE Row interleave(Row a, Row b, bool upper) {
+  return interleave<Lane>(a, b, upper, std::make_integer_sequence<int, int(sizeof(Row) / sizeof(Lane))>{});
+}
+
 // A square matrix in registers, transposed: interleaving the lower half of the rows with the upper, as often as their
 // number has bits, is a perfect shuffle of all elements. Lanes are integers, so that no value is touched.
 template <class Lane>
@@ -128,30 +147,34 @@ struct Square {
 
   Row rows[kRows];
 
-  GENKERNELS_INLINE void transpose() { shuffle(std::make_integer_sequence<int, kRows>{}); }
-
- private:
-  template <int... i>
-  GENKERNELS_INLINE void shuffle(std::integer_sequence<int, i...>) {
+  GENKERNELS_INLINE void transpose() {
 #pragma GCC unroll 8
     for (int bits = 1; bits < kRows; bits *= 2) {
       Row next[kRows];
 #pragma GCC unroll 16
       for (int k = 0; k < kRows / 2; ++k) {
-        const Row low = rows[k], high = rows[k + kRows / 2];
-#if defined(__clang__)
-        next[2 * k] = __builtin_shufflevector(low, high, (i / 2 + i % 2 * kRows)...);
-        next[2 * k + 1] = __builtin_shufflevector(low, high, (kRows / 2 + i / 2 + i % 2 * kRows)...);
-#else  // which GCC has from 12 on
-        next[2 * k] = __builtin_shuffle(low, high, Row{Lane(i / 2 + i % 2 * kRows)...});
-        next[2 * k + 1] = __builtin_shuffle(low, high, Row{Lane(kRows / 2 + i / 2 + i % 2 * kRows)...});
-#endif
+        next[2 * k] = interleave<Lane>(rows[k], rows[k + kRows / 2], false);
+        next[2 * k + 1] = interleave<Lane>(rows[k], rows[k + kRows / 2], true);
       }
 #pragma GCC unroll 16
       for (int k = 0; k < kRows; ++k) rows[k] = next[k];
     }
   }
 };
+
+// The sum of each register's lanes, in the lane of its index: the transposed square added up, each stage of the
+// transposition at once.
+template <class S>
+GENKERNELS_INLINE Vector<S> sums_of_lanes(Vector<S> (&rows)[kLanes<S>]) {
+#pragma GCC unroll 8
+  for (int half = kLanes<S> / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int k = 0; k < half; ++k)
+      rows[k] = interleave<LaneOf<sizeof(S)>>(rows[k], rows[k + half], false) +
+                interleave<LaneOf<sizeof(S)>>(rows[k], rows[k + half], true);
+  }
+  return rows[0];
+}
 
 GENKERNELS_INLINE float convert(bfloat16 x, float) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
 template <class T>
@@ -165,8 +188,8 @@ GENKERNELS_INLINE E as(T x) {
   return convert(x, E{});
 }
 
-GENKERNELS_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-GENKERNELS_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-GENKERNELS_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+GENKERNELS_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+GENKERNELS_INLINE constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+GENKERNELS_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace genkernels::GENKERNELS_LEVEL

@@ -8,12 +8,12 @@
 #include "checks.h"
 #include "runtime.h"
 #include "stats.h"
+#include "tensors.h"
 
 namespace genkernels {
 namespace {
 
 using torch::stable::contiguous;
-using torch::stable::new_empty;
 using OptionalTensor = std::optional<Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using GradientsAndStates = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -88,15 +88,13 @@ struct Arguments {
   }
 
   // [T, B, columns], [sum(batch_sizes), columns], or [B, columns] for one step.
-  Tensor new_like_output(int64_t columns) const {
-    return input.dim() == 2 ? new_empty(input, {input.size(0), columns})
-                            : new_empty(input, {gru.steps, gru.batch, columns});
+  Tensor new_output() const {
+    const int64_t H = gru.hidden_size;
+    return input.dim() == 2 ? new_tensor(input, {input.size(0), H}) : new_tensor(input, {gru.steps, gru.batch, H});
   }
-  // As much, for the backward pass to read.
-  Tensor new_gates() const {
-    const int64_t columns = 4 * gru.hidden_size;
-    return input.dim() == 2 ? new_saved(input, {input.size(0), columns})
-                            : new_saved(input, {gru.steps, gru.batch, columns});
+  Tensor new_rows(int64_t columns) const {
+    return input.dim() == 2 ? new_kept(input, {input.size(0), columns})
+                            : new_kept(input, {gru.steps, gru.batch, columns});
   }
 
  private:
@@ -118,7 +116,7 @@ struct Arguments {
 
 std::tuple<Tensor, Tensor> run_forward(Arguments& arguments, Tensor output, Tensor* h_n, bool save_gates) {
   Gru& gru = arguments.gru;
-  Tensor gates = save_gates ? arguments.new_gates() : new_empty(arguments.input, {0});
+  Tensor gates = save_gates ? arguments.new_rows(4 * gru.hidden_size) : new_tensor(arguments.input, {0});
   gru.output = output.mutable_data_ptr();
   gru.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
   CallRuntime runtime(arguments.operations);
@@ -160,14 +158,14 @@ Gradients run_backward(Arguments& arguments, const OptionalTensor& grad_output_,
   gru.gates = const_cast<void*>(gates.const_data_ptr());
 
   const auto weight = [&](std::initializer_list<int64_t> shape, bool needed, void*& to) {
-    Tensor gradient = needed ? new_empty(input, shape) : new_empty(input, {0});
+    Tensor gradient = needed ? new_kept(input, shape) : new_tensor(input, {0});
     to = needed ? gradient.mutable_data_ptr() : nullptr;
     return gradient;
   };
-  Tensor grad_hx = new_empty(input, {gru.batch, H});
+  Tensor grad_hx = new_tensor(input, {gru.batch, H});
   grad.grad_hx = grad_hx.mutable_data_ptr();
   grad.grad_states = grad_states ? grad_states->mutable_data_ptr() : nullptr;
-  Tensor grad_input = input_grad ? arguments.new_like_output(I) : new_empty(input, {0});
+  Tensor grad_input = input_grad ? arguments.new_rows(I) : new_tensor(input, {0});
   grad.grad_input = input_grad ? grad_input.mutable_data_ptr() : nullptr;
   grad.needs_weights = weight_grad;
   const bool bias_grad = weight_grad && arguments.bias_ih;
@@ -189,9 +187,8 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor input, Tensor hx, Tensor w
                                                bool save_gates) {
   Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, false);
   ++forward_calls.calls;
-  Tensor h_n = new_empty(hx, {arguments.gru.batch, arguments.gru.hidden_size});
-  const auto [output, gates] =
-      run_forward(arguments, arguments.new_like_output(arguments.gru.hidden_size), &h_n, save_gates);
+  Tensor h_n = new_tensor(hx, {arguments.gru.batch, arguments.gru.hidden_size});
+  const auto [output, gates] = run_forward(arguments, arguments.new_output(), &h_n, save_gates);
   return {output, h_n, gates};
 }
 
@@ -201,8 +198,7 @@ GradientsAndStates gru_backward(OptionalTensor grad_output, OptionalTensor grad_
                                 bool reverse, bool input_grad, bool weight_grad, bool states_grad) {
   Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, false);
   ++backward_calls.calls;
-  Tensor grad_states =
-      states_grad ? arguments.new_like_output(arguments.gru.hidden_size) : new_empty(arguments.input, {0});
+  Tensor grad_states = states_grad ? arguments.new_rows(arguments.gru.hidden_size) : new_tensor(arguments.input, {0});
   return std::tuple_cat(run_backward(arguments, grad_output, grad_h_n, output, gates, input_grad, weight_grad,
                                      states_grad ? &grad_states : nullptr),
                         std::tuple(grad_states));
@@ -212,7 +208,7 @@ std::tuple<Tensor, Tensor> gru_cell_forward(Tensor input, Tensor hx, Tensor weig
                                             OptionalTensor bias_ih, OptionalTensor bias_hh, bool save_gates) {
   Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, {}, {}, false, true);
   ++cell_forward_calls.calls;
-  return run_forward(arguments, arguments.new_like_output(arguments.gru.hidden_size), nullptr, save_gates);
+  return run_forward(arguments, arguments.new_output(), nullptr, save_gates);
 }
 
 Gradients gru_cell_backward(Tensor grad_h, Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh,

@@ -1,31 +1,35 @@
 #include "memory.h"
 
-#include <torch/csrc/stable/ops.h>
-
+#include <atomic>
+#include <cstring>
 #include <map>
 #include <mutex>
-#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
-
-// Of torch 2.11 and later; null beside torch 2.10, where what is saved has PyTorch's memory.
-extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
-    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
-    int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
-    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 #endif
 
 namespace genkernels {
 
-using torch::stable::Tensor;
+namespace {
+
+std::atomic<bool> is_poisoned{false};
+
+}  // namespace
+
+void poison_memory(bool is_on) { is_poisoned = is_on; }
+
+void poison(void* memory, size_t bytes) {
+  if (is_poisoned) std::memset(memory, 0xff, bytes);
+}
 
 #if defined(__linux__)
 namespace {
 
 constexpr size_t kHugePage = 2 << 20;
-// More than this is not kept.
-constexpr size_t kMostIdle = size_t(1) << 30;
+// More than this is not kept, and the system may take the pages of what is above the first limit: to offer them costs 5
+// microseconds a megabyte.
+constexpr size_t kMostIdle = size_t(1) << 30, kFirmlyIdle = size_t(64) << 20;
 
 struct Cache {
   std::mutex mutex;
@@ -81,8 +85,8 @@ void return_block(void* block) {
     munmap(block, size);
     return;
   }
-  madvise(block, size, MADV_FREE);
-  blocks.idle.emplace(size, block);
+  if (blocks.idle_bytes + size > kFirmlyIdle) madvise(block, size, MADV_FREE);
+  blocks.idle.emplace_hint(blocks.idle.lower_bound(size), size, block);  // the last one comes first, from the cache
   blocks.idle_bytes += size;
 }
 
@@ -94,33 +98,10 @@ void empty_cache() {
   blocks.idle_bytes = 0;
 }
 
-Tensor new_saved(const Tensor& input, std::initializer_list<int64_t> sizes) {
-  size_t bytes = input.element_size();
-  for (const int64_t size : sizes) bytes *= size_t(size);
-  void* const block = torch_from_blob != nullptr && bytes >= kLargeBlock ? take_block(bytes) : nullptr;
-  if (block == nullptr) return torch::stable::new_empty(input, sizes);
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = strides.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes.begin()[i];
-  int32_t dtype;
-  aoti_torch_get_dtype(input.get(), &dtype);
-  AtenTensorHandle tensor;
-  const AOTITorchError error = torch_from_blob(
-      block, int64_t(sizes.size()), sizes.begin(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &tensor,
-      aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { return_block(data); }, nullptr);
-  if (error != AOTI_TORCH_SUCCESS) {
-    return_block(block);
-    return torch::stable::new_empty(input, sizes);
-  }
-  return Tensor(tensor);
-}
 #else
 void* take_block(size_t) { return nullptr; }
 void return_block(void*) {}
 void empty_cache() {}
-
-Tensor new_saved(const Tensor& input, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(input, sizes);
-}
 #endif
 
 }  // namespace genkernels

@@ -1,28 +1,25 @@
-// Large blocks of memory that are kept from one call to the next. A block of tens of megabytes from malloc is a fresh
-// mapping every time, and its page faults cost a tenth of a whole training step.
+// Large blocks of memory that are kept from one call to the next. From malloc a block of megabytes is, more often than
+// not, a fresh mapping, and its page faults cost a tenth of a training step, of a small one half.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <cstddef>
-#include <initializer_list>
 
 namespace genkernels {
 
-// Blocks of fewer bytes come back from malloc with their pages.
-constexpr size_t kLargeBlock = 4 << 20;
+constexpr size_t kLargeBlock = 1 << 20;  // fewer bytes are malloc's
 
 // Uninitialised memory, aligned to a huge page; null where the system has none to give or this build has no such cache.
 void* take_block(size_t bytes);
 
-// Keeps the block for the next call. The system may take its pages if memory runs short.
+// Keeps the block for the next call: 1 GiB of them at most, of which the system may take all but 64 MiB if memory runs
+// short.
 void return_block(void* block);
 
 // Hands the blocks that nobody uses back to the system.
 void empty_cache();
 
-// A tensor of input's dtype for what one op saves for another; its memory is kept when it is freed. Not for results:
-// users may resize those.
-torch::stable::Tensor new_saved(const torch::stable::Tensor& input, std::initializer_list<int64_t> sizes);
+// For tests: whether memory is handed out full of NaN, so that an element left unwritten is seen.
+void poison_memory(bool is_on);
+void poison(void* memory, size_t bytes);  // does nothing otherwise
 
 }  // namespace genkernels

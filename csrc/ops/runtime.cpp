@@ -1,11 +1,16 @@
 #include "runtime.h"
 
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
 #include <atomic>
 #include <thread>
 
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
+
+#include "memory.h"
 
 namespace genkernels {
 namespace {
@@ -26,13 +31,26 @@ CallRuntime::CallRuntime(double operations)
 
 CallRuntime::~CallRuntime() {
   for (void* const block : blocks_) return_block(block);
+  for (void* const chunk : chunks_) ::operator delete(chunk, kAlignment);
 }
 
 void* CallRuntime::allocate(void* owner, size_t bytes) {
-  auto& [memory, blocks, runtime] = *static_cast<CallRuntime*>(owner);
-  if (void* const block = bytes >= kLargeBlock ? take_block(bytes) : nullptr) return blocks.emplace_back(block);
-  memory.push_back(torch::stable::empty({int64_t(bytes)}, torch::headeronly::ScalarType::Byte));
-  return memory.back().mutable_data_ptr();
+  CallRuntime& call = *static_cast<CallRuntime*>(owner);
+  if (void* const block = bytes >= kLargeBlock ? take_block(bytes) : nullptr) {
+    poison(block, bytes);
+    return call.blocks_.emplace_back(block);
+  }
+  bytes = (bytes + 63) / 64 * 64;
+  if (bytes > call.free_bytes_) {
+    call.free_bytes_ = std::max(bytes, size_t(64) << 10);
+    call.free_ = static_cast<std::byte*>(::operator new(call.free_bytes_, kAlignment));
+    call.chunks_.push_back(call.free_);
+    poison(call.free_, call.free_bytes_);
+  }
+  void* const memory = call.free_;
+  call.free_ += bytes;
+  call.free_bytes_ -= bytes;
+  return memory;
 }
 
 void CallRuntime::parallel(int64_t count, void (*task)(void*, int64_t, int64_t), void* argument) {

@@ -1,13 +1,11 @@
 // PyTorch's threads and memory, handed to a kernel for one call.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
+#include <cstddef>
+#include <new>
 #include <vector>
 
 #include "../kernels/runtime.h"
-#include "memory.h"
 
 namespace genkernels {
 
@@ -26,7 +24,10 @@ class CallRuntime {
   static void parallel(int64_t count, void (*task)(void*, int64_t, int64_t), void* argument);
   static void yield();
 
-  std::vector<torch::stable::Tensor> memory_;
+  static constexpr std::align_val_t kAlignment{64};
+  std::vector<void*> chunks_;  // of memory that small allocations share
+  std::byte* free_ = nullptr;  // the last one's rest
+  size_t free_bytes_ = 0;
   std::vector<void*> blocks_;
   Runtime runtime_;
 };

@@ -1,0 +1,69 @@
+#include "tensors.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+
+#include "memory.h"
+
+#if defined(__linux__)
+// Of torch 2.11 and later; null beside torch 2.10, where every tensor has PyTorch's memory.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* tensor, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
+#endif
+
+namespace genkernels {
+
+using torch::stable::Tensor;
+
+namespace {
+
+// Sizes and the strides of a contiguous tensor.
+struct Layout {
+  static constexpr size_t kMostDimensions = 4;
+  std::array<int64_t, kMostDimensions> strides;
+  int64_t dimensions;
+  size_t bytes;
+  int32_t dtype;
+
+  Layout(const Tensor& input, std::initializer_list<int64_t> sizes) : dimensions(int64_t(sizes.size())) {
+    int64_t count = 1;
+    for (size_t i = sizes.size(); i-- > 0; count *= sizes.begin()[i]) strides[i] = count;
+    bytes = size_t(count) * input.element_size();
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &dtype));
+  }
+};
+
+}  // namespace
+
+Tensor new_tensor(const Tensor& input, std::initializer_list<int64_t> sizes) {
+  const Layout layout(input, sizes);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(layout.dimensions, sizes.begin(), layout.strides.data(),
+                                                         layout.dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor tensor(handle);
+  poison(tensor.mutable_data_ptr(), layout.bytes);
+  return tensor;
+}
+
+Tensor new_kept(const Tensor& input, std::initializer_list<int64_t> sizes) {
+#if defined(__linux__)
+  const Layout layout(input, sizes);
+  void* const block = torch_from_blob != nullptr && layout.bytes >= kLargeBlock ? take_block(layout.bytes) : nullptr;
+  if (block != nullptr) {
+    AtenTensorHandle handle;
+    const AOTITorchError error = torch_from_blob(
+        block, layout.dimensions, sizes.begin(), layout.strides.data(), 0, layout.dtype, aoti_torch_device_type_cpu(),
+        -1, &handle, aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { return_block(data); }, nullptr);
+    if (error != AOTI_TORCH_SUCCESS) return_block(block);
+    STABLE_TORCH_ERROR_CODE_CHECK(error);
+    poison(block, layout.bytes);
+    return Tensor(handle);
+  }
+#endif
+  return new_tensor(input, sizes);
+}
+
+}  // namespace genkernels
