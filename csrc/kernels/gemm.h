@@ -124,6 +124,34 @@ GENKERNELS_INLINE void product(const E* a, ptrdiff_t row_stride, ptrdiff_t step,
   }
 }
 
+// total[i][v] = a[i][:] b[:][v] for so few rows that a chain a sum would wait for the adder: each sum has several.
+template <class E, int kRows, int kVectors>
+GENKERNELS_INLINE void product_of_few_rows(const E* a, ptrdiff_t row_stride, const E* b, int64_t K,
+                                           Vector<E> (&total)[kRows][kVectors]) {
+  constexpr int kChains = kRows == 1 ? 4 : kRows <= (kVectorBytes == 64 ? 3 : 2) ? 2 : 1;
+  constexpr int64_t kTogether = kChains * kGroup<E>;
+  for (int i = 0; i < kRows; ++i)
+    for (int v = 0; v < kVectors; ++v) total[i][v] = Vector<E>{};
+  for (int64_t first = 0; first < K; first += kChain * kTogether) {
+    const int64_t last = smaller(K, first + kChain * kTogether);
+    Vector<E> sum[kChains][kRows][kVectors] = {};
+    int64_t k = first;
+    for (; k + kTogether <= last; k += kTogether)
+#pragma GCC unroll 4
+      for (int c = 0; c < kChains; ++c) {
+        multiply<E, kRows, kVectors>(a + k + c * kGroup<E>, row_stride, kGroup<E>, b, kGroup<E>, sum[c]);
+        b += Panel<E, kVectors>::kStep;
+      }
+    multiply<E, kRows, kVectors>(a + k, row_stride, kGroup<E>, b, last - k, sum[0]);
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c)
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) total[i][v] += sum[c][i][v];
+  }
+}
+
 // total[i][v] = a[i][:] b[:][v] for at most kRunRows rows.
 template <class E, int kVectors>
 GENKERNELS_INLINE void product_of_rows(const E* a, ptrdiff_t row_stride, int64_t rows, const E* b, int64_t K,

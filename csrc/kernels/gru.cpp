@@ -252,9 +252,24 @@ GENKERNELS_INLINE void forward_run(const Gru& gru, const typename GateWeights<T>
                                    Rows<const Operand<T>> input, Rows<const Operand<T>> state, int64_t rows, T* output,
                                    T* gates) {
   using E = Operand<T>;
-  const int64_t H = gru.hidden_size;
+  const int64_t I = gru.input_size, H = gru.hidden_size;
+  if (I + H <= kChain)  // one chain for both, out of which only the input's part of n has to be taken
+    return for_row_tiles(rows, [&]<int kRows>(int64_t first) {
+      Vector<Accumulator<T>> sum[kRows][3] = {}, n_of_input[kRows];
+      multiply<E, kRows, 3>(input[first], input.stride, kGroup<E>, block.input, I, sum);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        n_of_input[i] = sum[i][2];
+        sum[i][2] = Vector<Accumulator<T>>{};
+      }
+      multiply<E, kRows, 3>(state[first], state.stride, kGroup<E>, block.state, H, sum);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i)
+        finish_row<T>(block, H, sum[i][0], sum[i][1], n_of_input[i], sum[i][2], state[first + i],
+                      output + (first + i) * H, gates ? gates + (first + i) * 4 * H : nullptr);
+    });
   Vector<Accumulator<T>> from_input[kRunRows][3], from_state[kRunRows][3];
-  product_of_rows<E, 3>(input.first, input.stride, rows, block.input, gru.input_size, from_input);
+  product_of_rows<E, 3>(input.first, input.stride, rows, block.input, I, from_input);
   product_of_rows<E, 3>(state.first, state.stride, rows, block.state, H, from_state);
   for (int64_t i = 0; i < rows; ++i)
     finish_row<T>(block, H, from_input[i][0] + from_state[i][0], from_input[i][1] + from_state[i][1], from_input[i][2],
@@ -413,6 +428,91 @@ void forward_steps(const Sequence<T>& sequence, const GateWeights<T>& weights, i
   }
 }
 
+// Fewer rows than a tile: what the inputs contribute to the gates is computed for several steps together, in full
+// tiles, so that a step reads the states' weights alone.
+template <class T>
+struct NarrowForward {
+  using E = Operand<T>;
+  using A = Accumulator<T>;
+  using Block = typename GateWeights<T>::Block;
+  static constexpr int64_t kRows = 64;  // of steps taken together
+  static constexpr int kUnits = kLanes<A>;
+
+  const Sequence<T>& sequence;
+  const GateWeights<T>& weights;
+  const Gru& gru;
+  int64_t input_stride, state_stride;
+  E* inputs;       // [threads][kRows][input_stride]
+  E* states;       // [threads][kTileRows][state_stride]
+  A* from_inputs;  // [blocks][kRows][3][kUnits]
+
+  NarrowForward(const Sequence<T>& s, const GateWeights<T>& w, int64_t threads, const Runtime& runtime)
+      : sequence(s),
+        weights(w),
+        gru(s.gru),
+        input_stride(staged_stride<E>(gru.input_size)),
+        state_stride(staged_stride<E>(gru.hidden_size)),
+        inputs(allocate<E>(runtime, threads * kRows * input_stride)),
+        states(allocate<E>(runtime, threads * kTileRows * state_stride)),
+        from_inputs(allocate<A>(runtime, w.blocks * kRows * 3 * kUnits)) {}
+
+  template <class Finish>
+  void steps(int64_t first_block, int64_t last_block, int64_t thread, const Finish& finish) const {
+    for (int64_t first = 0; first < gru.steps;) {
+      int64_t last = first, rows = 0;
+      E* staged = inputs + thread * kRows * input_stride;
+      do {
+        const int64_t t = sequence.time(last++), count = sequence.size(t);
+        const Rows<const T> input = sequence.input(t, 0);
+        stage<E, T>(staged + rows * input_stride, input_stride, count, gru.input_size,
+                    [&](int64_t i) { return input[i]; });
+        rows += count;
+      } while (last < gru.steps && rows + sequence.size(sequence.time(last)) <= kRows);
+      for (int64_t j = first_block; j < last_block; ++j) multiply_inputs(weights.block(j, thread), staged, rows);
+      rows = 0;
+      for (int64_t s = first; s < last; ++s) {
+        const int64_t t = sequence.time(s), count = sequence.size(t);
+        E* staged_state = states + thread * kTileRows * state_stride;
+        stage<E, T>(staged_state, state_stride, count, gru.hidden_size,
+                    [&](int64_t i) { return sequence.state(t, i); });
+        for (int64_t j = first_block; j < last_block; ++j)
+          for_last_rows<kTileRows - 1>(count, 0, [&]<int kCount>(int64_t) {
+            finish_step<kCount>(t, weights.block(j, thread), staged_state,
+                                from_inputs + (j * kRows + rows) * 3 * kUnits);
+          });
+        rows += count;
+        finish(s);
+      }
+      first = last;
+    }
+  }
+
+  void multiply_inputs(const Block& block, const E* input, int64_t rows) const {
+    A* to = from_inputs + block.first / kUnits * kRows * 3 * kUnits;
+    for (int64_t first = 0; first < rows; first += kRunRows) {
+      const int64_t run = smaller(kRunRows, rows - first);
+      Vector<A> sum[kRunRows][3];
+      product_of_rows<E, 3>(input + first * input_stride, input_stride, run, block.input, gru.input_size, sum);
+      for (int64_t i = 0; i < run; ++i)
+        for (int gate = 0; gate < 3; ++gate) store(to + ((first + i) * 3 + gate) * kUnits, sum[i][gate]);
+    }
+  }
+
+  template <int kCount>
+  void finish_step(int64_t t, const Block& block, const E* state, const A* from_input) const {
+    const int64_t H = gru.hidden_size;
+    Vector<A> sum[kCount][3];
+    product_of_few_rows<E, kCount, 3>(state, state_stride, block.state, H, sum);
+    T* output = sequence.output(t, 0)[0];
+    T* gates = gru.gates ? sequence.gates(t, 0) : nullptr;
+    for (int i = 0; i < kCount; ++i) {
+      const auto of_input = [&](int gate) { return load(from_input + (i * 3 + gate) * kUnits); };
+      finish_row<T>(block, H, of_input(0) + sum[i][0], of_input(1) + sum[i][1], of_input(2), sum[i][2],
+                    state + i * state_stride, output + i * H, gates ? gates + i * 4 * H : nullptr);
+    }
+  }
+};
+
 template <class T>
 void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
   using E = Operand<T>;
@@ -420,7 +520,16 @@ void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
   const GateWeights<T> weights(gru, runtime);
   const int64_t H = gru.hidden_size, B = gru.batch;
   const int64_t row_scratch = staged_stride<E>(gru.input_size) + staged_stride<E>(H);
-  if (!packs_weights(gru) || splits_units(gru, runtime, weights.blocks)) {
+  if (packs_weights(gru) && gru.steps > 1 && B < kTileRows) {
+    const int64_t shares = smaller(runtime.threads, weights.blocks);
+    const Barrier barrier(runtime, shares);
+    const NarrowForward<T> narrow(sequence, weights, shares, runtime);
+    parallel_ranges(runtime, shares, [&](int64_t first, int64_t last) {
+      narrow.steps(weights.blocks * first / shares, weights.blocks * last / shares, first, [&](int64_t s) {
+        if (s + 1 < gru.steps) barrier.wait(last - first, s + 1);
+      });
+    });
+  } else if (!packs_weights(gru) || splits_units(gru, runtime, weights.blocks)) {
     const int64_t shares = smaller(runtime.threads, weights.blocks);
     const Barrier barrier(runtime, shares);
     E* scratch = allocate<E>(runtime, shares * B * row_scratch);
@@ -500,16 +609,24 @@ void multiply_rows(const BackwardWeight<T>& weight, int64_t thread, Rows<const O
   const Columns<E>& columns = weight.columns;
   for (int64_t p = first_panel; p < last_panel; ++p) {
     const E* panel = weight.panel(p, thread);
+    const auto store_row = [&]<int kVectors>(int64_t row, const Vector<A>(&sum)[kVectors]) {
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t column = columns.first_column(p) + v * kLanes<A>;
+        store_vector(row, column, int(smaller(kLanes<A>, columns.count - column)), sum[v]);
+      }
+    };
     columns.with_width(p, [&]<int kVectors>() {
+      if (rows < kTileRows)
+        return for_last_rows<kTileRows - 1>(rows, 0, [&]<int kRows>(int64_t) {
+          Vector<A> sum[kRows][kVectors];
+          product_of_few_rows<E, kRows, kVectors>(a.first, a.stride, panel, weight.K, sum);
+          for (int i = 0; i < kRows; ++i) store_row(i, sum[i]);
+        });
       for (int64_t first = 0; first < rows; first += kRunRows) {
         const int64_t run = smaller(kRunRows, rows - first);
         Vector<A> sum[kRunRows][kVectors];
         product_of_rows<E, kVectors>(a[first], a.stride, run, panel, weight.K, sum);
-        for (int64_t i = 0; i < run; ++i)
-          for (int v = 0; v < kVectors; ++v) {
-            const int64_t column = columns.first_column(p) + v * kLanes<A>;
-            store_vector(first + i, column, int(smaller(kLanes<A>, columns.count - column)), sum[i][v]);
-          }
+        for (int64_t i = 0; i < run; ++i) store_row(first + i, sum[i]);
       }
     });
   }
