@@ -282,7 +282,8 @@ class TestParity:
             only(plain_gru),
             only(reference.gru),
             (OUTPUTS[index],),
-            arguments(3, 9, 7, 18),
+            # A sum is a single element: it takes more draws to see PyTorch's largest error.
+            *(arguments(3, 9, 7, 18, seed=seed) for seed in range(16)),
         )
 
 

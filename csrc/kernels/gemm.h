@@ -51,7 +51,13 @@ GENKERNELS_INLINE void multiply(const E* a, ptrdiff_t row_stride, ptrdiff_t step
   for (int64_t k = 0; k < K; ++k) {
     Vector<E> column[kVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) column[v] = load(b + v * kLanes<E>);
+    for (int v = 0; v < kVectors; ++v) {
+      Vector<E> loaded = load(b + v * kLanes<E>);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+      asm("" : "+x"(loaded));  // GCC would load it again for each row, which is more than the ports can take
+#endif
+      column[v] = loaded;
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Vector<E> row = broadcast(a[i * row_stride]);
@@ -132,8 +138,8 @@ GENKERNELS_INLINE void product_of_few_rows(const E* a, ptrdiff_t row_stride, con
   constexpr int64_t kTogether = kChains * kGroup<E>;
   for (int i = 0; i < kRows; ++i)
     for (int v = 0; v < kVectors; ++v) total[i][v] = Vector<E>{};
-  for (int64_t first = 0; first < K; first += kChain * kTogether) {
-    const int64_t last = smaller(K, first + kChain * kTogether);
+  for (int64_t first = 0; first < K; first += kChain * kChains) {
+    const int64_t last = smaller(K, first + kChain * kChains);
     Vector<E> sum[kChains][kRows][kVectors] = {};
     int64_t k = first;
     for (; k + kTogether <= last; k += kTogether)

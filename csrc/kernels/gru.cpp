@@ -601,9 +601,10 @@ struct BackwardWeight {
 };
 
 // The product of `rows` rows with panels [first_panel, last_panel), given to store_vector(row, column, count, sum).
+// `is_narrow`: all rows there are, fewer than a tile. Shares of them would be added up in another order.
 template <class T, class Store>
 void multiply_rows(const BackwardWeight<T>& weight, int64_t thread, Rows<const Operand<T>> a, int64_t rows,
-                   int64_t first_panel, int64_t last_panel, const Store& store_vector) {
+                   int64_t first_panel, int64_t last_panel, bool is_narrow, const Store& store_vector) {
   using E = Operand<T>;
   using A = Accumulator<T>;
   const Columns<E>& columns = weight.columns;
@@ -616,7 +617,7 @@ void multiply_rows(const BackwardWeight<T>& weight, int64_t thread, Rows<const O
       }
     };
     columns.with_width(p, [&]<int kVectors>() {
-      if (rows < kTileRows)
+      if (is_narrow)
         return for_last_rows<kTileRows - 1>(rows, 0, [&]<int kRows>(int64_t) {
           Vector<A> sum[kRows][kVectors];
           product_of_few_rows<E, kRows, kVectors>(a.first, a.stride, panel, weight.K, sum);
@@ -673,6 +674,7 @@ struct Backward {
   // Registers of sums of a step that packs nothing, and rows they belong to at most.
   static constexpr int kStepTile = kVectorBytes == 64 ? 24 : 12, kStepRows = kVectorBytes == 64 ? 8 : 4;
   static constexpr int64_t kWeightRun = kVectorBytes == 64 ? kBlockRows : 256;  // rows of a panel, as kRunRows
+  static constexpr int64_t kTileGroup = 16;  // tiles that stay in the L2 cache while the panels pass by
 
   const Gru& gru;
   const GruGradients& grad;
@@ -721,6 +723,8 @@ struct Backward {
       store(carry + b * H + u, dh * z, count);
     }
   }
+  bool is_narrow() const { return gru.batch < kTileRows; }
+
   static void store_operand(E* to, Vector<A> v, int count) { store(to, v, count); }
 
   // Steps [first, last), the last one first, of rows [begin, end) and the units of panels [first_panel, last_panel) of
@@ -736,7 +740,7 @@ struct Backward {
       E* step_delta = delta + (sequence.offset(t) + begin - base) * delta_stride;
       for (int64_t i = 0; i < rows; ++i) delta_row(t, begin + i, first_unit, last_unit, step_delta + i * delta_stride);
       meet(s);
-      multiply_rows(weight_hh, thread, {step_delta + H, delta_stride}, rows, first_panel, last_panel,
+      multiply_rows(weight_hh, thread, {step_delta + H, delta_stride}, rows, first_panel, last_panel, is_narrow(),
                     [&](int64_t i, int64_t column, int count, Vector<A> sum) {
                       A* to = carry + (begin + i) * H + column;
                       store(to, load(to, count) + sum, count);
@@ -867,7 +871,7 @@ struct Backward {
 
   void run() {
     const int64_t panels = Columns<E>(H).panels;
-    const bool is_split_by_units = splits_units(gru, runtime, panels);
+    const bool is_split_by_units = is_narrow() || splits_units(gru, runtime, panels);
     const int64_t shares = is_split_by_units ? smaller(runtime.threads, panels) : row_shares(gru, runtime);
     for (int64_t i = 0; i < gru.batch * H; ++i)
       carry[i] = grad.grad_h_n ? as<A>(static_cast<const T*>(grad.grad_h_n)[i]) : A(0);
@@ -913,7 +917,7 @@ struct Backward {
       const int64_t begin = by_rows ? tiles * i / shares * kTileRows : 0;
       const int64_t end = by_rows ? smaller(rows, tiles * (i + 1) / shares * kTileRows) : rows;
       multiply_rows(weight_ih, i, {delta + begin * delta_stride, delta_stride}, end - begin,
-                    by_rows ? 0 : panels * i / shares, by_rows ? panels : panels * (i + 1) / shares,
+                    by_rows ? 0 : panels * i / shares, by_rows ? panels : panels * (i + 1) / shares, false,
                     [&](int64_t row, int64_t column, int count, Vector<A> sum) {
                       store(to + (begin + row) * I + column, sum, count);
                     });
@@ -985,21 +989,22 @@ struct Backward {
     // Each thread keeps the rows of the gradients that are its own, so that no order of adding depends on the threads.
     parallel(runtime, shares, [&](int64_t i) {
       const auto accumulate = [&](const Columns<E>& columns, const E* packed, int64_t gate0, A* sums, int64_t N) {
-        const int64_t mine = 3 * to.gate_tiles;
-        for (int64_t p = 0; p < columns.panels; ++p)
-          columns.with_width(p, [&]<int kVectors>() {
-            const E* panel = packed + columns.offset(p, rows);
-            for (int64_t k = 0; k < rows || k == 0; k += kWeightRun)
-              for (int64_t tile = mine * i / shares; tile < mine * (i + 1) / shares; ++tile) {
-                const int64_t gate = gate0 + tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
-                // Columns of delta are n, r, z, hn; rows of both gradients r, z, n.
-                A* rows_to = sums + ((gate + 2) % 3 * H + unit) * N;
-                add_tile<kVectors>(columns, p, panel + k / kGroup<E> * Panel<E, kVectors>::kStep,
-                                   to.transposed + (gate * to.gate_tiles * kTileRows + unit) * K + k * kTileRows,
-                                   smaller(kWeightRun, rows - k), int(smaller(kTileRows, H - unit)), rows_to, N,
-                                   is_first_block && k == 0);
-              }
-          });
+        const int64_t tiles = 3 * to.gate_tiles, last = tiles * (i + 1) / shares;
+        for (int64_t k = 0; k < rows || k == 0; k += kWeightRun)
+          for (int64_t group = tiles * i / shares; group < last; group += kTileGroup)
+            for (int64_t p = 0; p < columns.panels; ++p)
+              columns.with_width(p, [&]<int kVectors>() {
+                const E* panel = packed + columns.offset(p, rows) + k / kGroup<E> * Panel<E, kVectors>::kStep;
+                for (int64_t tile = group; tile < smaller(group + kTileGroup, last); ++tile) {
+                  const int64_t gate = gate0 + tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
+                  // Columns of delta are n, r, z, hn; rows of both gradients r, z, n.
+                  A* rows_to = sums + ((gate + 2) % 3 * H + unit) * N;
+                  add_tile<kVectors>(columns, p, panel,
+                                     to.transposed + (gate * to.gate_tiles * kTileRows + unit) * K + k * kTileRows,
+                                     smaller(kWeightRun, rows - k), int(smaller(kTileRows, H - unit)), rows_to, N,
+                                     is_first_block && k == 0);
+                }
+              });
       };
       accumulate(to.input_columns, to.input, 0, to.weight_ih, I);
       accumulate(to.state_columns, to.state, 1, to.weight_hh, H);
@@ -1011,6 +1016,10 @@ struct Backward {
                        A* to, int64_t stride, bool is_first) {
     // PyTorch's sums over the rows are shorter: with chains of 256 the error exceeds twice theirs at 264 rows.
     constexpr int64_t kLongest = 128;
+    // The gradients lie further away than the operands; what the tile is added to arrives while it is multiplied.
+    for (int i = 0; i < rows; ++i)
+      for (int v = 0; v < kVectors; ++v)
+        __builtin_prefetch(to + i * stride + columns.first_column(p) + v * kLanes<A>, 1);
     Vector<A> sum[kTileRows][kVectors];
     product<E, kTileRows, kVectors, kLongest>(transposed, kGroup<E>, kTileRows * kGroup<E>, panel, K, sum);
     for (int i = 0; i < rows; ++i)
