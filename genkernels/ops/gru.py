@@ -10,7 +10,7 @@ from .. import backend, reference
 from ..reference.gru import gru_backward as reference_backward
 from ..reference.gru import gru_double_backward
 from ..reference.gru import gru_forward as reference_forward
-from .library import autocast, define, is_transformed, map_slices, needs_autograd
+from .library import apply, autocast, define, is_transformed, map_slices, needs_autograd
 
 _INPUTS = (
     "Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh"
@@ -70,17 +70,22 @@ def gru(
     """
     dtype, device = input.dtype, input.device
     tensors: Any = autocast(device.type, input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-    _check("gru", *tensors, batch_sizes=batch_sizes, resets=resets)
     if backend.select("gru", device, tensors[0].dtype) == "reference":
+        _check("gru", *tensors, batch_sizes=batch_sizes, resets=resets)
         backend.count("gru", "reference")
         output, h_n = reference.gru(
             *tensors, batch_sizes=batch_sizes, resets=resets, reverse=reverse
         )
-    elif needs_autograd(*tensors) or is_transformed():
-        output, h_n, _ = _Gru.apply(*tensors, batch_sizes, resets, reverse)
     else:
-        output, h_n, _ = _gru_forward(*tensors, batch_sizes, resets, reverse, False)
-    return output.to(dtype), h_n.to(dtype)
+        try:
+            if needs_autograd(*tensors) or is_transformed():
+                output, h_n, _ = apply(_Gru, *tensors, batch_sizes, resets, reverse)
+            else:
+                output, h_n, _ = _gru_forward(*tensors, batch_sizes, resets, reverse, False)
+        except RuntimeError:  # the compiled op checks faster, and the check says it better
+            _check("gru", *tensors, batch_sizes=batch_sizes, resets=resets)
+            raise
+    return (output, h_n) if output.dtype == dtype else (output.to(dtype), h_n.to(dtype))
 
 
 def gru_cell(
@@ -114,15 +119,20 @@ def gru_cell(
     """
     dtype, device = input.dtype, input.device
     tensors: Any = autocast(device.type, input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-    _check("gru_cell", *tensors)
     if backend.select("gru_cell", device, tensors[0].dtype) == "reference":
+        _check("gru_cell", *tensors)
         backend.count("gru_cell", "reference")
         h = reference.gru_cell(*tensors)
-    elif needs_autograd(*tensors) or is_transformed():
-        h, _ = _GruCell.apply(*tensors)
     else:
-        h, _ = _gru_cell_forward(*tensors, False)
-    return h.to(dtype)
+        try:
+            if needs_autograd(*tensors) or is_transformed():
+                h, _ = apply(_GruCell, *tensors)
+            else:
+                h, _ = _gru_cell_forward(*tensors, False)
+        except RuntimeError:
+            _check("gru_cell", *tensors)
+            raise
+    return h if h.dtype == dtype else h.to(dtype)
 
 
 def _check(
@@ -396,7 +406,7 @@ class _Gru(torch.autograd.Function):
         args = (grad_output, grad_h_n, *inputs, output, gates, batch_sizes, resets, ctx.reverse)
         wanted = (needed[0], any(needed[2:]))
         if needs_autograd(grad_output, grad_h_n, *inputs):
-            *gradients, _ = _GruBackward.apply(*args, *wanted)
+            *gradients, _ = apply(_GruBackward, *args, *wanted)
         else:
             *gradients, _ = _gru_backward(*args, *wanted, False)
         return *_or_none(gradients, tuple(inputs), needed), None, None, None
@@ -452,7 +462,7 @@ class _GruCell(torch.autograd.Function):
             return (None,) * 6
         args = (grad_h, *inputs, gates, needed[0], any(needed[2:]))
         if needs_autograd(grad_h, *inputs):
-            gradients = _GruCellBackward.apply(*args)
+            gradients = apply(_GruCellBackward, *args)
         else:
             gradients = _gru_cell_backward(*args)
         return tuple(_or_none(gradients, tuple(inputs), needed))
