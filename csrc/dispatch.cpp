@@ -17,7 +17,12 @@ namespace genkernels {
 namespace {
 
 #define GENKERNELS_LEVEL_ENTRY(level, condition) \
-  {#level, [] { return bool(condition); }, level::gru_forward, level::gru_backward}
+  {#level,                                       \
+   [] { return bool(condition); },               \
+   level::gru_packed_size,                       \
+   level::gru_pack,                              \
+   level::gru_forward,                           \
+   level::gru_backward}
 
 // __builtin_cpu_supports also asks whether the operating system saves the wider registers.
 constexpr Kernels kLevels[] = {

@@ -11,6 +11,8 @@ namespace genkernels {
 struct Kernels {
   const char* level;
   bool (*is_supported)();
+  decltype(&baseline::gru_packed_size) gru_packed_size;
+  decltype(&baseline::gru_pack) gru_pack;
   decltype(&baseline::gru_forward) gru_forward;
   decltype(&baseline::gru_backward) gru_backward;
 };

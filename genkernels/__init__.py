@@ -3,8 +3,21 @@
 import torch  # noqa: F401  the extension finds libtorch_cpu because torch has loaded it
 
 from . import nn, ops
-from .backend import explain, stats, use_backend
+from .backend import empty_cache, explain, stats, use_backend
+from .nn.freeze import freeze, unfreeze
 from .ops import gru, gru_cell
 
-__all__ = ["__version__", "explain", "gru", "gru_cell", "nn", "ops", "stats", "use_backend"]
+__all__ = [
+    "__version__",
+    "empty_cache",
+    "explain",
+    "freeze",
+    "gru",
+    "gru_cell",
+    "nn",
+    "ops",
+    "stats",
+    "unfreeze",
+    "use_backend",
+]
 __version__ = "0.1.0"

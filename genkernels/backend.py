@@ -131,6 +131,17 @@ def stats(reset: bool = False) -> dict[tuple[str, str], int]:
     return calls
 
 
+def empty_cache() -> None:
+    """Hands the memory that ops keep for their next calls back to the system.
+
+    Of blocks of 1 MiB and more (scratch, gradients, what is saved for the backward pass) at most
+    1 GiB that nobody uses is kept, and the system may take all but 64 MiB of that when memory runs
+    short. Blocks of tensors that are alive stay. Linux only; elsewhere nothing is kept.
+    """
+    if _extension is not None:
+        _extension.empty_cache()
+
+
 def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
     """Says which backend `op` would take for these arguments, and why the others would not run.
 

@@ -37,6 +37,16 @@ struct Sequence {
   int64_t size(int64_t t) const { return gru.batch_sizes ? gru.batch_sizes[t] : gru.batch; }
   int64_t offset(int64_t t) const { return offsets ? offsets[t] : t * gru.batch; }
   int64_t rows() const { return offset(gru.steps); }
+  // The step that a row of all steps belongs to.
+  int64_t step_of(int64_t row) const {
+    if (offsets == nullptr) return row / gru.batch;
+    int64_t t = 0;
+    for (int64_t end = gru.steps; end - t > 1;) {
+      const int64_t middle = t + (end - t) / 2;
+      (offsets[middle] <= row ? t : end) = middle;
+    }
+    return t;
+  }
 
   // Rows of step t from row b on.
   template <class S>
@@ -118,7 +128,7 @@ bool packs_weights(const Gru& gru) {
 
 // Both weights and the biases, packed so that one tile holds the three gates of the same units: per block of units
 // [ceil(I / group)][3][lanes][group] of W_ih, then as much of W_hh. A single step packs each block where it uses it,
-// into a buffer that stays in the cache; otherwise all are packed at once.
+// into a buffer that stays in the cache; otherwise all are packed at once, or were before the call.
 template <class T>
 struct GateWeights {
   using E = Operand<T>;
@@ -138,18 +148,41 @@ struct GateWeights {
   A* biases;  // [blocks][4][kUnits]
   E* packed;  // all blocks, or one for each thread, or null
 
-  GateWeights(const Gru& g, const Runtime& runtime)
+  GateWeights(const Gru& g, bool packs_at_once)
       : gru(g),
         blocks(ceil_div(g.hidden_size, kUnits)),
         input_size(ceil_div(g.input_size, kGroup<E>) * kStep),
         block_size(input_size + ceil_div(g.hidden_size, kGroup<E>) * kStep),
-        at_once(g.steps > 1),
-        biases(allocate<A>(runtime, blocks * 4 * kUnits)),
-        packed(nullptr) {
+        at_once(packs_at_once),
+        biases(nullptr),
+        packed(nullptr) {}
+
+  // For the forward pass.
+  GateWeights(const Gru& g, const Runtime& runtime) : GateWeights(g, g.steps > 1 || g.packed != nullptr) {
+    if (gru.packed != nullptr) {
+      lie_at(const_cast<void*>(gru.packed));
+      return;
+    }
+    biases = allocate<A>(runtime, blocks * 4 * kUnits);
+    if (packs_weights(gru)) packed = allocate<E>(runtime, (at_once ? blocks : runtime.threads) * block_size);
     pack_biases();
-    if (!packs_weights(gru)) return;
-    packed = allocate<E>(runtime, (at_once ? blocks : runtime.threads) * block_size);
-    if (!at_once) return;
+    if (packed != nullptr && at_once) pack_blocks(runtime);
+  }
+
+  int64_t bytes() const { return blocks * (4 * kUnits * int64_t(sizeof(A)) + block_size * int64_t(sizeof(E))); }
+
+  void lie_at(void* memory) {
+    biases = static_cast<A*>(memory);
+    packed = reinterpret_cast<E*>(biases + blocks * 4 * kUnits);
+  }
+
+  void pack_at(void* memory, const Runtime& runtime) {
+    lie_at(memory);
+    pack_biases();
+    pack_blocks(runtime);
+  }
+
+  void pack_blocks(const Runtime& runtime) const {
     const int64_t shares = smaller(runtime.threads, blocks);
     parallel(runtime, shares, [&](int64_t i) {
       for (int64_t j = blocks * i / shares; j < blocks * (i + 1) / shares; ++j) pack(j, packed + j * block_size);
@@ -224,7 +257,7 @@ struct GateWeights {
   }
 };
 
-// Turns the sums of one row's products into its gates and its new state.
+// Turns the sums of one row's products into its gates and its new state, each kept where it is asked for.
 template <class T, class S>
 GENKERNELS_INLINE void finish_row(const typename GateWeights<T>::Block& block, int64_t H, Vector<Accumulator<T>> sum_r,
                                   Vector<Accumulator<T>> sum_z, Vector<Accumulator<T>> n_of_input,
@@ -237,7 +270,7 @@ GENKERNELS_INLINE void finish_row(const typename GateWeights<T>::Block& block, i
   const Vector<A> hn = n_of_state + load(block.bias + 3 * kUnits);
   const Vector<A> n = tanh(n_of_input + load(block.bias + 2 * kUnits) + r * hn);
   const Vector<A> h = load(state + block.first, count);
-  store(output + block.first, n + z * (h - n), count);
+  if (output != nullptr) store(output + block.first, n + z * (h - n), count);
   if (gates == nullptr) return;
   T* to = gates + block.first;
   store(to, r, count);
@@ -266,14 +299,14 @@ GENKERNELS_INLINE void forward_run(const Gru& gru, const typename GateWeights<T>
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
         finish_row<T>(block, H, sum[i][0], sum[i][1], n_of_input[i], sum[i][2], state[first + i],
-                      output + (first + i) * H, gates ? gates + (first + i) * 4 * H : nullptr);
+                      output ? output + (first + i) * H : nullptr, gates ? gates + (first + i) * 4 * H : nullptr);
     });
   Vector<Accumulator<T>> from_input[kRunRows][3], from_state[kRunRows][3];
   product_of_rows<E, 3>(input.first, input.stride, rows, block.input, I, from_input);
   product_of_rows<E, 3>(state.first, state.stride, rows, block.state, H, from_state);
   for (int64_t i = 0; i < rows; ++i)
     finish_row<T>(block, H, from_input[i][0] + from_state[i][0], from_input[i][1] + from_state[i][1], from_input[i][2],
-                  from_state[i][2], state[i], output + i * H, gates ? gates + i * 4 * H : nullptr);
+                  from_state[i][2], state[i], output ? output + i * H : nullptr, gates ? gates + i * 4 * H : nullptr);
 }
 
 // sums[i][u] += x[i][k..] w[u][k..], element by element, for as many k as a register holds.
@@ -676,6 +709,13 @@ struct Backward {
   static constexpr int64_t kWeightRun = kVectorBytes == 64 ? kBlockRows : 256;  // rows of a panel, as kRunRows
   static constexpr int64_t kTileGroup = 16;  // tiles that stay in the L2 cache while the panels pass by
 
+  // Where no gates were saved: the block's inputs and states side by side, and its gates from them.
+  struct Recomputed {
+    GateWeights<T> weights;
+    E *inputs, *states;  // [block_rows, stride]
+    T* gates;            // [block_rows, 4, H]
+  };
+
   const Gru& gru;
   const GruGradients& grad;
   const Runtime& runtime;
@@ -684,6 +724,7 @@ struct Backward {
   int64_t block_rows;
   E* delta;
   A* carry;  // gradient of the hidden state, carried from step to step: [B, H]
+  Recomputed recomputed;
 
   Backward(const Gru& g, const GruGradients& gradients, const Runtime& r)
       : gru(g),
@@ -695,11 +736,19 @@ struct Backward {
         delta_stride(staged_stride<E>(4 * g.hidden_size)),
         block_rows(larger(kBlockRows, g.batch)),
         delta(allocate<E>(r, block_rows * delta_stride)),
-        carry(allocate<A>(r, g.batch * g.hidden_size)) {}
+        carry(allocate<A>(r, g.batch * g.hidden_size)),
+        recomputed{{g, true}, nullptr, nullptr, nullptr} {
+    if (gru.gates != nullptr) return;
+    recomputed.weights.pack_at(allocate<char>(r, recomputed.weights.bytes()), r);
+    recomputed.inputs = allocate<E>(r, block_rows * staged_stride<E>(I));
+    recomputed.states = allocate<E>(r, block_rows * staged_stride<E>(H));
+    recomputed.gates = allocate<T>(r, block_rows * 4 * H);
+  }
 
   // The gradients of the gates of units [first, last) of one row at one step, and what of dh passes by the gates.
-  void delta_row(int64_t t, int64_t b, int64_t first, int64_t last, E* to) const {
-    const T* saved = sequence.gates(t, b);
+  void delta_row(int64_t t, int64_t b, int64_t base, int64_t first, int64_t last, E* to) const {
+    const T* saved =
+        recomputed.gates ? recomputed.gates + (sequence.offset(t) + b - base) * 4 * H : sequence.gates(t, b);
     const T* state = sequence.state(t, b);
     const T* from_output = grad.grad_output ? sequence.at(static_cast<const T*>(grad.grad_output),
                                                           grad.grad_output_stride_t, grad.grad_output_stride_b, t, b)[0]
@@ -723,6 +772,26 @@ struct Backward {
       store(carry + b * H + u, dh * z, count);
     }
   }
+  // The gates of rows [base, base + rows), from the states that the forward pass left.
+  void compute_gates(int64_t base, int64_t rows) const {
+    const int64_t tiles = ceil_div(rows, kTileRows), shares = smaller(runtime.threads, tiles);
+    const int64_t input_stride = staged_stride<E>(I), state_stride = staged_stride<E>(H);
+    E *inputs = recomputed.inputs, *states = recomputed.states;
+    parallel(runtime, shares, [&](int64_t i) {
+      const int64_t begin = tiles * i / shares * kTileRows, end = smaller(rows, tiles * (i + 1) / shares * kTileRows);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t t = sequence.step_of(base + row), b = base + row - sequence.offset(t);
+        stage<E, T>(inputs + row * input_stride, input_stride, 1, I, [&](int64_t) { return sequence.input(t, b)[0]; });
+        stage<E, T>(states + row * state_stride, state_stride, 1, H, [&](int64_t) { return sequence.state(t, b); });
+      }
+      for (int64_t j = 0; j < recomputed.weights.blocks; ++j)
+        for (int64_t row = begin; row < end; row += kRunRows)
+          forward_run<T>(gru, recomputed.weights.block(j, i), {inputs + row * input_stride, input_stride},
+                         {states + row * state_stride, state_stride}, smaller(kRunRows, end - row), nullptr,
+                         recomputed.gates + row * 4 * H);
+    });
+  }
+
   bool is_narrow() const { return gru.batch < kTileRows; }
 
   static void store_operand(E* to, Vector<A> v, int count) { store(to, v, count); }
@@ -738,7 +807,8 @@ struct Backward {
     for (int64_t s = last; s-- > first;) {
       const int64_t t = sequence.time(s), rows = smaller(end, sequence.size(t)) - begin;
       E* step_delta = delta + (sequence.offset(t) + begin - base) * delta_stride;
-      for (int64_t i = 0; i < rows; ++i) delta_row(t, begin + i, first_unit, last_unit, step_delta + i * delta_stride);
+      for (int64_t i = 0; i < rows; ++i)
+        delta_row(t, begin + i, base, first_unit, last_unit, step_delta + i * delta_stride);
       meet(s);
       multiply_rows(weight_hh, thread, {step_delta + H, delta_stride}, rows, first_panel, last_panel, is_narrow(),
                     [&](int64_t i, int64_t column, int count, Vector<A> sum) {
@@ -754,7 +824,7 @@ struct Backward {
   // One step of few rows: all gradients follow from delta at once, and nothing is packed.
   void run_step() const {
     constexpr int64_t kUnits = kLanes<A>;
-    for (int64_t b = 0; b < gru.batch; ++b) delta_row(0, b, 0, H, delta + b * delta_stride);
+    for (int64_t b = 0; b < gru.batch; ++b) delta_row(0, b, 0, 0, H, delta + b * delta_stride);
     const T *input[kDirectRows], *state[kDirectRows];
     for (int64_t b = 0; b < gru.batch; ++b) {
       input[b] = sequence.input(0, b)[0];
@@ -875,7 +945,10 @@ struct Backward {
     const int64_t shares = is_split_by_units ? smaller(runtime.threads, panels) : row_shares(gru, runtime);
     for (int64_t i = 0; i < gru.batch * H; ++i)
       carry[i] = grad.grad_h_n ? as<A>(static_cast<const T*>(grad.grad_h_n)[i]) : A(0);
-    if (gru.steps == 1 && !packs_weights(gru)) return run_step();
+    if (gru.steps == 1 && !packs_weights(gru)) {
+      if (recomputed.gates != nullptr) compute_gates(0, gru.batch);
+      return run_step();
+    }
     const BackwardWeight<T> weight_hh(gru, gru.weight_hh, H, false, runtime);
     // A GRU whose input needs no gradient packs nothing for it.
     const BackwardWeight<T> weight_ih(gru, gru.weight_ih, grad.grad_input ? I : 0, true, runtime);
@@ -886,6 +959,7 @@ struct Backward {
       while (first > 0 && (first == last || rows + sequence.size(sequence.time(first - 1)) <= block_rows))
         rows += sequence.size(sequence.time(--first));
       const int64_t base = smaller(sequence.offset(sequence.time(first)), sequence.offset(sequence.time(last - 1)));
+      if (recomputed.gates != nullptr) compute_gates(base, rows);
       if (is_split_by_units) {
         const Barrier barrier(runtime, shares);
         parallel_ranges(runtime, shares, [&](int64_t i, int64_t end) {
@@ -899,7 +973,7 @@ struct Backward {
         });
       }
       if (grad.grad_input) input_gradient(base, rows, weight_ih);
-      if (grad.needs_weights) weight_gradients(sums, first, last, base, rows, is_first_block);
+      if (grad.needs_weights) weight_gradients(sums, base, rows, is_first_block);
       is_first_block = false;
       last = first;
     }
@@ -944,18 +1018,11 @@ struct Backward {
             allocate<double>(runtime, 4 * H)};
   }
 
-  void weight_gradients(const WeightGradients& to, int64_t first, int64_t last, int64_t base, int64_t rows,
-                        bool is_first_block) const {
+  void weight_gradients(const WeightGradients& to, int64_t base, int64_t rows, bool is_first_block) const {
     const int64_t panels = to.input_columns.panels + to.state_columns.panels;
     const int64_t tiles = 4 * to.gate_tiles, K = ceil_div(rows, kGroup<E>) * kGroup<E>;
-    // Row k of the block is row b of step t.
-    const int64_t low = smaller(sequence.time(first), sequence.time(last - 1));
     const auto row_of = [&](int64_t k, auto&& address) -> const T* {
-      int64_t t = low;
-      if (sequence.offsets == nullptr)
-        t += k / gru.batch;
-      else
-        while (sequence.offset(t + 1) - base <= k) ++t;
+      const int64_t t = sequence.step_of(base + k);
       return address(t, base + k - sequence.offset(t));
     };
     const int64_t shares = runtime.threads;
@@ -1061,6 +1128,23 @@ struct Backward {
 };
 
 }  // namespace
+
+int64_t gru_packed_size(const Gru& gru) {
+  switch (gru.dtype) {
+    case DType::float32: return GateWeights<float>(gru, true).bytes();
+    case DType::float64: return GateWeights<double>(gru, true).bytes();
+    case DType::bfloat16: return GateWeights<bfloat16>(gru, true).bytes();
+  }
+  return 0;
+}
+
+void gru_pack(const Gru& gru, void* packed, const Runtime& runtime) {
+  switch (gru.dtype) {
+    case DType::float32: return GateWeights<float>(gru, true).pack_at(packed, runtime);
+    case DType::float64: return GateWeights<double>(gru, true).pack_at(packed, runtime);
+    case DType::bfloat16: return GateWeights<bfloat16>(gru, true).pack_at(packed, runtime);
+  }
+}
 
 void gru_forward(const Gru& gru, void* h_n, const Runtime& runtime) {
   switch (gru.dtype) {

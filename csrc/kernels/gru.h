@@ -22,7 +22,10 @@ struct Gru {
   const void *weight_ih, *weight_hh;  // [3H, I], [3H, H], gates r, z, n
   const void *bias_ih, *bias_hh;      // [3H], or both null
   void* output;                       // [T, B, H] or [sum(batch_sizes), H]
-  void* gates;                        // r, z, n, W_hn h + b_hn of each row: [.., 4, H]; null if nothing is saved
+  // r, z, n, W_hn h + b_hn of each row: [.., 4, H]. Null if nothing is saved; the backward pass then computes them
+  // anew.
+  void* gates;
+  const void* packed;  // what gru_pack() made of the weights and biases, or null
 };
 
 struct GruGradients {
@@ -41,6 +44,8 @@ struct GruGradients {
 
 #define GENKERNELS_DECLARE_GRU(level)                                                  \
   namespace genkernels::level {                                                        \
+  int64_t gru_packed_size(const Gru& gru);                                             \
+  void gru_pack(const Gru& gru, void* packed, const Runtime& runtime);                 \
   void gru_forward(const Gru& gru, void* h_n, const Runtime& runtime);                 \
   void gru_backward(const Gru& gru, const GruGradients& grad, const Runtime& runtime); \
   }

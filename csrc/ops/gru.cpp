@@ -2,6 +2,8 @@
 // Schemas and their meaning: genkernels/ops/gru.py.
 #include <torch/csrc/stable/library.h>
 
+#include <cstddef>
+#include <cstring>
 #include <tuple>
 
 #include "../dispatch.h"
@@ -134,8 +136,10 @@ Gradients run_backward(Arguments& arguments, const OptionalTensor& grad_output_,
   const OptionalTensor grad_h_n = contiguous_or_none(grad_h_n_);
   const Tensor saved_output = contiguous(output), gates = contiguous(gates_);
   const int64_t rows = input.dim() == 2 ? input.size(0) : gru.steps * gru.batch;
+  const bool has_gates = gates.numel() > 0;
   for (const auto& [name, tensor, columns] :
-       {std::tuple{"output", &saved_output, H}, std::tuple{"gates", &gates, 4 * H},
+       {std::tuple{"output", &saved_output, H},
+        std::tuple{"gates", has_gates ? &gates : &saved_output, has_gates ? 4 * H : H},
         std::tuple{"grad_output", grad_output ? &*grad_output : &saved_output, H}}) {
     check_like(name, *tensor, input);
     if (input.dim() == 2)
@@ -155,7 +159,7 @@ Gradients run_backward(Arguments& arguments, const OptionalTensor& grad_output_,
     grad.grad_h_n = grad_h_n->const_data_ptr();
   }
   gru.output = const_cast<void*>(saved_output.const_data_ptr());
-  gru.gates = const_cast<void*>(gates.const_data_ptr());
+  gru.gates = has_gates ? const_cast<void*>(gates.const_data_ptr()) : nullptr;
 
   const auto weight = [&](std::initializer_list<int64_t> shape, bool needed, void*& to) {
     Tensor gradient = needed ? new_kept(input, shape) : new_tensor(input, {0});
@@ -178,14 +182,56 @@ Gradients run_backward(Arguments& arguments, const OptionalTensor& grad_output_,
   return {grad_input, grad_hx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh};
 }
 
+// What packed weights begin with: how they lie depends on the SIMD level, which may change.
+struct PackedHeader {
+  static constexpr int64_t kBytes = 64;
+  int64_t level, dtype, input_size, hidden_size;
+
+  explicit PackedHeader(const Gru& gru)
+      : level(&kernels() - built_levels()),
+        dtype(int64_t(gru.dtype)),
+        input_size(gru.input_size),
+        hidden_size(gru.hidden_size) {}
+};
+
+const void* packed_data(const OptionalTensor& tensor, const Gru& gru) {
+  if (!tensor) return nullptr;
+  const Tensor& packed = *tensor;
+  const PackedHeader header(gru);
+  const int64_t bytes = PackedHeader::kBytes + kernels().gru_packed_size(gru);
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.dim() == 1 &&
+                      packed.is_contiguous() && packed.numel() == bytes &&
+                      std::memcmp(packed.const_data_ptr(), &header, sizeof header) == 0,
+                  "packed: expected what gru_pack makes of such weights at SIMD level ", kernels().level);
+  return static_cast<const std::byte*>(packed.const_data_ptr()) + PackedHeader::kBytes;
+}
+
+Tensor gru_pack(Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh) {
+  STD_TORCH_CHECK(weight_ih.dim() == 2 && weight_hh.dim() == 2, "weight_ih, weight_hh: expected 2 dimensions");
+  // A step of no rows: it has the sizes, and the checks, of every call that these weights are for.
+  const Tensor input = new_tensor(weight_ih, {0, weight_ih.size(1)}),
+               hx = new_tensor(weight_hh, {0, weight_hh.size(1)});
+  Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, {}, {}, false, true);
+  const Gru& gru = arguments.gru;
+  const int64_t bytes = PackedHeader::kBytes + kernels().gru_packed_size(gru);
+  Tensor packed = torch::stable::empty({bytes}, ScalarType::Byte);
+  std::byte* data = static_cast<std::byte*>(packed.mutable_data_ptr());
+  const PackedHeader header(gru);
+  std::memcpy(data, &header, sizeof header);
+  const CallRuntime runtime(static_cast<double>(bytes));
+  kernels().gru_pack(gru, data + PackedHeader::kBytes, runtime.get());
+  return packed;
+}
+
 CallCounter forward_calls("gru_forward"), backward_calls("gru_backward");
 CallCounter cell_forward_calls("gru_cell_forward"), cell_backward_calls("gru_cell_backward");
 
 std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh,
                                                OptionalTensor bias_ih, OptionalTensor bias_hh,
                                                OptionalTensor batch_sizes, OptionalTensor resets, bool reverse,
-                                               bool save_gates) {
+                                               bool save_gates, OptionalTensor packed) {
   Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, false);
+  arguments.gru.packed = packed_data(packed, arguments.gru);
   ++forward_calls.calls;
   Tensor h_n = new_tensor(hx, {arguments.gru.batch, arguments.gru.hidden_size});
   const auto [output, gates] = run_forward(arguments, arguments.new_output(), &h_n, save_gates);
@@ -205,8 +251,10 @@ GradientsAndStates gru_backward(OptionalTensor grad_output, OptionalTensor grad_
 }
 
 std::tuple<Tensor, Tensor> gru_cell_forward(Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh,
-                                            OptionalTensor bias_ih, OptionalTensor bias_hh, bool save_gates) {
+                                            OptionalTensor bias_ih, OptionalTensor bias_hh, bool save_gates,
+                                            OptionalTensor packed) {
   Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, {}, {}, false, true);
+  arguments.gru.packed = packed_data(packed, arguments.gru);
   ++cell_forward_calls.calls;
   return run_forward(arguments, arguments.new_output(), nullptr, save_gates);
 }
@@ -223,6 +271,7 @@ Gradients gru_cell_backward(Tensor grad_h, Tensor input, Tensor hx, Tensor weigh
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
+  m.impl("gru_pack", TORCH_BOX(&gru_pack));
   m.impl("gru_forward", TORCH_BOX(&gru_forward));
   m.impl("gru_backward", TORCH_BOX(&gru_backward));
   m.impl("gru_cell_forward", TORCH_BOX(&gru_cell_forward));

@@ -8,9 +8,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import gru, gru_cell
 from ..ops.library import is_autocast_enabled
+from .freeze import PackedWeights
 
 
-class GRU(RNNBase):
+class GRU(PackedWeights, RNNBase):
     """A gated recurrent unit of any number of layers, one or two directions, dense or packed
     sequences.
 
@@ -30,6 +31,8 @@ class GRU(RNNBase):
         dropout: probability of zeroing an element of the output of each layer but the last, in
             training. Default 0.
         bidirectional: a second direction runs from the end; output is [.., 2H]. Default False.
+        recompute: save only the output for the backward pass, which then takes half as long again;
+            otherwise five times as much. Not one of ``torch.nn.GRU``'s. Default False.
 
     Shapes of ``forward(input, hx=None)``:
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a ``PackedSequence``.
@@ -52,6 +55,8 @@ class GRU(RNNBase):
         bidirectional: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             "GRU",
@@ -65,6 +70,7 @@ class GRU(RNNBase):
             device=device,
             dtype=dtype,
         )
+        self.recompute = recompute
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None
@@ -136,10 +142,16 @@ class GRU(RNNBase):
         for layer in range(self.num_layers):
             outputs = []
             for suffix in directions:
-                names = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if self.bias else [])
-                weights = (getattr(self, f"{name}_l{layer}{suffix}") for name in names)
+                name = f"_l{layer}{suffix}"
+                weights = self._weights_of(name)
                 output, h = gru(
-                    input, hx[len(states)], *weights, batch_sizes=batch_sizes, reverse=suffix != ""
+                    input,
+                    hx[len(states)],
+                    *weights,
+                    batch_sizes=batch_sizes,
+                    reverse=suffix != "",
+                    recompute=self.recompute,
+                    packed=self._packed_of(name, weights),
                 )
                 outputs.append(output)
                 states.append(h)
@@ -148,8 +160,17 @@ class GRU(RNNBase):
                 input = dropout(input, self.dropout)
         return input, torch.stack(states)
 
+    def _weights_of(self, name: str) -> tuple[Tensor, ...]:
+        names = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if self.bias else [])
+        return tuple(getattr(self, each + name) for each in names)
 
-class GRUCell(RNNCellBase):
+    def _cell_weights(self) -> dict[str, tuple[Tensor, ...]]:
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        names = [f"_l{layer}{suffix}" for layer in range(self.num_layers) for suffix in directions]
+        return {name: self._weights_of(name) for name in names}
+
+
+class GRUCell(PackedWeights, RNNCellBase):
     """One step of a gated recurrent unit.
 
     Equivalent to: ``torch.nn.GRUCell(input_size, hidden_size, ...)``, with the same arguments and
@@ -204,5 +225,13 @@ class GRUCell(RNNCellBase):
             hx = input.new_zeros(input.size(0), self.hidden_size)
         elif not is_batched:
             hx = hx.unsqueeze(0)
-        h = gru_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        weights = self._weights()
+        h = gru_cell(input, hx, *weights, packed=self._packed_of("", weights))
         return h if is_batched else h.squeeze(0)
+
+    def _weights(self) -> tuple[Tensor, ...]:
+        weights = (self.weight_ih, self.weight_hh)
+        return (*weights, self.bias_ih, self.bias_hh) if self.bias else weights
+
+    def _cell_weights(self) -> dict[str, tuple[Tensor, ...]]:
+        return {"": self._weights()}

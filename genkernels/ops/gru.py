@@ -10,7 +10,7 @@ from .. import backend, reference
 from ..reference.gru import gru_backward as reference_backward
 from ..reference.gru import gru_double_backward
 from ..reference.gru import gru_forward as reference_forward
-from .library import apply, autocast, define, is_transformed, map_slices, needs_autograd
+from .library import _library, apply, autocast, define, is_transformed, map_slices, needs_autograd
 
 _INPUTS = (
     "Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh"
@@ -32,6 +32,8 @@ def gru(
     batch_sizes: Tensor | None = None,
     resets: Tensor | None = None,
     reverse: bool = False,
+    recompute: bool = False,
+    packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One direction of one layer of a gated recurrent unit over a whole sequence.
 
@@ -50,6 +52,12 @@ def gru(
         resets: bool [T, B]; where true, the state is zero before the step (a new episode begins).
             Not with ``batch_sizes``.
         reverse: run from the last step to the first.
+        recompute: save less for the backward pass, which then computes the gates of all steps anew:
+            the output alone, where otherwise output and gates take five times its memory. The
+            backward pass takes half as long again. Default False, which is faster. The reference
+            ignores it.
+        packed: what :func:`gru_pack` made of these weights and biases, for calls that record no
+            gradients; otherwise each call packs them.
 
     Returns:
         output: [T, B, H], or [sum(batch_sizes), H], the state after each step.
@@ -64,7 +72,7 @@ def gru(
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument and
-            both shapes.
+            both shapes. Gradients through packed weights.
 
     Source: Cho et al. 2014, https://arxiv.org/abs/1406.1078, in the variant of ``torch.nn.GRU``.
     """
@@ -79,9 +87,10 @@ def gru(
     else:
         try:
             if needs_autograd(*tensors) or is_transformed():
-                output, h_n, _ = apply(_Gru, *tensors, batch_sizes, resets, reverse)
+                _reject_packed("gru", packed)
+                output, h_n, _ = apply(_Gru, *tensors, batch_sizes, resets, reverse, recompute)
             else:
-                output, h_n, _ = _gru_forward(*tensors, batch_sizes, resets, reverse, False)
+                output, h_n, _ = _gru_forward(*tensors, batch_sizes, resets, reverse, False, packed)
         except RuntimeError:  # the compiled op checks faster, and the check says it better
             _check("gru", *tensors, batch_sizes=batch_sizes, resets=resets)
             raise
@@ -95,6 +104,8 @@ def gru_cell(
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
+    *,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """One step of a gated recurrent unit.
 
@@ -105,6 +116,7 @@ def gru_cell(
         hx: [B, H].
         weight_ih, weight_hh: [3H, I] and [3H, H], the gates r, z, n one below the other.
         bias_ih, bias_hh: [3H], both or none.
+        packed: as of :func:`gru`. Few rows do not use it: they read the weights as they lie.
 
     Returns:
         The next state, [B, H], in input's dtype.
@@ -126,13 +138,50 @@ def gru_cell(
     else:
         try:
             if needs_autograd(*tensors) or is_transformed():
+                _reject_packed("gru_cell", packed)
                 h, _ = apply(_GruCell, *tensors)
             else:
-                h, _ = _gru_cell_forward(*tensors, False)
+                h, _ = _gru_cell_forward(*tensors, False, packed)
         except RuntimeError:
             _check("gru_cell", *tensors)
             raise
     return h if h.dtype == dtype else h.to(dtype)
+
+
+def gru_pack(
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> Tensor:
+    """The weights and biases as the compiled CPU kernel reads them, for ``packed`` of :func:`gru`.
+
+    They are a copy: what is written to the weights later does not reach it. How they lie depends
+    on the SIMD level. :func:`genkernels.freeze` is this for whole modules.
+
+    Args:
+        weight_ih, weight_hh: [3H, I] and [3H, H], the gates r, z, n one below the other.
+        bias_ih, bias_hh: [3H], both or none.
+
+    Returns:
+        uint8, as many bytes as the weights have, and a few more.
+
+    Raises:
+        RuntimeError: a shape or dtype that does not fit, or no compiled kernel for these weights.
+    """
+    if backend.select("gru", weight_ih.device, weight_ih.dtype) != "cpp":
+        raise RuntimeError("genkernels.gru_pack: only the compiled CPU kernel takes packed weights")
+    return torch.ops.genkernels.gru_pack(
+        *(w if w is None else w.detach() for w in (weight_ih, weight_hh, bias_ih, bias_hh))
+    )
+
+
+def _reject_packed(op: str, packed: Tensor | None) -> None:
+    if packed is not None:
+        raise RuntimeError(
+            f"genkernels.{op}: packed weights have no gradients; call it under torch.no_grad(), or "
+            "unfreeze() the module"
+        )
 
 
 def _check(
@@ -210,6 +259,7 @@ def _fake_forward(
     resets: Tensor | None,
     reverse: bool,
     save_gates: bool,
+    packed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     _check("gru", input, hx, *weights, batch_sizes=batch_sizes, resets=resets)
@@ -274,6 +324,7 @@ def _reference_cell_forward(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     save_gates: bool,
+    packed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     _, h, gates = reference_forward(input.unsqueeze(0), hx, *weights, None, None, False, save_gates)
@@ -288,6 +339,7 @@ def _fake_cell_forward(
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     save_gates: bool,
+    packed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check("gru_cell", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
     return hx.new_empty(hx.shape), _rows(input, 4 * hx.size(1)) if save_gates else input.new_empty(
@@ -344,13 +396,17 @@ def _fake_cell_backward(
 
 # gates: what the backward pass needs of every step, [.., 4H] beside output's [.., H]: r, z, n and
 # W_hn h + b_hn. They cost four times the memory of the output; without save_gates they have no
-# elements. grad_states: the gradient of the state after each step, which the double backward needs.
-# Gradients that input_grad and weight_grad do not ask for (or that a missing bias cannot
-# have) have none either: a raw op returns tensors, not None.
+# elements, and the backward pass computes them anew. packed: of gru_pack. grad_states: the gradient
+# of the state after each step, which the double backward needs. Gradients that input_grad and
+# weight_grad do not ask for (or that a missing bias cannot have) have none either: a raw op returns
+# tensors, not None.
+_library.define(
+    "gru_pack(Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh) -> Tensor"
+)
 _gru_forward = define(
-    f"gru_forward({_INPUTS}, Tensor? batch_sizes, Tensor? resets, bool reverse, bool save_gates) "
-    "-> (Tensor output, Tensor h_n, Tensor gates)",
-    reference_forward,
+    f"gru_forward({_INPUTS}, Tensor? batch_sizes, Tensor? resets, bool reverse, bool save_gates, "
+    "Tensor? packed) -> (Tensor output, Tensor h_n, Tensor gates)",
+    lambda *args: reference_forward(*args[:-1]),
     _fake_forward,
 )
 _gru_backward = define(
@@ -361,7 +417,7 @@ _gru_backward = define(
     _fake_backward,
 )
 _gru_cell_forward = define(
-    f"gru_cell_forward({_INPUTS}, bool save_gates) -> (Tensor h, Tensor gates)",
+    f"gru_cell_forward({_INPUTS}, bool save_gates, Tensor? packed) -> (Tensor h, Tensor gates)",
     _reference_cell_forward,
     _fake_cell_forward,
 )
@@ -384,10 +440,11 @@ def _or_none(
 
 class _Gru(torch.autograd.Function):
     @staticmethod
-    def forward(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse):
-        return _gru_forward(
-            input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, True
-        )
+    def forward(
+        input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, recompute
+    ):
+        weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+        return _gru_forward(input, hx, *weights, batch_sizes, resets, reverse, not recompute, None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -402,14 +459,14 @@ class _Gru(torch.autograd.Function):
         *inputs, batch_sizes, resets, output, gates = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[:6])
         if grad_output is None and grad_h_n is None:
-            return (None,) * 9
+            return (None,) * 10
         args = (grad_output, grad_h_n, *inputs, output, gates, batch_sizes, resets, ctx.reverse)
         wanted = (needed[0], any(needed[2:]))
         if needs_autograd(grad_output, grad_h_n, *inputs):
             *gradients, _ = apply(_GruBackward, *args, *wanted)
         else:
             *gradients, _ = _gru_backward(*args, *wanted, False)
-        return *_or_none(gradients, tuple(inputs), needed), None, None, None
+        return *_or_none(gradients, tuple(inputs), needed), None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -445,7 +502,7 @@ class _GruBackward(torch.autograd.Function):
 class _GruCell(torch.autograd.Function):
     @staticmethod
     def forward(input, hx, weight_ih, weight_hh, bias_ih, bias_hh):
-        return _gru_cell_forward(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, True)
+        return _gru_cell_forward(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, True, None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

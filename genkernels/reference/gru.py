@@ -95,9 +95,13 @@ def gru_backward(
 ) -> tuple[Tensor, ...]:
     """Backpropagation through time. Gradients that are not asked for have no elements.
 
-    The last one is that of the state after each step, as output.
+    The last one is that of the state after each step, as output. Gates without elements were not
+    saved: they are computed anew.
     """
     H = hx.size(1)
+    if gates.numel() == 0:
+        weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+        _, _, gates = gru_forward(input, hx, *weights, batch_sizes, resets, reverse, True)
     saved = _steps(gates, batch_sizes)
     grads = None if grad_output is None else _steps(grad_output, batch_sizes)
     entering = _entering(output, hx, batch_sizes, resets, reverse)
@@ -153,9 +157,9 @@ def gru_double_backward(
     next; only what the last products need is kept of all steps.
 
     Differentiable to any order: where gradients are recorded, what was saved is computed anew, so
-    that it depends on the inputs.
+    that it depends on the inputs. So it is where the gates were not saved.
     """
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or gates.numel() == 0:
         leaves = (input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
         output, _, gates = gru_forward(*leaves, batch_sizes, resets, reverse, True)
         computed = (output, gates, batch_sizes, resets, reverse)
