@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -126,8 +127,10 @@ def packed_arguments(
     return {**values, "batch_sizes": torch.tensor(batch_sizes)}
 
 
-def check(draw: Callable[[int], dict[str, Any]], draws: int = 4) -> None:
-    assert_op_parity(genkernels.gru, plain_gru, reference.gru, OUTPUTS, *map(draw, range(draws)))
+def check(
+    draw: Callable[[int], dict[str, Any]], draws: int = 4, op: Callable[..., Any] = genkernels.gru
+) -> None:
+    assert_op_parity(op, plain_gru, reference.gru, OUTPUTS, *map(draw, range(draws)))
 
 
 def with_gradients(function: Callable[..., Any], values: dict[str, Any]) -> list[Tensor]:
@@ -221,6 +224,32 @@ class TestParity:
                 "resets": draws < share,
                 "reverse": reverse,
             },
+        )
+
+    @each_dtype
+    @each_direction
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"shape": (1, 1, 5, 18)},
+            {"shape": (1, 40, 17, 33)},
+            {"shape": (3, 5, 7, 18)},
+            {"shape": (33, 40, 17, 33)},  # gates of several blocks of rows
+            {"shape": (6, 19, 17, 33), "resets": torch.arange(6 * 19).view(6, 19) % 5 == 0},
+            {"batch_sizes": [130, 129, 129, 129, 66, 64, 1]},
+        ],
+        ids=["one_row", "one_step", "few_rows", "blocks", "resets", "batch_sizes"],
+    )
+    def test_recompute(self, options: dict[str, Any], dtype: torch.dtype, reverse: bool) -> None:
+        def draw(seed: int) -> dict[str, Any]:
+            if "batch_sizes" in options:
+                return packed_arguments(options["batch_sizes"], 17, 33, dtype, seed)
+            values = arguments(*options["shape"], dtype, seed=seed)
+            return {**values, "resets": options["resets"]} if "resets" in options else values
+
+        check(
+            lambda seed: {**draw(seed), "reverse": reverse},
+            op=functools.partial(genkernels.gru, recompute=True),
         )
 
     def test_reset_stops_nan(self) -> None:
@@ -326,8 +355,10 @@ class TestGradients:
             {"resets": torch.tensor([[False, True], [True, False], [False, False]])},
             {"batch_sizes": torch.tensor([2, 2, 1])},
             {"batch_sizes": torch.tensor([2, 2, 1]), "reverse": True},
+            {"recompute": True},
+            {"recompute": True, "batch_sizes": torch.tensor([2, 2, 1])},
         ],
-        ids=["plain", "reverse", "no_bias", "resets", "batch_sizes", "batch_sizes_reverse"],
+        ids=lambda options: "-".join(options) or "plain",
     )
     def test_gradcheck(self, options: dict[str, Any]) -> None:
         options = dict(options)
@@ -361,6 +392,23 @@ class TestGradients:
         for got, exact in zip(actual, expected, strict=True):
             assert exact.abs().max() > 1e-3
             torch.testing.assert_close(got, exact, rtol=1e-9, atol=1e-9)
+
+    @pytest.mark.parametrize(("recompute", "most"), [(True, 1.2), (False, 5.0)])
+    @pytest.mark.parametrize("shape", [(40, 7, 33, 65), (5, 1, 9, 300)], ids=shape_id)
+    def test_memory_saved(self, shape: tuple[int, ...], recompute: bool, most: float) -> None:
+        """Beside what the op is given anyway, as a multiple of the output."""
+        values = {name: value.requires_grad_() for name, value in arguments(*shape).items()}
+        given = {value.data_ptr() for value in values.values()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in given:
+                kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output, _ = genkernels.gru(**values, recompute=recompute)
+        assert 0 < sum(kept.values()) <= most * output.nbytes
 
     def test_double_backward_is_counted(self) -> None:
         """It runs the reference, and says so."""
@@ -406,14 +454,16 @@ def raw_arguments(op: str, **options: Any) -> tuple[Any, ...]:
         values = arguments(3, 4, 5, 6, bias=bias)
     inputs = tuple(values.get(name) for name in TENSORS)
     if op == "gru_cell_forward":
-        return *inputs, True
+        return *inputs, True, None
     if op == "gru_cell_backward":
-        h, gates = torch.ops.genkernels.gru_cell_forward(*inputs, True)
+        h, gates = torch.ops.genkernels.gru_cell_forward(*inputs, True, None)
         return torch.randn_like(h), *inputs, gates, *grads
     sequence = (options.get("batch_sizes"), options.get("resets"), options.get("reverse", False))
     if op == "gru_forward":
-        return *inputs, *sequence, options.get("save_gates", True)
-    output, h_n, gates = torch.ops.genkernels.gru_forward(*inputs, *sequence, True)
+        packed = torch.ops.genkernels.gru_pack(*inputs[2:]) if options.get("packs") else None
+        return *inputs, *sequence, options.get("save_gates", True), packed
+    save_gates = options.get("save_gates", True)
+    output, h_n, gates = torch.ops.genkernels.gru_forward(*inputs, *sequence, save_gates, None)
     cotangents = torch.randn_like(output), torch.randn_like(h_n)
     return *cotangents, *inputs, output, gates, *sequence, *grads, options.get("states_grad", False)
 
@@ -423,11 +473,13 @@ def raw_arguments(op: str, **options: Any) -> tuple[Any, ...]:
     [
         ("gru_forward", {}),
         ("gru_forward", {"save_gates": False}),
+        ("gru_forward", {"packs": True}),
         ("gru_forward", {"bias": False, "reverse": True}),
         ("gru_forward", {"resets": torch.eye(3, 4, dtype=torch.bool)}),
         ("gru_forward", {"batch_sizes": torch.tensor([4, 3, 1])}),
         ("gru_backward", {}),
         ("gru_backward", {"states_grad": True}),
+        ("gru_backward", {"save_gates": False}),
         ("gru_backward", {"grads": (False, True)}),
         ("gru_backward", {"grads": (True, False)}),
         ("gru_backward", {"grads": (False, False)}),
@@ -458,8 +510,21 @@ def test_opcheck(op: str, options: dict[str, Any]) -> None:
         {**arguments(150, 8, 33, 48), "reverse": True},
         {**arguments(30, 20, 40, 72), "resets": torch.arange(600).view(30, 20) % 7 == 0},
         packed_arguments([40, 40, 39, 20, 20, 7, 3, 1, 1], 64, 96, torch.float32),
+        {**arguments(20, 5, 40, 72), "recompute": True},
+        {**arguments(20, 50, 40, 72), "recompute": True},
+        arguments(1, 9, 130, 257),
     ],
-    ids=["one_row", "three_rows", "many_rows", "many_steps", "resets", "batch_sizes"],
+    ids=[
+        "one_row",
+        "three_rows",
+        "many_rows",
+        "many_steps",
+        "resets",
+        "batch_sizes",
+        "recompute_few",
+        "recompute",
+        "one_step",
+    ],
 )
 def test_bitwise_reproducible(values: dict[str, Any], dtype: torch.dtype) -> None:
     """From run to run, and with one thread as with two."""
