@@ -35,6 +35,8 @@ from benchmarks.peers.check import Wrong
 from benchmarks.peers.peer import NAMES, Peer, Unsupported, missing
 from benchmarks.workers import ROOT, Failure, median_seconds
 from genkernels import backend
+from genkernels.models.rnn import RNNLanguageModel
+from genkernels.training.presets import RNN_PRESETS
 
 Shape = tuple[int, int, int, int]
 
@@ -68,6 +70,9 @@ SEQUENCE_CASES = [
     for shape in SHAPES
     if dtype == torch.float32 or shape[1] >= 16
 ]
+GENERATION = "RNN generation, preset seed, B=1, float32"
+GENERATED = 20  # tokens a call
+GENERATION_SHARE = 0.80
 CELL_SIZES = [(batch, size) for size in (128, 512, 1024) for batch in (1, 8, 64, 256)]
 
 
@@ -223,9 +228,46 @@ def cell_row(batch: int, size: int, direction: str, options: Any) -> Row:
         flops((1, batch, size, size), direction),
         options.rounds,
     )
-    asked = min(2 * gflops["torch"], CAPS[direction] * peak)
-    bar = Bar("2x torch", asked, gflops["genkernels"])
-    return Row(cell_name(batch, size, direction), gflops, peak, [bar])
+    # Forward reads the weights. Training reads them twice and writes as much, of which each line is
+    # fetched before it is written.
+    weights = 4 * 3 * size * (size + size)
+    passes, footprint = (1, weights) if direction == FORWARD else (4, 2 * weights)
+    bandwidth = read_bandwidth(footprint)
+    within = flops((1, batch, size, size), direction) / (passes * weights / bandwidth) / 1e9
+    asked = min(2 * gflops["torch"], CAPS[direction] * peak, within)
+    name = "2x torch"
+    if asked == within:
+        name += f", within {bandwidth / 1e9:.0f} GB/s of reading {footprint / 1e6:.1f} MB"
+    return Row(
+        cell_name(batch, size, direction), gflops, peak, [Bar(name, asked, gflops["genkernels"])]
+    )
+
+
+def read_bandwidth(footprint: int) -> float:
+    """Bytes per second that all threads read together out of whatever holds so many bytes."""
+    threads = torch.get_num_threads()
+    return limits.read_bandwidth(footprint // threads, threads)
+
+
+def generation_row(options: Any) -> Row:
+    """One token after the other, as `genkernels generate` draws them."""
+    config = RNN_PRESETS["seed"].model
+    contestants: dict[str, Local | Peer] = {}
+    for name, gru in (("genkernels", genkernels.nn.GRU), ("torch", torch.nn.GRU)):
+        torch.manual_seed(0)
+        model = RNNLanguageModel(config, gru=gru)
+        prompt = torch.zeros(1, 1, dtype=torch.int64)
+        contestants[name] = Local(functools.partial(model.generate, prompt, GENERATED))
+    E, H, V = config.embedding_dim, config.hidden_size, config.vocab_size
+    weights = 3 * H * (E + H) + V * H
+    gflops, peak = measure(contestants, 2.0 * weights * GENERATED, options.rounds)
+    bandwidth = read_bandwidth(4 * weights)
+    within = GENERATION_SHARE * bandwidth / 4 * 2 / 1e9
+    asked = min(2 * gflops["torch"], within)
+    name = "2x torch"
+    if asked == within:
+        name = f"{GENERATION_SHARE:.0%} of {bandwidth / 1e9:.0f} GB/s of reading"
+    return Row(GENERATION, gflops, peak, [Bar(name, asked, gflops["genkernels"])])
 
 
 def cell_name(batch: int, size: int, direction: str) -> str:
@@ -357,6 +399,7 @@ def bars_plan(
     if "avx2" in backend.simd_levels() and backend.simd_level() != "avx2":
         for case in itertools.product((s for s in SHAPES if s[1] >= 16), DIRECTIONS):
             yield avx2_name(*case), functools.partial(avx2_row, *case, options)
+    yield GENERATION, functools.partial(generation_row, options)
     for direction, sizes in itertools.product(DIRECTIONS, CELL_SIZES):
         yield cell_name(*sizes, direction), functools.partial(cell_row, *sizes, direction, options)
 
