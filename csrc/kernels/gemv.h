@@ -1,7 +1,7 @@
 // The matrix product for so few rows that the right operand, a weight [N, K], is read as it lies in memory.
 #pragma once
 
-#include "simd.h"
+#include "gemm.h"
 
 namespace genkernels::GENKERNELS_LEVEL {
 
@@ -44,19 +44,28 @@ template <class T, int kRows>
 void multiply_units(const T* weight, int64_t K, int64_t units, const T* const* x, Accumulator<T>* to, int64_t stride) {
   using A = Accumulator<T>;
   constexpr int kUnits = kLanes<A> / kRows;
+  constexpr int64_t kLongest = kChain * kLanes<A>;  // each lane is a chain of its own
   for (int64_t first = 0; first < units; first += kUnits) {
     const T* w[kUnits];
     for (int u = 0; u < kUnits; ++u) w[u] = weight + smaller(first + u, units - 1) * K;
-    Vector<A> sums[kRows * kUnits] = {};
-    for (int64_t k = multiply_columns<T, kRows, kUnits>(x, w, K, sums); k < K; k += kLanes<A>) {
-      const int count = int(smaller(kLanes<A>, K - k));
-      for (int i = 0; i < kRows; ++i) {
-        const Vector<A> column = load(x[i] + k, count);
-        for (int u = 0; u < kUnits; ++u) sums[i * kUnits + u] += column * load(w[u] + k, count);
+    Vector<A> totals = {};
+    for (int64_t start = 0; start < K; start += kLongest) {
+      const int64_t length = smaller(kLongest, K - start);
+      const T *columns[kRows], *rows[kUnits];
+      for (int i = 0; i < kRows; ++i) columns[i] = x[i] + start;
+      for (int u = 0; u < kUnits; ++u) rows[u] = w[u] + start;
+      Vector<A> sums[kRows * kUnits] = {};
+      for (int64_t k = multiply_columns<T, kRows, kUnits>(columns, rows, length, sums); k < length; k += kLanes<A>) {
+        const int count = int(smaller(kLanes<A>, length - k));
+        for (int i = 0; i < kRows; ++i) {
+          const Vector<A> column = load(columns[i] + k, count);
+          for (int u = 0; u < kUnits; ++u) sums[i * kUnits + u] += column * load(rows[u] + k, count);
+        }
       }
+      totals += sums_of_lanes<A>(sums);
     }
     A total[kRows * kUnits];
-    store(total, sums_of_lanes<A>(sums));
+    store(total, totals);
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) __builtin_memcpy(to + i * stride + first, total + i * kUnits, kUnits * sizeof(A));
   }
