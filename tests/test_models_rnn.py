@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 
+import genkernels
 from genkernels.data import load_text
 from genkernels.models import MarkovModel, RNNConfig, RNNLanguageModel, sample_token
 
@@ -35,10 +36,13 @@ def test_config_refuses_sizes_that_are_none(field, value):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_is_the_model_on_torch_gru(num_layers, compiled_only):
+def test_is_the_model_on_torch_gru(num_layers):
+    genkernels.stats(reset=True)
     model = small_model(num_layers)
     twin = RNNLanguageModel(model.config, gru=torch.nn.GRU)
+    assert type(model.linear) is genkernels.nn.Linear
     assert type(twin.gru) is torch.nn.GRU
+    assert type(twin.linear) is torch.nn.Linear
     assert model.state_dict().keys() == twin.state_dict().keys()
     twin.load_state_dict(model.state_dict())
     input = torch.randint(30, (3, 11))
@@ -52,6 +56,14 @@ def test_is_the_model_on_torch_gru(num_layers, compiled_only):
         grads.append([p.grad for p in m.parameters()])
     torch.testing.assert_close(model(input, hx), twin(input, hx))
     torch.testing.assert_close(*grads)
+    calls = genkernels.stats(reset=True)  # linear leaves what records gradients to PyTorch
+    assert {backend for op, backend in calls if op != "linear"} == {"cpp"}
+
+
+def test_generation_runs_compiled_kernels(compiled_only):
+    model = small_model()
+    model.generate(torch.randint(30, (2, 5)), 4)
+    assert genkernels.stats()["linear_forward", "cpp"] == 4
 
 
 def test_hidden_state_continues_the_text():
