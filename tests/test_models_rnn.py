@@ -138,6 +138,30 @@ def test_sampling_frequencies(temperature, top_k):
     assert frequencies[len(expected) :].sum() == 0
 
 
+def test_sampling_follows_its_generator():
+    logits = torch.randn(64, 1000)
+    first, again, other = (
+        sample_token(logits, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (3.0, 2), (math.inf, None)])
+def test_sampling_draws_no_token_of_probability_zero(monkeypatch, uniform, temperature, top_k):
+    """Not at either end of what torch.rand draws, where sums are rounded."""
+    monkeypatch.setattr(
+        torch, "rand", lambda size, **_: torch.full(size, uniform, dtype=torch.float64)
+    )
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.full((200, 300), -math.inf)
+    logits[:, 100:200] = torch.randn(200, 100, generator=generator)
+    drawn = sample_token(logits, temperature, top_k)
+    likeliest = logits >= logits.topk(top_k or 100).values[:, -1:]
+    assert likeliest.gather(1, drawn).all()
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("logit", [math.nan, math.inf])
 def test_sampling_refuses_logits_that_are_no_numbers(logit, temperature):
