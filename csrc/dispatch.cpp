@@ -5,12 +5,15 @@
 
 #if defined(GENKERNELS_HAVE_AVX2)
 GENKERNELS_DECLARE_GRU(avx2)
+GENKERNELS_DECLARE_LINEAR(avx2)
 #endif
 #if defined(GENKERNELS_HAVE_AVX512)
 GENKERNELS_DECLARE_GRU(avx512)
+GENKERNELS_DECLARE_LINEAR(avx512)
 #endif
 #if defined(GENKERNELS_HAVE_AVX512_BF16)
 GENKERNELS_DECLARE_GRU(avx512_bf16)
+GENKERNELS_DECLARE_LINEAR(avx512_bf16)
 #endif
 
 namespace genkernels {
@@ -22,7 +25,8 @@ namespace {
    level::gru_packed_size,                       \
    level::gru_pack,                              \
    level::gru_forward,                           \
-   level::gru_backward}
+   level::gru_backward,                          \
+   level::linear_forward}
 
 // __builtin_cpu_supports also asks whether the operating system saves the wider registers.
 constexpr Kernels kLevels[] = {

@@ -2,8 +2,10 @@
 #pragma once
 
 #include "kernels/gru.h"
+#include "kernels/linear.h"
 
 GENKERNELS_DECLARE_GRU(baseline)
+GENKERNELS_DECLARE_LINEAR(baseline)
 
 namespace genkernels {
 
@@ -15,6 +17,7 @@ struct Kernels {
   decltype(&baseline::gru_pack) gru_pack;
   decltype(&baseline::gru_forward) gru_forward;
   decltype(&baseline::gru_backward) gru_backward;
+  decltype(&baseline::linear_forward) linear_forward;
 };
 
 // The levels of this build, lowest first, ended by one without a name.

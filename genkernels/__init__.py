@@ -5,7 +5,7 @@ import torch  # noqa: F401  the extension finds libtorch_cpu because torch has l
 from . import nn, ops
 from .backend import empty_cache, explain, stats, use_backend
 from .nn.freeze import freeze, unfreeze
-from .ops import gru, gru_cell
+from .ops import gru, gru_cell, linear
 
 __all__ = [
     "__version__",
@@ -14,6 +14,7 @@ __all__ = [
     "freeze",
     "gru",
     "gru_cell",
+    "linear",
     "nn",
     "ops",
     "stats",

@@ -5,13 +5,16 @@ Backends: ``"cpp"`` (the compiled CPU kernels), ``"triton"`` (GPU kernels) and `
 warns once if that is the reference. ``use_backend`` or the environment variable
 ``GENKERNELS_BACKEND`` asks for one; an op that it cannot run then raises. ``GENKERNELS_STRICT=1``
 makes every fall back to the reference raise.
+
+An op whose reference is PyTorch's own op, as fast as the kernel for some arguments, hands those
+over: that is no fall back, and neither warns nor raises unless another backend was asked for.
 """
 
 import contextlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +25,7 @@ CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 _python_calls: Counter[tuple[str, str]] = Counter()
 _warned: set[tuple[str, str]] = set()
+_handovers: dict[str, Callable[..., str | None]] = {}
 
 
 def _load_extension() -> tuple[Any, str]:
@@ -72,9 +76,25 @@ def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | N
     return None
 
 
-def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
+def hands_over(op: str) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
+    """Registers the function that says of an op's arguments why they are left to PyTorch's own op;
+    None where the kernel runs. Devices and dtypes without a kernel need not be looked at."""
+
+    def register(reason: Callable[..., str | None]) -> Callable[..., str | None]:
+        _handovers[op] = reason
+        return reason
+
+    return register
+
+
+def _falls_back_freely(op: str) -> bool:
+    """Whether the reference is PyTorch's own op. That kernels were never built is said even so."""
+    return op in _handovers and _extension is not None
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype, handover: str | None = None) -> str:
     """The backend that runs `op`. Warns once for each op and reason when that is the reference and
-    nobody asked for it.
+    nobody asked for it. `handover` is what the op's function of `hands_over` returned.
 
     Raises:
         RuntimeError: the requested backend cannot run it, or it would fall back and
@@ -82,17 +102,21 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     if _requested is not None:
         obstacle = _obstacle(_requested, device, dtype)
+        if obstacle is None and _requested != "reference":
+            obstacle = handover
         if obstacle is not None:
             raise RuntimeError(
                 f"genkernels.{op}: backend {_requested!r} was asked for, but {obstacle}"
             )
         return _requested
-    if device.type == "meta":  # shapes only: nothing runs
+    if device.type == "meta" or handover is not None:  # meta has shapes only: nothing runs
         return "reference"
     preferred = "cpp" if device.type == "cpu" else "triton"
     obstacle = _obstacle(preferred, device, dtype)
     if obstacle is None:
         return preferred
+    if _falls_back_freely(op):
+        return "reference"
     if _strict:
         raise RuntimeError(
             f"genkernels.{op}: GENKERNELS_STRICT is set, and backend {preferred!r} cannot run: "
@@ -164,11 +188,15 @@ def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
         raise ValueError("explain needs the tensors that the op would be called with")
     (cast,) = ops.library.autocast(tensor.device.type, tensor.new_empty(0))
     assert cast is not None
+    handover = _handovers[name](*args, **kwargs) if name in _handovers else None
     obstacles = {backend: _obstacle(backend, tensor.device, cast.dtype) for backend in BACKENDS}
+    if obstacles["cpp"] is None:
+        obstacles["cpp"] = handover
+    is_strict = _strict and handover is None and not _falls_back_freely(name)
     able = [backend for backend, obstacle in obstacles.items() if obstacle is None]
     if _requested is not None:
         able = [backend for backend in able if backend == _requested]
-    elif _strict:
+    elif is_strict:
         able = [backend for backend in able if backend != "reference"]
     chosen = able[0] if able else None
     reasons = {}
@@ -180,7 +208,7 @@ def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
             reasons[backend] = obstacle
         elif _requested is not None:
             reasons[backend] = f"backend {_requested!r} was asked for"
-        elif _strict and backend == "reference":
+        elif is_strict and backend == "reference":
             reasons[backend] = "GENKERNELS_STRICT is set"
         else:
             reasons[backend] = f"{chosen} comes before it"

@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 
+import genkernels
 from genkernels.data import load_text
 from genkernels.models import MarkovModel, RNNConfig, RNNLanguageModel, sample_token
 
@@ -35,10 +36,13 @@ def test_config_refuses_sizes_that_are_none(field, value):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_is_the_model_on_torch_gru(num_layers, compiled_only):
+def test_is_the_model_on_torch_gru(num_layers):
+    genkernels.stats(reset=True)
     model = small_model(num_layers)
     twin = RNNLanguageModel(model.config, gru=torch.nn.GRU)
+    assert type(model.linear) is genkernels.nn.Linear
     assert type(twin.gru) is torch.nn.GRU
+    assert type(twin.linear) is torch.nn.Linear
     assert model.state_dict().keys() == twin.state_dict().keys()
     twin.load_state_dict(model.state_dict())
     input = torch.randint(30, (3, 11))
@@ -52,6 +56,14 @@ def test_is_the_model_on_torch_gru(num_layers, compiled_only):
         grads.append([p.grad for p in m.parameters()])
     torch.testing.assert_close(model(input, hx), twin(input, hx))
     torch.testing.assert_close(*grads)
+    calls = genkernels.stats(reset=True)  # linear leaves what records gradients to PyTorch
+    assert {backend for op, backend in calls if op != "linear"} == {"cpp"}
+
+
+def test_generation_runs_compiled_kernels(compiled_only):
+    model = small_model()
+    model.generate(torch.randint(30, (2, 5)), 4)
+    assert genkernels.stats()["linear_forward", "cpp"] == 4
 
 
 def test_hidden_state_continues_the_text():
@@ -124,6 +136,30 @@ def test_sampling_frequencies(temperature, top_k):
     frequencies = torch.bincount(drawn[:, 0], minlength=5) / 20_000
     torch.testing.assert_close(frequencies[: len(expected)], expected, atol=0.02, rtol=0)
     assert frequencies[len(expected) :].sum() == 0
+
+
+def test_sampling_follows_its_generator():
+    logits = torch.randn(64, 1000)
+    first, again, other = (
+        sample_token(logits, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (3.0, 2), (math.inf, None)])
+def test_sampling_draws_no_token_of_probability_zero(monkeypatch, uniform, temperature, top_k):
+    """Not at either end of what torch.rand draws, where sums are rounded."""
+    monkeypatch.setattr(
+        torch, "rand", lambda size, **_: torch.full(size, uniform, dtype=torch.float64)
+    )
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.full((200, 300), -math.inf)
+    logits[:, 100:200] = torch.randn(200, 100, generator=generator)
+    drawn = sample_token(logits, temperature, top_k)
+    likeliest = logits >= logits.topk(top_k or 100).values[:, -1:]
+    assert likeliest.gather(1, drawn).all()
 
 
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -1,6 +1,7 @@
 #include "gru.h"
 
 #include "gemm.h"
+#include "gemv.h"
 #include "math.h"
 #include "parallel.h"
 
@@ -307,72 +308,6 @@ GENKERNELS_INLINE void forward_run(const Gru& gru, const typename GateWeights<T>
   for (int64_t i = 0; i < rows; ++i)
     finish_row<T>(block, H, from_input[i][0] + from_state[i][0], from_input[i][1] + from_state[i][1], from_input[i][2],
                   from_state[i][2], state[i], output ? output + i * H : nullptr, gates ? gates + i * 4 * H : nullptr);
-}
-
-// sums[i][u] += x[i][k..] w[u][k..], element by element, for as many k as a register holds.
-template <class T, int kRows, int kUnits>
-GENKERNELS_INLINE int64_t multiply_columns(const T* const* x, const T* const (&w)[kUnits], int64_t K,
-                                           Vector<Accumulator<T>> (&sums)[kRows * kUnits]) {
-  using A = Accumulator<T>;
-  int64_t k = 0;
-#if defined(__AVX512BF16__)
-  if constexpr (__is_same(T, bfloat16)) {
-    for (; k + 2 * kLanes<A> <= K; k += 2 * kLanes<A>) {
-      const auto pairs = [k](const T* row) { return (__m512bh)_mm512_loadu_si512(row + k); };
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 16
-        for (int u = 0; u < kUnits; ++u)
-          sums[i * kUnits + u] = (Vector<A>)_mm512_dpbf16_ps((__m512)sums[i * kUnits + u], pairs(x[i]), pairs(w[u]));
-    }
-    return k;
-  }
-#endif
-  for (; k + kLanes<A> <= K; k += kLanes<A>) {
-    Vector<A> column[kRows];
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) column[i] = load(x[i] + k);
-#pragma GCC unroll 16
-    for (int u = 0; u < kUnits; ++u) {
-      const Vector<A> row = load(w[u] + k);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) sums[i * kUnits + u] += column[i] * row;
-    }
-  }
-  return k;
-}
-
-// to[i][u] = x[i] w[u] for kRows rows x and `units` neighbouring rows of a weight as it lies in memory, at most a
-// register of sums at a time: what packing would cost is more than what adding up their lanes does.
-template <class T, int kRows>
-void multiply_units(const T* weight, int64_t K, int64_t units, const T* const* x, Accumulator<T>* to, int64_t stride) {
-  using A = Accumulator<T>;
-  constexpr int kUnits = kLanes<A> / kRows;
-  for (int64_t first = 0; first < units; first += kUnits) {
-    const T* w[kUnits];
-    for (int u = 0; u < kUnits; ++u) w[u] = weight + smaller(first + u, units - 1) * K;
-    Vector<A> sums[kRows * kUnits] = {};
-    for (int64_t k = multiply_columns<T, kRows, kUnits>(x, w, K, sums); k < K; k += kLanes<A>) {
-      const int count = int(smaller(kLanes<A>, K - k));
-      for (int i = 0; i < kRows; ++i) {
-        const Vector<A> column = load(x[i] + k, count);
-        for (int u = 0; u < kUnits; ++u) sums[i * kUnits + u] += column * load(w[u] + k, count);
-      }
-    }
-    A total[kRows * kUnits];
-    store(total, sums_of_lanes<A>(sums));
-#pragma GCC unroll 4
-    for (int i = 0; i < kRows; ++i) __builtin_memcpy(to + i * stride + first, total + i * kUnits, kUnits * sizeof(A));
-  }
-}
-
-template <class T, int kRows = int(smaller(4, kLanes<Accumulator<T>>))>
-void multiply_units_of_rows(const T* weight, int64_t K, int64_t units, const T* const* x, int64_t rows,
-                            Accumulator<T>* to, int64_t stride) {
-  int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) multiply_units<T, kRows>(weight, K, units, x + i, to + i * stride, stride);
-  if constexpr (kRows > 1)
-    multiply_units_of_rows<T, kRows / 2>(weight, K, units, x + i, rows - i, to + i * stride, stride);
 }
 
 // Few rows: reading the weights, as they lie, is most of what they cost.

@@ -1,6 +1,7 @@
 #include "tensors.h"
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <array>
 
@@ -22,15 +23,16 @@ namespace {
 
 // Sizes and the strides of a contiguous tensor.
 struct Layout {
-  static constexpr size_t kMostDimensions = 4;
+  static constexpr size_t kMostDimensions = 64;  // as many as PyTorch's own operations take
   std::array<int64_t, kMostDimensions> strides;
   int64_t dimensions;
   size_t bytes;
   int32_t dtype;
 
-  Layout(const Tensor& input, std::initializer_list<int64_t> sizes) : dimensions(int64_t(sizes.size())) {
+  Layout(const Tensor& input, Sizes sizes) : dimensions(int64_t(sizes.size())) {
+    STD_TORCH_CHECK(sizes.size() <= kMostDimensions, "expected at most ", kMostDimensions, " dimensions");
     int64_t count = 1;
-    for (size_t i = sizes.size(); i-- > 0; count *= sizes.begin()[i]) strides[i] = count;
+    for (size_t i = sizes.size(); i-- > 0; count *= sizes[i]) strides[i] = count;
     bytes = size_t(count) * input.element_size();
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &dtype));
   }
@@ -38,24 +40,24 @@ struct Layout {
 
 }  // namespace
 
-Tensor new_tensor(const Tensor& input, std::initializer_list<int64_t> sizes) {
+Tensor new_tensor(const Tensor& input, Sizes sizes) {
   const Layout layout(input, sizes);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(layout.dimensions, sizes.begin(), layout.strides.data(),
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(layout.dimensions, sizes.data(), layout.strides.data(),
                                                          layout.dtype, aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   poison(tensor.mutable_data_ptr(), layout.bytes);
   return tensor;
 }
 
-Tensor new_kept(const Tensor& input, std::initializer_list<int64_t> sizes) {
+Tensor new_kept(const Tensor& input, Sizes sizes) {
 #if defined(__linux__)
   const Layout layout(input, sizes);
   void* const block = torch_from_blob != nullptr && layout.bytes >= kLargeBlock ? take_block(layout.bytes) : nullptr;
   if (block != nullptr) {
     AtenTensorHandle handle;
     const AOTITorchError error = torch_from_blob(
-        block, layout.dimensions, sizes.begin(), layout.strides.data(), 0, layout.dtype, aoti_torch_device_type_cpu(),
+        block, layout.dimensions, sizes.data(), layout.strides.data(), 0, layout.dtype, aoti_torch_device_type_cpu(),
         -1, &handle, aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { return_block(data); }, nullptr);
     if (error != AOTI_TORCH_SUCCESS) return_block(block);
     STABLE_TORCH_ERROR_CODE_CHECK(error);

@@ -2,16 +2,17 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
-
-#include <initializer_list>
+#include <torch/headeronly/util/HeaderOnlyArrayRef.h>
 
 namespace genkernels {
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
 // An uninitialised tensor of input's dtype. Not PyTorch's new_empty, which looks itself up by name at every call.
-torch::stable::Tensor new_tensor(const torch::stable::Tensor& input, std::initializer_list<int64_t> sizes);
+torch::stable::Tensor new_tensor(const torch::stable::Tensor& input, Sizes sizes);
 
 // The same in memory that is kept when it is freed: for gradients and for what one op saves for another. Not for
 // outputs: its storage cannot be resized.
-torch::stable::Tensor new_kept(const torch::stable::Tensor& input, std::initializer_list<int64_t> sizes);
+torch::stable::Tensor new_kept(const torch::stable::Tensor& input, Sizes sizes);
 
 }  // namespace genkernels

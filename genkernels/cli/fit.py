@@ -77,7 +77,7 @@ def fit(
                     loss * bits,
                     result.bits_per_byte,
                     sum(s.tokens for s in since_row) / seconds,
-                    backend_names(history.calls),
+                    backend_names(history.calls, "gru"),
                 )
                 since_row.clear()
         except KeyboardInterrupt:

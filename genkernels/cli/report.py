@@ -37,9 +37,9 @@ def kernel_calls(calls: Calls) -> str:
     return (ran or "none of genkernels") + level
 
 
-def backend_names(calls: Calls) -> str:
-    """Return the backends that ran, as in "cpp"; "none" where no op of genkernels did."""
-    return "+".join(sorted({backend for _, backend in calls})) or "none"
+def backend_names(calls: Calls, prefix: str = "") -> str:
+    """Return the backends that ran the ops of this prefix, as in "cpp"; "none" where none did."""
+    return "+".join(sorted({b for op, b in calls if op.startswith(prefix)})) or "none"
 
 
 class TrainingDisplay:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..nn import GRU
+from ..nn import GRU, Linear
 from .sampling import sample_token
 
 # Far above what fits into a machine, far below where sizes overflow or building takes forever.
@@ -46,8 +46,9 @@ class RNNLanguageModel(nn.Module):
 
     Equivalent to: `Linear(GRU(Embedding(input)))`, with dropout between them.
 
-    `gru` is the class of the recurrent layers: `genkernels.nn.GRU`, or `torch.nn.GRU` for the very
-    same model in plain PyTorch. Both have one `state_dict`.
+    `gru` is the class of the recurrent layers: `genkernels.nn.GRU`, with `genkernels.nn.Linear`
+    after it, or `torch.nn.GRU` for the very same model in plain PyTorch. Both have one
+    `state_dict`.
     """
 
     name = "rnn"
@@ -64,7 +65,7 @@ class RNNLanguageModel(nn.Module):
             # Between the layers only: one layer has no place for it, and torch.nn.GRU warns.
             dropout=config.dropout if config.num_layers > 1 else 0.0,
         )
-        self.linear = nn.Linear(config.hidden_size, config.vocab_size)
+        self.linear = (Linear if gru is GRU else nn.Linear)(config.hidden_size, config.vocab_size)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -30,9 +32,17 @@ def sample_token(
         raise FloatingPointError("the largest logit is NaN or infinite; expected finite logits")
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)  # [B, 1]
-    # Float64, from the maximum down: no temperature above 0 is too small to divide by.
-    logits = (logits.double() - largest) / temperature  # [B, V]
+    # Float64, from the maximum down: no temperature above 0 is too small to divide by. An infinite
+    # one would make a logit of -inf NaN.
+    logits = (logits.double() - largest) / min(temperature, sys.float_info.max)  # [B, V]
     if top_k is not None and top_k < logits.shape[-1]:
         threshold = logits.topk(top_k).values[:, -1:]  # [B, 1]
         logits = logits.masked_fill(logits < threshold, float("-inf"))
-    return torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=generator)
+    # One uniform number for each row, where torch.multinomial draws V exponential ones. It is below
+    # 1, and its product with the sum is below the sum even when rounded. The first token whose
+    # partial sum exceeds the product has added to that sum: its probability is not zero.
+    sums = logits.exp().cumsum(-1)  # [B, V]
+    uniform = torch.rand(
+        (len(logits), 1), generator=generator, dtype=torch.float64, device=logits.device
+    )
+    return torch.searchsorted(sums, uniform * sums[:, -1:], right=True)  # [B, 1]

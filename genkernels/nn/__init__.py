@@ -1,5 +1,6 @@
 """Drop-in modules: the names, arguments, parameters and state_dict of torch.nn's."""
 
 from .gru import GRU, GRUCell
+from .linear import Linear
 
-__all__ = ["GRU", "GRUCell"]
+__all__ = ["GRU", "GRUCell", "Linear"]
