@@ -7,7 +7,7 @@ warns once if that is the reference. ``use_backend`` or the environment variable
 makes every fall back to the reference raise.
 
 An op whose reference is PyTorch's own op, as fast as the kernel for some arguments, hands those
-over: that is no fall back, and neither warns nor raises unless another backend was asked for.
+over: that is no fall back, and neither warns nor raises.
 """
 
 import contextlib
@@ -102,8 +102,8 @@ def select(op: str, device: torch.device, dtype: torch.dtype, handover: str | No
     """
     if _requested is not None:
         obstacle = _obstacle(_requested, device, dtype)
-        if obstacle is None and _requested != "reference":
-            obstacle = handover
+        if obstacle is None and handover is not None:
+            return "reference"
         if obstacle is not None:
             raise RuntimeError(
                 f"genkernels.{op}: backend {_requested!r} was asked for, but {obstacle}"
@@ -190,11 +190,12 @@ def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
     assert cast is not None
     handover = _handovers[name](*args, **kwargs) if name in _handovers else None
     obstacles = {backend: _obstacle(backend, tensor.device, cast.dtype) for backend in BACKENDS}
-    if obstacles["cpp"] is None:
+    is_handed_over = obstacles["cpp"] is None and handover is not None
+    if is_handed_over:
         obstacles["cpp"] = handover
     is_strict = _strict and handover is None and not _falls_back_freely(name)
     able = [backend for backend, obstacle in obstacles.items() if obstacle is None]
-    if _requested is not None:
+    if _requested is not None and not (_requested == "cpp" and is_handed_over):
         able = [backend for backend in able if backend == _requested]
     elif is_strict:
         able = [backend for backend in able if backend != "reference"]

@@ -45,6 +45,18 @@ inline DType dtype_of(const Tensor& input) {
   }
 }
 
+// A contiguous tensor, copied only if it is not. It is asked first because calling PyTorch's contiguous() looks that up
+// by name.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(as_contiguous(*tensor)) : std::nullopt;
+}
+
+inline const void* data(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
 // A tensor whose rows are contiguous, copied only if its own are not.
 inline Tensor with_contiguous_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;

@@ -15,16 +15,9 @@
 namespace genkernels {
 namespace {
 
-using torch::stable::contiguous;
 using OptionalTensor = std::optional<Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using GradientsAndStates = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
-
-OptionalTensor contiguous_or_none(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(contiguous(*tensor)) : std::nullopt;
-}
 
 // The checked, contiguous arguments of a call, alive as long as the kernel reads them.
 struct Arguments {
@@ -37,13 +30,13 @@ struct Arguments {
             const OptionalTensor& bias_ih_, const OptionalTensor& bias_hh_, const OptionalTensor& batch_sizes_,
             const OptionalTensor& resets_, bool reverse, bool is_step)
       : input(with_contiguous_rows(input_)),
-        hx(contiguous(hx_)),
-        weight_ih(contiguous(weight_ih_)),
-        weight_hh(contiguous(weight_hh_)),
-        bias_ih(contiguous_or_none(bias_ih_)),
-        bias_hh(contiguous_or_none(bias_hh_)),
-        batch_sizes(contiguous_or_none(batch_sizes_)),
-        resets(contiguous_or_none(resets_)) {
+        hx(as_contiguous(hx_)),
+        weight_ih(as_contiguous(weight_ih_)),
+        weight_hh(as_contiguous(weight_hh_)),
+        bias_ih(as_contiguous(bias_ih_)),
+        bias_hh(as_contiguous(bias_hh_)),
+        batch_sizes(as_contiguous(batch_sizes_)),
+        resets(as_contiguous(resets_)) {
     STD_TORCH_CHECK(input.dim() == (batch_sizes || is_step ? 2 : 3), "input: got ", input.dim(), " dimensions");
     STD_TORCH_CHECK(hx.dim() == 2, "hx: expected 2 dimensions, got ", hx.dim());
     const int64_t B = hx.size(0), H = hx.size(1), I = input.size(input.dim() - 1);
@@ -133,8 +126,8 @@ Gradients run_backward(Arguments& arguments, const OptionalTensor& grad_output_,
   const Tensor& input = arguments.input;
   const int64_t I = gru.input_size, H = gru.hidden_size;
   const OptionalTensor grad_output = grad_output_ ? OptionalTensor(with_contiguous_rows(*grad_output_)) : std::nullopt;
-  const OptionalTensor grad_h_n = contiguous_or_none(grad_h_n_);
-  const Tensor saved_output = contiguous(output), gates = contiguous(gates_);
+  const OptionalTensor grad_h_n = as_contiguous(grad_h_n_);
+  const Tensor saved_output = as_contiguous(output), gates = as_contiguous(gates_);
   const int64_t rows = input.dim() == 2 ? input.size(0) : gru.steps * gru.batch;
   const bool has_gates = gates.numel() > 0;
   for (const auto& [name, tensor, columns] :

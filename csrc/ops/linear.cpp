@@ -14,11 +14,6 @@ namespace {
 
 CallCounter forward_calls("linear_forward");
 
-// Asks the tensor first: calling contiguous() looks an operation up by name.
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 Tensor linear_forward(Tensor input_, Tensor weight_, std::optional<Tensor> bias_) {
   STD_TORCH_CHECK(input_.dim() > 0, "input: expected at least 1 dimension");
   STD_TORCH_CHECK(weight_.dim() == 2, "weight: expected 2 dimensions, got ", weight_.dim());
@@ -31,7 +26,7 @@ Tensor linear_forward(Tensor input_, Tensor weight_, std::optional<Tensor> bias_
   }
   const Tensor input = input_.dim() == 2 ? with_contiguous_rows(input_) : as_contiguous(input_);
   const Tensor weight = as_contiguous(weight_);
-  const std::optional<Tensor> bias = bias_ ? std::optional(as_contiguous(*bias_)) : std::nullopt;
+  const std::optional<Tensor> bias = as_contiguous(bias_);
   Linear linear{};
   linear.dtype = dtype_of(input);
   ++forward_calls.calls;
@@ -45,7 +40,7 @@ Tensor linear_forward(Tensor input_, Tensor weight_, std::optional<Tensor> bias_
   linear.input = input.const_data_ptr();
   linear.input_stride = last == 1 ? input.stride(0) : K;
   linear.weight = weight.const_data_ptr();
-  linear.bias = bias ? bias->const_data_ptr() : nullptr;
+  linear.bias = data(bias);
   Tensor output = new_tensor(input, sizes);
   linear.output = output.mutable_data_ptr();
   CallRuntime runtime(2.0 * double(linear.rows) * double(N) * double(K));

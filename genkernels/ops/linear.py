@@ -42,8 +42,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; where the kernel was to run, the
-            message names the argument and both shapes. Also where ``use_backend("cpp")`` asks for
-            the kernel and the call would be handed over.
+            message names the argument and both shapes.
     """
     tensors: Any = (input, weight, bias)
     handover = _handover(*tensors)
