@@ -211,6 +211,18 @@ void pack_panel(const Columns<E>& columns, int64_t panel, int64_t K, const Row& 
   const int64_t width = columns.width(panel) * kLanes<E>;
   const int64_t used = smaller(columns.count - first, width);
   for (int64_t k = 0; k < K; k += kGroupSize, to += width * kGroupSize) {
+    if constexpr (kGroupSize == 2 && __is_same(T, bfloat16)) {
+      const T *even = row(k), *odd = k + 1 < K ? row(k + 1) : nullptr;
+      if (even != nullptr && odd != nullptr) {
+        for (int64_t n = 0; n < width; n += kLanes<E>) {
+          const int count = int(larger(0, smaller(kLanes<E>, used - n)));
+          const auto lower = (Vector<uint32_t>)load(even + first + n, count) >> 16;
+          const auto upper = (Vector<uint32_t>)load(odd + first + n, count);
+          store((uint32_t*)(to + n * 2), lower | upper);
+        }
+        continue;
+      }
+    }
     for (int g = 0; g < kGroupSize; ++g) {
       const T* from = k + g < K ? row(k + g) : nullptr;
       if (from == nullptr) {

@@ -94,8 +94,9 @@ struct Sequence {
 
 // Fewer rows than this per thread, and the time loop is shared out by units.
 constexpr int64_t kFewRows = 2 * kTileRows;
-// So many rows in one step, or in so many steps, do not pack their weights.
-constexpr int64_t kDirectRows = 32, kDirectRowsOfSteps = 2, kDirectSteps = 12;
+// So many rows in one step, or in so many steps, do not pack their weights; nor do few steps of so few units that most
+// lanes of a packed register would be empty.
+constexpr int64_t kDirectRows = 32, kDirectRowsOfSteps = 2, kDirectSteps = 12, kDirectUnits = kVectorBytes / 8;
 
 int64_t row_shares(const Gru& gru, const Runtime& runtime) { return smaller(runtime.threads, gru.batch); }
 
@@ -123,8 +124,8 @@ bool collides(int64_t stride) {
 
 // Packing costs as much as reading the weights a few times.
 bool packs_weights(const Gru& gru) {
-  const int64_t most = gru.steps == 1 ? kDirectRows : gru.steps <= kDirectSteps ? kDirectRowsOfSteps : 0;
-  return gru.batch > most || gru.resets != nullptr;
+  if (gru.steps > kDirectSteps || gru.resets != nullptr) return true;
+  return gru.batch > (gru.steps == 1 ? kDirectRows : kDirectRowsOfSteps) && gru.hidden_size > kDirectUnits;
 }
 
 // Both weights and the biases, packed so that one tile holds the three gates of the same units: per block of units
@@ -312,33 +313,36 @@ GENKERNELS_INLINE void forward_run(const Gru& gru, const typename GateWeights<T>
 
 // Few rows: reading the weights, as they lie, is most of what they cost.
 template <class T, class Finish>
-void forward_few_rows(const Sequence<T>& sequence, const GateWeights<T>& weights, int64_t first_block,
-                      int64_t last_block, const Finish& finish) {
+void forward_few_rows(const Sequence<T>& sequence, const GateWeights<T>& weights, int64_t begin, int64_t end,
+                      int64_t first_block, int64_t last_block, const Finish& finish) {
   using A = Accumulator<T>;
   constexpr int kUnits = kLanes<A>;
   const Gru& gru = sequence.gru;
   const int64_t H = gru.hidden_size;
   for (int64_t s = 0; s < gru.steps; ++s) {
-    const int64_t t = sequence.time(s), rows = sequence.size(t);
-    const T *input[kDirectRows], *state[kDirectRows];
-    for (int64_t b = 0; b < rows; ++b) {
-      input[b] = sequence.input(t, b)[0];
-      state[b] = sequence.state(t, b);
-    }
-    for (int64_t j = first_block; j < last_block; ++j) {
-      const auto block = weights.block(j, 0);
-      A sums[kDirectRows][6][kUnits];  // r, z, n of the input, r, z, n of the state
-      for (int gate = 0; gate < 3; ++gate) {
-        const int64_t row = gate * H + block.first, units = smaller(kUnits, H - block.first);
-        const T* weight_ih = static_cast<const T*>(gru.weight_ih) + row * gru.input_size;
-        const T* weight_hh = static_cast<const T*>(gru.weight_hh) + row * H;
-        multiply_units_of_rows(weight_ih, gru.input_size, units, input, rows, sums[0][gate], 6 * kUnits);
-        multiply_units_of_rows(weight_hh, H, units, state, rows, sums[0][3 + gate], 6 * kUnits);
-      }
+    const int64_t t = sequence.time(s);
+    for (int64_t first = begin; first < smaller(end, sequence.size(t)); first += kDirectRows) {
+      const int64_t rows = smaller(kDirectRows, smaller(end, sequence.size(t)) - first);
+      const T *input[kDirectRows], *state[kDirectRows];
       for (int64_t b = 0; b < rows; ++b) {
-        const auto sum = [&](int gate) { return load(sums[b][gate]); };
-        finish_row<T>(block, H, sum(0) + sum(3), sum(1) + sum(4), sum(2), sum(5), state[b], sequence.output(t, b)[0],
-                      gru.gates ? sequence.gates(t, b) : nullptr);
+        input[b] = sequence.input(t, first + b)[0];
+        state[b] = sequence.state(t, first + b);
+      }
+      for (int64_t j = first_block; j < last_block; ++j) {
+        const auto block = weights.block(j, 0);
+        A sums[kDirectRows][6][kUnits];  // r, z, n of the input, r, z, n of the state
+        for (int gate = 0; gate < 3; ++gate) {
+          const int64_t row = gate * H + block.first, units = smaller(kUnits, H - block.first);
+          const T* weight_ih = static_cast<const T*>(gru.weight_ih) + row * gru.input_size;
+          const T* weight_hh = static_cast<const T*>(gru.weight_hh) + row * H;
+          multiply_units_of_rows(weight_ih, gru.input_size, units, input, rows, sums[0][gate], 6 * kUnits);
+          multiply_units_of_rows(weight_hh, H, units, state, rows, sums[0][3 + gate], 6 * kUnits);
+        }
+        for (int64_t b = 0; b < rows; ++b) {
+          const auto sum = [&](int gate) { return load(sums[b][gate]); };
+          finish_row<T>(block, H, sum(0) + sum(3), sum(1) + sum(4), sum(2), sum(5), state[b],
+                        sequence.output(t, first + b)[0], gru.gates ? sequence.gates(t, first + b) : nullptr);
+        }
       }
     }
     finish(s);
@@ -497,6 +501,12 @@ void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
         if (s + 1 < gru.steps) barrier.wait(last - first, s + 1);
       });
     });
+  } else if (!packs_weights(gru) && weights.blocks < runtime.threads) {
+    const int64_t shares = row_shares(gru, runtime);
+    parallel(runtime, shares, [&](int64_t i) {
+      forward_few_rows(sequence, weights, sequence.share(i, shares), sequence.share(i + 1, shares), 0, weights.blocks,
+                       [](int64_t) {});
+    });
   } else if (!packs_weights(gru) || splits_units(gru, runtime, weights.blocks)) {
     const int64_t shares = smaller(runtime.threads, weights.blocks);
     const Barrier barrier(runtime, shares);
@@ -506,7 +516,7 @@ void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
       const auto finish = [&](int64_t s) {
         if (s + 1 < gru.steps) barrier.wait(last - first, s + 1);
       };
-      if (!packs_weights(gru)) return forward_few_rows(sequence, weights, first_block, last_block, finish);
+      if (!packs_weights(gru)) return forward_few_rows(sequence, weights, 0, B, first_block, last_block, finish);
       forward_steps(sequence, weights, 0, B, first_block, last_block, first, scratch + first * B * row_scratch, finish);
     });
   } else {
@@ -604,7 +614,7 @@ void multiply_rows(const BackwardWeight<T>& weight, int64_t thread, Rows<const O
 // total[i][v] += a[i][:] b[:][v] for K products. The rows of b lie N elements apart, as those of a weight in memory; of
 // the last vector `count` columns are read.
 template <class T, int kRows, int kVectors>
-GENKERNELS_INLINE void multiply_as_it_lies(const Operand<T>* a, int64_t stride, const T* b, int64_t N, int64_t K,
+GENKERNELS_INLINE void multiply_as_it_lies(const Accumulator<T>* a, int64_t stride, const T* b, int64_t N, int64_t K,
                                            int count, Vector<Accumulator<T>> (&total)[kRows][kVectors]) {
   using A = Accumulator<T>;
   for (int64_t first = 0; first < K; first += kChain) {
@@ -616,7 +626,7 @@ GENKERNELS_INLINE void multiply_as_it_lies(const Operand<T>* a, int64_t stride, 
       column[kVectors - 1] = load(b + k * N + (kVectors - 1) * kLanes<A>, count);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const Vector<A> row = broadcast(as<A>(a[i * stride + k]));
+        const Vector<A> row = broadcast(a[i * stride + k]);
 #pragma GCC unroll 16
         for (int v = 0; v < kVectors; ++v) sum[i][v] += row * column[v];
       }
@@ -658,7 +668,8 @@ struct Backward {
   const int64_t I, H, delta_stride;
   int64_t block_rows;
   E* delta;
-  A* carry;  // gradient of the hidden state, carried from step to step: [B, H]
+  A* step_delta;  // the same of a single step of few rows
+  A* carry;       // gradient of the hidden state, carried from step to step: [B, H]
   Recomputed recomputed;
 
   Backward(const Gru& g, const GruGradients& gradients, const Runtime& r)
@@ -669,8 +680,9 @@ struct Backward {
         I(g.input_size),
         H(g.hidden_size),
         delta_stride(staged_stride<E>(4 * g.hidden_size)),
-        block_rows(larger(kBlockRows, g.batch)),
-        delta(allocate<E>(r, block_rows * delta_stride)),
+        block_rows(is_step() ? g.batch : larger(kBlockRows, g.batch)),
+        delta(is_step() ? nullptr : allocate<E>(r, block_rows * delta_stride)),
+        step_delta(is_step() ? allocate<A>(r, g.batch * delta_stride) : nullptr),
         carry(allocate<A>(r, g.batch * g.hidden_size)),
         recomputed{{g, true}, nullptr, nullptr, nullptr} {
     if (gru.gates != nullptr) return;
@@ -681,7 +693,8 @@ struct Backward {
   }
 
   // The gradients of the gates of units [first, last) of one row at one step, and what of dh passes by the gates.
-  void delta_row(int64_t t, int64_t b, int64_t base, int64_t first, int64_t last, E* to) const {
+  template <class D>
+  void delta_row(int64_t t, int64_t b, int64_t base, int64_t first, int64_t last, D* to) const {
     const T* saved =
         recomputed.gates ? recomputed.gates + (sequence.offset(t) + b - base) * 4 * H : sequence.gates(t, b);
     const T* state = sequence.state(t, b);
@@ -700,10 +713,10 @@ struct Backward {
       const Vector<A> dn = dh * (A(1) - z) * (A(1) - n * n);
       const Vector<A> dz = dh * (h - n) * z * (A(1) - z);
       const Vector<A> dr = dn * hn * r * (A(1) - r);
-      store_operand(to + u, dn, count);
-      store_operand(to + H + u, dr, count);
-      store_operand(to + 2 * H + u, dz, count);
-      store_operand(to + 3 * H + u, dn * r, count);
+      store(to + u, dn, count);
+      store(to + H + u, dr, count);
+      store(to + 2 * H + u, dz, count);
+      store(to + 3 * H + u, dn * r, count);
       store(carry + b * H + u, dh * z, count);
     }
   }
@@ -727,9 +740,8 @@ struct Backward {
     });
   }
 
+  bool is_step() const { return gru.steps == 1 && gru.batch <= kDirectRows && !packs_weights(gru); }
   bool is_narrow() const { return gru.batch < kTileRows; }
-
-  static void store_operand(E* to, Vector<A> v, int count) { store(to, v, count); }
 
   // Steps [first, last), the last one first, of rows [begin, end) and the units of panels [first_panel, last_panel) of
   // `weight_hh`. The product reads delta of all units: meet(s) returns when step s has them all.
@@ -741,11 +753,11 @@ struct Backward {
     const int64_t last_unit = smaller(H, columns.first_column(last_panel));
     for (int64_t s = last; s-- > first;) {
       const int64_t t = sequence.time(s), rows = smaller(end, sequence.size(t)) - begin;
-      E* step_delta = delta + (sequence.offset(t) + begin - base) * delta_stride;
+      E* rows_delta = delta + (sequence.offset(t) + begin - base) * delta_stride;
       for (int64_t i = 0; i < rows; ++i)
-        delta_row(t, begin + i, base, first_unit, last_unit, step_delta + i * delta_stride);
+        delta_row(t, begin + i, base, first_unit, last_unit, rows_delta + i * delta_stride);
       meet(s);
-      multiply_rows(weight_hh, thread, {step_delta + H, delta_stride}, rows, first_panel, last_panel, is_narrow(),
+      multiply_rows(weight_hh, thread, {rows_delta + H, delta_stride}, rows, first_panel, last_panel, is_narrow(),
                     [&](int64_t i, int64_t column, int count, Vector<A> sum) {
                       A* to = carry + (begin + i) * H + column;
                       store(to, load(to, count) + sum, count);
@@ -759,7 +771,7 @@ struct Backward {
   // One step of few rows: all gradients follow from delta at once, and nothing is packed.
   void run_step() const {
     constexpr int64_t kUnits = kLanes<A>;
-    for (int64_t b = 0; b < gru.batch; ++b) delta_row(0, b, 0, 0, H, delta + b * delta_stride);
+    for (int64_t b = 0; b < gru.batch; ++b) delta_row(0, b, 0, 0, H, step_delta + b * delta_stride);
     const T *input[kDirectRows], *state[kDirectRows];
     for (int64_t b = 0; b < gru.batch; ++b) {
       input[b] = sequence.input(0, b)[0];
@@ -772,13 +784,13 @@ struct Backward {
     parallel(runtime, shares, [&](int64_t i) {
       const auto share = [&](int64_t count, int64_t part) { return count * (i + part) / shares; };
       step_products<kStepRows>(0, H, share(state_vectors, 0), share(state_vectors, 1), static_cast<T*>(grad.grad_hx),
-                               carry, [&](const E* row, int64_t column, int count, auto& sum) {
+                               carry, [&](const A* row, int64_t column, int count, auto& sum) {
                                  multiply_as_it_lies<T>(row + H, delta_stride, weight_hh + column, H, 3 * H, count,
                                                         sum);
                                });
       step_products<kStepRows>(
           0, I, share(input_vectors, 0), share(input_vectors, 1), static_cast<T*>(grad.grad_input), nullptr,
-          [&](const E* row, int64_t column, int count, auto& sum) {
+          [&](const A* row, int64_t column, int count, auto& sum) {
             multiply_as_it_lies<T>(row, delta_stride, weight_ih + 2 * H * I + column, I, H, count, sum);
             multiply_as_it_lies<T>(row + H, delta_stride, weight_ih + column, I, 2 * H, count, sum);
           });
@@ -795,7 +807,7 @@ struct Backward {
         const int count = int(smaller(kUnits, H - u));
         const auto write = [&](void* to, int64_t column) {
           Vector<A> sum = {};
-          for (int64_t b = 0; b < gru.batch; ++b) sum += load(delta + b * delta_stride + column * H + u, count);
+          for (int64_t b = 0; b < gru.batch; ++b) sum += load(step_delta + b * delta_stride + column * H + u, count);
           store(static_cast<T*>(to) + gate * H + u, sum, count);
         };
         write(grad.grad_bias_ih, (gate + 1) % 3);
@@ -817,7 +829,7 @@ struct Backward {
         for (int i = 0; i < kRows; ++i)
           for (int v = 0; v < kVectors; ++v)
             sum[i][v] = carried ? load(carried + (b + i) * N + column + v * kLanes<A>, lanes(v)) : Vector<A>{};
-        multiply(delta + b * delta_stride, column, count, sum);
+        multiply(step_delta + b * delta_stride, column, count, sum);
         for (int i = 0; i < kRows; ++i)
           for (int v = 0; v < kVectors; ++v) store(to + (b + i) * N + column + v * kLanes<A>, sum[i][v], lanes(v));
       };
@@ -836,13 +848,13 @@ struct Backward {
     const auto tile = [&]<int kRows, int kVectors>(int64_t r, int64_t n, int lanes) {
       Vector<A> sum[kRows][kVectors] = {};
       for (int64_t b = 0; b < gru.batch; ++b) {
-        const E* factors = delta + b * delta_stride + column + r;
+        const A* factors = step_delta + b * delta_stride + column + r;
         Vector<A> values[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) values[v] = load(operand[b] + n + v * kLanes<A>, lanes);
 #pragma GCC unroll 4
         for (int i = 0; i < kRows; ++i) {
-          const Vector<A> factor = broadcast(as<A>(factors[i]));
+          const Vector<A> factor = broadcast(factors[i]);
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v) sum[i][v] += factor * values[v];
         }
@@ -880,7 +892,7 @@ struct Backward {
     const int64_t shares = is_split_by_units ? smaller(runtime.threads, panels) : row_shares(gru, runtime);
     for (int64_t i = 0; i < gru.batch * H; ++i)
       carry[i] = grad.grad_h_n ? as<A>(static_cast<const T*>(grad.grad_h_n)[i]) : A(0);
-    if (gru.steps == 1 && !packs_weights(gru)) {
+    if (is_step()) {
       if (recomputed.gates != nullptr) compute_gates(0, gru.batch);
       return run_step();
     }

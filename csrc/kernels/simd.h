@@ -108,6 +108,21 @@ GENKERNELS_INLINE void store(T* to, Vector<T> v, int count) {
   __builtin_memcpy(to, lanes, size_t(count) * sizeof(T));
 }
 
+#if defined(__AVX512F__)
+GENKERNELS_INLINE __mmask16 first_lanes(int count) { return __mmask16((1u << count) - 1); }
+
+GENKERNELS_INLINE Vector<float> load(const float* from, int count) {
+  return (Vector<float>)_mm512_maskz_loadu_ps(first_lanes(count), from);
+}
+GENKERNELS_INLINE Vector<float> load(const bfloat16* from, int count) {
+  const __m512i lanes = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(first_lanes(count), from));
+  return (Vector<float>)_mm512_maskz_slli_epi32(0xffff, lanes, 16);
+}
+GENKERNELS_INLINE void store(float* to, Vector<float> v, int count) {
+  _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)v);
+}
+#endif
+
 template <size_t bytes>
 struct LaneOfSize {
   using type = uint32_t;
