@@ -29,8 +29,8 @@ MUTANTS = {
     ),
     "gradient": (  # the derivative of r * (W_hn h + b_hn) forgets r
         "gru.cpp",
-        "store_operand(to + 3 * H + u, dn * r, count);",
-        "store_operand(to + 3 * H + u, dn, count);",
+        "store(to + 3 * H + u, dn * r, count);",
+        "store(to + 3 * H + u, dn, count);",
         "grad of hx: largest error",
     ),
     "one_chain": (  # right, but summed less accurately than PyTorch sums
