@@ -31,8 +31,8 @@ class GRU(PackedWeights, RNNBase):
         dropout: probability of zeroing an element of the output of each layer but the last, in
             training. Default 0.
         bidirectional: a second direction runs from the end; output is [.., 2H]. Default False.
-        recompute: save only the output for the backward pass, which then takes half as long again;
-            otherwise five times as much. Not one of ``torch.nn.GRU``'s. Default False.
+        recompute: save only the output for the backward pass, which then takes about 1.4 times as
+            long; otherwise five times as much. Not one of ``torch.nn.GRU``'s. Default False.
 
     Shapes of ``forward(input, hx=None)``:
         input: [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a ``PackedSequence``.

@@ -54,8 +54,8 @@ def gru(
         reverse: run from the last step to the first.
         recompute: save less for the backward pass, which then computes the gates of all steps anew:
             the output alone, where otherwise output and gates take five times its memory. The
-            backward pass takes half as long again. Default False, which is faster. The reference
-            ignores it.
+            backward pass takes about 1.4 times as long. Default False, which is faster. The
+            reference ignores it.
         packed: what :func:`gru_pack` made of these weights and biases, for calls that record no
             gradients; otherwise each call packs them.
 
