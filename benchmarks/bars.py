@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -234,13 +235,15 @@ def cell_row(batch: int, size: int, direction: str, options: Any) -> Row:
     passes, footprint = (1, weights) if direction == FORWARD else (4, 2 * weights)
     bandwidth = read_bandwidth(footprint)
     within = flops((1, batch, size, size), direction) / (passes * weights / bandwidth) / 1e9
-    asked = min(2 * gflops["torch"], CAPS[direction] * peak, within)
-    name = "2x torch"
-    if asked == within:
-        name += f", within {bandwidth / 1e9:.0f} GB/s of reading {footprint / 1e6:.1f} MB"
-    return Row(
-        cell_name(batch, size, direction), gflops, peak, [Bar(name, asked, gflops["genkernels"])]
+    limits_of_machine = {
+        f"2x torch, within {CAPS[direction]:.0%} of peak": CAPS[direction] * peak,
+        f"2x torch, within {bandwidth / 1e9:.0f} GB/s of reading {footprint / 1e6:.1f} MB": within,
+    }
+    name, asked = min(
+        {"2x torch": 2 * gflops["torch"], **limits_of_machine}.items(), key=itemgetter(1)
     )
+    bar = Bar(name, asked, gflops["genkernels"])
+    return Row(cell_name(batch, size, direction), gflops, peak, [bar])
 
 
 def read_bandwidth(footprint: int) -> float:
@@ -275,7 +278,7 @@ def cell_name(batch: int, size: int, direction: str) -> str:
 
 
 def grid_row(shape: Shape, direction: str, dtype: torch.dtype, options: Any) -> Row:
-    """Beside torch alone, which no point of the grid may lose to."""
+    """Beside torch alone, which no point of the grid may lose to; 3% are noise."""
     contestants = {
         name: Local(make_step(CONTESTANTS[name], shape, direction, dtype))
         for name in ("genkernels", "torch")

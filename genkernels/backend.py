@@ -87,6 +87,11 @@ def hands_over(op: str) -> Callable[[Callable[..., str | None]], Callable[..., s
     return register
 
 
+def _is_handed_over(device: torch.device, handover: str | None) -> bool:
+    """Whether the compiled kernel is there, and leaves these arguments to PyTorch's own op."""
+    return handover is not None and device.type == "cpu" and _extension is not None
+
+
 def _falls_back_freely(op: str) -> bool:
     """Whether the reference is PyTorch's own op. That kernels were never built is said even so."""
     return op in _handovers and _extension is not None
@@ -102,7 +107,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, handover: str | No
     """
     if _requested is not None:
         obstacle = _obstacle(_requested, device, dtype)
-        if obstacle is None and handover is not None:
+        if _requested == "cpp" and _is_handed_over(device, handover):
             return "reference"
         if obstacle is not None:
             raise RuntimeError(
@@ -190,7 +195,7 @@ def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
     assert cast is not None
     handover = _handovers[name](*args, **kwargs) if name in _handovers else None
     obstacles = {backend: _obstacle(backend, tensor.device, cast.dtype) for backend in BACKENDS}
-    is_handed_over = obstacles["cpp"] is None and handover is not None
+    is_handed_over = _is_handed_over(tensor.device, handover)
     if is_handed_over:
         obstacles["cpp"] = handover
     is_strict = _strict and handover is None and not _falls_back_freely(name)

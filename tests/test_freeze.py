@@ -96,6 +96,31 @@ def test_gradients_raise(name: str) -> None:
 
 
 @each_module
+def test_transforms_need_no_gradients(name: str) -> None:
+    """torch.func runs over weights that are given anyway."""
+    module = MODULES[name]()
+    stacked = torch.stack([inputs(name, 40), inputs(name, 40).flip(0)])
+    with torch.no_grad():
+        expected = torch.func.vmap(module)(stacked)
+        actual = torch.func.vmap(genkernels.freeze(module))(stacked)
+    for got, value in zip(
+        (actual,) if name == "GRUCell" else actual,
+        (expected,) if name == "GRUCell" else expected,
+        strict=True,
+    ):
+        assert torch.equal(got, value)
+
+
+@each_module
+def test_inference_tensors(name: str) -> None:
+    with torch.inference_mode():
+        module = MODULES[name]()
+        expected = outputs(module, inputs(name, 40))
+        frozen = outputs(genkernels.freeze(module), inputs(name, 40))
+    assert all(map(torch.equal, frozen, expected))
+
+
+@each_module
 @pytest.mark.parametrize(
     "copied",
     [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))],

@@ -249,6 +249,20 @@ def test_explain_compiled() -> None:
     assert genkernels.stats() == COMPILED
 
 
+def test_export_for_any_number_of_rows() -> None:
+    module = genkernels.nn.Linear(5, 6)
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    with torch.no_grad():
+        program = torch.export.export(
+            module, (torch.randn(4, 5),), dynamic_shapes={"input": {0: rows}}
+        )
+        for count in (2, 40):
+            input = torch.randn(count, 5)
+            torch.testing.assert_close(
+                program.module()(input), F.linear(input, *module.parameters())
+            )
+
+
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3)], ids=str)
 def test_opcheck(leading: tuple[int, ...], bias: bool) -> None:

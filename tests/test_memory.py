@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,16 +22,17 @@ STEPS, BATCH, INPUT, HIDDEN = 64, 64, 128, 384
 
 @pytest.fixture(autouse=True)
 def no_cache() -> Iterator[None]:
-    if not sys.platform.startswith("linux") or "torch_from_blob" not in symbols():
+    if not sys.platform.startswith("linux") or not has_torch_from_blob():
         pytest.skip("memory is kept on Linux, with torch >= 2.11")
     genkernels.empty_cache()
     yield
     genkernels.empty_cache()
 
 
-def symbols() -> str:
+@functools.cache
+def has_torch_from_blob() -> bool:
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    return "torch_from_blob" if b"torch_from_blob" in library.read_bytes() else ""
+    return hasattr(ctypes.CDLL(str(library)), "torch_from_blob")
 
 
 def training_step(seed: int = 0) -> list[Tensor]:
@@ -39,7 +44,7 @@ def training_step(seed: int = 0) -> list[Tensor]:
 
 def resident_bytes() -> int:
     fields = Path("/proc/self/statm").read_text().split()
-    return int(fields[1]) * 4096
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_blocks_are_used_again() -> None:
@@ -89,3 +94,30 @@ def test_gradients_are_ordinary_tensors() -> None:
     gradient.mul_(2)
     assert gradient.sum().item() == pytest.approx(2 * total, rel=1e-4)
     assert torch.equal(gradient.clone().view(-1), gradient.flatten())
+
+
+FORK = """
+import os, threading, torch, genkernels
+values = [torch.randn(s) for s in ((64, 64, 128), (64, 384), (1152, 128), (1152, 384))]
+is_done = False
+def call():
+    while not is_done:
+        genkernels.gru(*values)
+thread = threading.Thread(target=call)
+thread.start()
+codes = []
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        genkernels.gru(*values)
+        os._exit(0)
+    codes.append(os.waitpid(child, 0)[1])
+is_done = True
+thread.join()
+assert codes == [0] * 20
+"""
+
+
+def test_fork_beside_a_thread_that_uses_it() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", FORK], env=environment, timeout=120, check=True)

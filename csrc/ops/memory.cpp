@@ -6,6 +6,7 @@
 #include <mutex>
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -44,6 +45,10 @@ Cache& cache() {
   return *instance;
 }
 
+// A process forked while another thread holds the mutex would wait for it for ever.
+[[maybe_unused]] const int registered =
+    pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); }, [] { cache().mutex.unlock(); });
+
 // A mapping aligned to a huge page, so that it consists of them where the system allows it.
 void* map(size_t bytes) {
   void* const mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -63,7 +68,7 @@ void* take_block(size_t bytes) {
   Cache& blocks = cache();
   const std::lock_guard lock(blocks.mutex);
   const auto found = blocks.idle.lower_bound(bytes);
-  if (found != blocks.idle.end() && found->first <= 2 * bytes) {
+  if (found != blocks.idle.end() && found->first - bytes <= bytes / 4) {
     const auto [size, block] = *found;
     blocks.idle.erase(found);
     blocks.idle_bytes -= size;

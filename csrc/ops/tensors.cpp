@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <array>
 
 #include "memory.h"
@@ -31,9 +32,12 @@ struct Layout {
 
   Layout(const Tensor& input, Sizes sizes) : dimensions(int64_t(sizes.size())) {
     STD_TORCH_CHECK(sizes.size() <= kMostDimensions, "expected at most ", kMostDimensions, " dimensions");
-    int64_t count = 1;
-    for (size_t i = sizes.size(); i-- > 0; count *= sizes[i]) strides[i] = count;
-    bytes = size_t(count) * input.element_size();
+    bytes = input.element_size();
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {
+      strides[i] = stride;  // as PyTorch has them, where there are no elements too
+      bytes *= size_t(sizes[i]);
+    }
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &dtype));
   }
 };

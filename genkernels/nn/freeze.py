@@ -19,8 +19,9 @@ def freeze(module: Module) -> Module:
 
     Otherwise each call packs them, which is noticeable in short sequences and small batches. A
     frozen module computes with the weights that it had: it raises where they have been changed in
-    place or replaced since (what is written through ``.data`` is not noticed), and where gradients
-    are recorded. Under autocast it packs at each call, as others do. The weights themselves, the
+    place or replaced since, and where gradients are recorded. What is written through ``.data`` or
+    to tensors of ``torch.inference_mode`` is not noticed, and nothing is inside ``torch.compile``.
+    Under autocast and torch.func it packs at each call, as others do. The weights themselves, the
     state_dict and copies of the module stay as they are, so that memory for the packed ones comes
     on top; a copy is not frozen.
 
@@ -61,6 +62,7 @@ def unfreeze(module: Module) -> Module:
 class _Packed(NamedTuple):
     tensor: Tensor
     origin: tuple[Any, ...]
+    weights: tuple[Tensor, ...]  # held, so that no others come to lie where they were
 
 
 class PackedWeights(nn.Module):
@@ -74,7 +76,7 @@ class PackedWeights(nn.Module):
 
     def _freeze(self) -> None:
         self._packed = {
-            name: _Packed(gru_pack(*weights), _origin(weights))
+            name: _Packed(gru_pack(*weights), _origin(weights), tuple(w.detach() for w in weights))
             for name, weights in self._cell_weights().items()
         }
 
@@ -82,7 +84,7 @@ class PackedWeights(nn.Module):
         """What the op takes as `packed` for these weights; None if each call packs them."""
         if self._packed is None or is_autocast_enabled(weights[0].device.type):
             return None
-        tensor, origin = self._packed[name]
+        tensor, origin, _ = self._packed[name]
         # The compiler has no addresses.
         if not torch.compiler.is_compiling() and origin != _origin(weights):
             raise RuntimeError(
@@ -99,4 +101,5 @@ class PackedWeights(nn.Module):
 
 
 def _origin(weights: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    return backend.simd_level(), *((w.data_ptr(), w._version) for w in weights)
+    versions = (None if w.is_inference() else w._version for w in weights)
+    return backend.simd_level(), *versions, *(w.data_ptr() for w in weights)

@@ -87,7 +87,7 @@ def gru(
     else:
         try:
             if needs_autograd(*tensors) or is_transformed():
-                _reject_packed("gru", packed)
+                _reject_packed("gru", packed, *tensors)
                 output, h_n, _ = apply(_Gru, *tensors, batch_sizes, resets, reverse, recompute)
             else:
                 output, h_n, _ = _gru_forward(*tensors, batch_sizes, resets, reverse, False, packed)
@@ -125,7 +125,7 @@ def gru_cell(
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; the message names the argument and
-            both shapes.
+            both shapes. Gradients through packed weights.
 
     Source: as :func:`gru`.
     """
@@ -138,7 +138,7 @@ def gru_cell(
     else:
         try:
             if needs_autograd(*tensors) or is_transformed():
-                _reject_packed("gru_cell", packed)
+                _reject_packed("gru_cell", packed, *tensors)
                 h, _ = apply(_GruCell, *tensors)
             else:
                 h, _ = _gru_cell_forward(*tensors, False, packed)
@@ -157,7 +157,8 @@ def gru_pack(
     """The weights and biases as the compiled CPU kernel reads them, for ``packed`` of :func:`gru`.
 
     They are a copy: what is written to the weights later does not reach it. How they lie depends
-    on the SIMD level. :func:`genkernels.freeze` is this for whole modules.
+    on the SIMD level. :func:`genkernels.freeze` is this for whole modules. torch.compile cannot
+    trace it.
 
     Args:
         weight_ih, weight_hh: [3H, I] and [3H, H], the gates r, z, n one below the other.
@@ -176,8 +177,8 @@ def gru_pack(
     )
 
 
-def _reject_packed(op: str, packed: Tensor | None) -> None:
-    if packed is not None:
+def _reject_packed(op: str, packed: Tensor | None, *tensors: Tensor | None) -> None:
+    if packed is not None and needs_autograd(*tensors):
         raise RuntimeError(
             f"genkernels.{op}: packed weights have no gradients; call it under torch.no_grad(), or "
             "unfreeze() the module"

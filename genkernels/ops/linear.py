@@ -1,5 +1,6 @@
 """The linear map of few rows, as a model that generates token by token applies it."""
 
+import math
 from typing import Any, NoReturn
 
 import torch
@@ -73,7 +74,9 @@ def _handover(
         return "an argument is sparse"
     if weight is not None and weight.dim() == 1:
         return "weight has one dimension"
-    rows = input.shape[:-1].numel()
+    rows = math.prod(input.shape[:-1])
+    if not isinstance(rows, int) and torch.compiler.is_exporting():
+        return "the number of rows is not known yet: an exported program is for any"
     if rows > MOST_ROWS:
         return (
             f"input has {rows} rows, and from {MOST_ROWS + 1} on PyTorch's own product is as fast"
