@@ -55,7 +55,7 @@ def random_tokens(length: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_learns_a_text_by_heart(optimizer, compiled_only):
+def test_learns_a_text_by_heart(optimizer, compiled_gru):
     tokens = ByteTokenizer().encode("the quick brown fox jumps over the lazy dog\n" * 40)
     rate = 1.0 if optimizer == "sgd" else 0.01
     config = TrainingConfig(optimizer, rate, batch_size=8, sequence_length=20, steps=150)
