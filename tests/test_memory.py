@@ -96,28 +96,33 @@ def test_gradients_are_ordinary_tensors() -> None:
     assert torch.equal(gradient.clone().view(-1), gradient.flatten())
 
 
+# Gradients of 3 MiB for little work, in blocks mapped anew each time: a call often holds the lock.
 FORK = """
 import os, threading, torch, genkernels
-values = [torch.randn(s) for s in ((64, 64, 128), (64, 384), (1152, 128), (1152, 384))]
-is_done = False
+values = [torch.randn(s) for s in ((1, 2048), (1, 128), (384, 2048), (384, 128))]
+h, gates = torch.ops.genkernels.gru_cell_forward(*values, None, None, True, None)
 def call():
+    torch.ops.genkernels.gru_cell_backward(h, *values, None, None, gates, True, True)
+    genkernels.empty_cache()
+is_done = False
+def calls():
     while not is_done:
-        genkernels.gru(*values)
-thread = threading.Thread(target=call)
+        call()
+thread = threading.Thread(target=calls)
 thread.start()
 codes = []
-for _ in range(20):
+for _ in range(300):
     child = os.fork()
     if child == 0:
-        genkernels.gru(*values)
+        call()
         os._exit(0)
     codes.append(os.waitpid(child, 0)[1])
 is_done = True
 thread.join()
-assert codes == [0] * 20
+assert codes == [0] * 300
 """
 
 
 def test_fork_beside_a_thread_that_uses_it() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", FORK], env=environment, timeout=120, check=True)
+    subprocess.run([sys.executable, "-c", FORK], env=environment, timeout=60, check=True)
