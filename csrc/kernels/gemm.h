@@ -99,7 +99,7 @@ GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff
 }
 #endif
 
-// Calls body.operator()<rows>(first) for full tiles and once for the rows left over.
+// Calls body.operator()<rows>(first) for tiles of kRows rows and once for the rows left over.
 template <int kMost, class Body>
 GENKERNELS_INLINE void for_last_rows(int64_t rows, int64_t first, const Body& body) {
   if constexpr (kMost > 0) {
@@ -108,11 +108,11 @@ GENKERNELS_INLINE void for_last_rows(int64_t rows, int64_t first, const Body& bo
   }
 }
 
-template <class Body>
+template <int kRows = kTileRows, class Body>
 GENKERNELS_INLINE void for_row_tiles(int64_t rows, const Body& body) {
   int64_t first = 0;
-  for (; first + kTileRows <= rows; first += kTileRows) body.template operator()<kTileRows>(first);
-  for_last_rows<kTileRows - 1>(rows - first, first, body);
+  for (; first + kRows <= rows; first += kRows) body.template operator()<kRows>(first);
+  for_last_rows<kRows - 1>(rows - first, first, body);
 }
 
 // The whole product of a tile, summed in chains: total[i][v] = a[i][:] b[:][v].

@@ -259,26 +259,62 @@ struct GateWeights {
   }
 };
 
-// Turns the sums of one row's products into its gates and its new state, each kept where it is asked for.
-template <class T, class S>
-GENKERNELS_INLINE void finish_row(const typename GateWeights<T>::Block& block, int64_t H, Vector<Accumulator<T>> sum_r,
-                                  Vector<Accumulator<T>> sum_z, Vector<Accumulator<T>> n_of_input,
-                                  Vector<Accumulator<T>> n_of_state, const S* state, T* output, T* gates) {
+// Rows that are finished in turns: all of a tile would not fit the registers.
+constexpr int kFinishRows = kTileRows / 2;
+
+// Turns the sums of the products of rows [0, kRows) into their gates and new states, each kept where it is asked for.
+// sums(i) gives the four sums of row i: of r and z, and of n the input's and the state's; state(i) its state.
+template <class T, int kRows, class Sums, class State>
+GENKERNELS_INLINE void finish_rows(const typename GateWeights<T>::Block& block, int64_t H, const Sums& sum,
+                                   const State& state, T* output, T* gates) {
   using A = Accumulator<T>;
   constexpr int kUnits = kLanes<A>;
   const int count = int(smaller(kUnits, H - block.first));
-  const Vector<A> r = sigmoid(sum_r + load(block.bias));
-  const Vector<A> z = sigmoid(sum_z + load(block.bias + kUnits));
-  const Vector<A> hn = n_of_state + load(block.bias + 3 * kUnits);
-  const Vector<A> n = tanh(n_of_input + load(block.bias + 2 * kUnits) + r * hn);
-  const Vector<A> h = load(state + block.first, count);
-  if (output != nullptr) store(output + block.first, n + z * (h - n), count);
-  if (gates == nullptr) return;
-  T* to = gates + block.first;
-  store(to, r, count);
-  store(to + H, z, count);
-  store(to + 2 * H, n, count);
-  store(to + 3 * H, hn, count);
+  const auto gate = [&](int g) GENKERNELS_LAMBDA {
+    const Vector<A> bias = load(block.bias + g * kUnits);
+    return several<kRows>([&](int i) GENKERNELS_LAMBDA { return sum(i, g) + bias; });
+  };
+  const auto r = sigmoid(gate(0));
+  const auto z = sigmoid(gate(1));
+  const auto hn = gate(3);
+  const auto n = tanh(gate(2) + r * hn);
+  const auto h = several<kRows>([&](int i) GENKERNELS_LAMBDA { return load(state(i) + block.first, count); });
+  const auto next = n + z * (h - n);
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    if (output != nullptr) store(output + i * H + block.first, next[i], count);
+    if (gates == nullptr) continue;
+    T* to = gates + i * 4 * H + block.first;
+    store(to, r[i], count);
+    store(to + H, z[i], count);
+    store(to + 2 * H, n[i], count);
+    store(to + 3 * H, hn[i], count);
+  }
+}
+
+// The same for a tile of rows.
+template <class T, int kRows, int kFirst = 0, class Sums, class State>
+GENKERNELS_INLINE void finish_tile(const typename GateWeights<T>::Block& block, int64_t H, const Sums& sum,
+                                   const State& state, T* output, T* gates) {
+  constexpr int kTogether = int(smaller(kFinishRows, kRows - kFirst));
+  finish_rows<T, kTogether>(
+      block, H, [&](int i, int g) GENKERNELS_LAMBDA { return sum(kFirst + i, g); },
+      [&](int i) GENKERNELS_LAMBDA { return state(kFirst + i); }, output ? output + kFirst * H : nullptr,
+      gates ? gates + kFirst * 4 * H : nullptr);
+  if constexpr (kFirst + kTogether < kRows)
+    finish_tile<T, kRows, kFirst + kTogether>(block, H, sum, state, output, gates);
+}
+
+// The same for any number of rows.
+template <class T, class Sums, class State>
+GENKERNELS_INLINE void finish_all_rows(const typename GateWeights<T>::Block& block, int64_t H, int64_t rows,
+                                       const Sums& sum, const State& state, T* output, T* gates) {
+  for_row_tiles<kFinishRows>(rows, [&]<int kRows>(int64_t first) {
+    finish_rows<T, kRows>(
+        block, H, [&](int i, int g) GENKERNELS_LAMBDA { return sum(first + i, g); },
+        [&](int i) GENKERNELS_LAMBDA { return state(first + i); }, output ? output + first * H : nullptr,
+        gates ? gates + first * 4 * H : nullptr);
+  });
 }
 
 // One step of a block's units, for at most kRunRows rows.
@@ -298,17 +334,20 @@ GENKERNELS_INLINE void forward_run(const Gru& gru, const typename GateWeights<T>
         sum[i][2] = Vector<Accumulator<T>>{};
       }
       multiply<E, kRows, 3>(state[first], state.stride, kGroup<E>, block.state, H, sum);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i)
-        finish_row<T>(block, H, sum[i][0], sum[i][1], n_of_input[i], sum[i][2], state[first + i],
-                      output ? output + (first + i) * H : nullptr, gates ? gates + (first + i) * 4 * H : nullptr);
+      finish_tile<T, kRows>(
+          block, H, [&](int64_t i, int g) GENKERNELS_LAMBDA { return g == 2 ? n_of_input[i] : sum[i][g == 3 ? 2 : g]; },
+          [&](int64_t i) GENKERNELS_LAMBDA { return state[first + i]; }, output ? output + first * H : nullptr,
+          gates ? gates + first * 4 * H : nullptr);
     });
   Vector<Accumulator<T>> from_input[kRunRows][3], from_state[kRunRows][3];
   product_of_rows<E, 3>(input.first, input.stride, rows, block.input, I, from_input);
   product_of_rows<E, 3>(state.first, state.stride, rows, block.state, H, from_state);
-  for (int64_t i = 0; i < rows; ++i)
-    finish_row<T>(block, H, from_input[i][0] + from_state[i][0], from_input[i][1] + from_state[i][1], from_input[i][2],
-                  from_state[i][2], state[i], output ? output + i * H : nullptr, gates ? gates + i * 4 * H : nullptr);
+  finish_all_rows<T>(
+      block, H, rows,
+      [&](int64_t i, int g) GENKERNELS_LAMBDA {
+        return g < 2 ? from_input[i][g] + from_state[i][g] : g == 2 ? from_input[i][2] : from_state[i][2];
+      },
+      [&](int64_t i) GENKERNELS_LAMBDA { return state[i]; }, output, gates);
 }
 
 // Few rows: reading the weights, as they lie, is most of what they cost.
@@ -338,11 +377,14 @@ void forward_few_rows(const Sequence<T>& sequence, const GateWeights<T>& weights
           multiply_units_of_rows(weight_ih, gru.input_size, units, input, rows, sums[0][gate], 6 * kUnits);
           multiply_units_of_rows(weight_hh, H, units, state, rows, sums[0][3 + gate], 6 * kUnits);
         }
-        for (int64_t b = 0; b < rows; ++b) {
-          const auto sum = [&](int gate) { return load(sums[b][gate]); };
-          finish_row<T>(block, H, sum(0) + sum(3), sum(1) + sum(4), sum(2), sum(5), state[b],
-                        sequence.output(t, first + b)[0], gru.gates ? sequence.gates(t, first + b) : nullptr);
-        }
+        finish_all_rows<T>(
+            block, H, rows,
+            [&](int64_t b, int g) GENKERNELS_LAMBDA {
+              const auto& of = sums[b];
+              return g < 2 ? load(of[g]) + load(of[3 + g]) : load(of[g == 2 ? 2 : 5]);
+            },
+            [&](int64_t b) GENKERNELS_LAMBDA { return state[b]; }, sequence.output(t, first)[0],
+            gru.gates ? sequence.gates(t, first) : nullptr);
       }
     }
     finish(s);
@@ -477,11 +519,13 @@ struct NarrowForward {
     product_of_few_rows<E, kCount, 3>(state, state_stride, block.state, H, sum);
     T* output = sequence.output(t, 0)[0];
     T* gates = gru.gates ? sequence.gates(t, 0) : nullptr;
-    for (int i = 0; i < kCount; ++i) {
-      const auto of_input = [&](int gate) { return load(from_input + (i * 3 + gate) * kUnits); };
-      finish_row<T>(block, H, of_input(0) + sum[i][0], of_input(1) + sum[i][1], of_input(2), sum[i][2],
-                    state + i * state_stride, output + i * H, gates ? gates + i * 4 * H : nullptr);
-    }
+    const auto of_input = [&](int64_t i, int g) GENKERNELS_LAMBDA { return load(from_input + (i * 3 + g) * kUnits); };
+    finish_tile<T, kCount>(
+        block, H,
+        [&](int64_t i, int g) GENKERNELS_LAMBDA {
+          return g < 2 ? of_input(i, g) + sum[i][g] : g == 2 ? of_input(i, 2) : sum[i][2];
+        },
+        [&](int64_t i) GENKERNELS_LAMBDA { return state + i * state_stride; }, output, gates);
   }
 };
 

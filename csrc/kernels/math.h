@@ -40,15 +40,56 @@ GENKERNELS_INLINE Vector<float> scale(Vector<float> x, Vector<float> n) {
 GENKERNELS_INLINE Vector<float> inverse(Vector<float> x) { return 1.0f / x; }
 #endif
 
+GENKERNELS_INLINE Vector<float> magnitude(Vector<float> x) {
+  return (Vector<float>)((Vector<uint32_t>)x & 0x7fffffffu);
+}
+GENKERNELS_INLINE Vector<float> with_sign(Vector<float> x, Vector<float> sign) {
+  return (Vector<float>)((Vector<uint32_t>)x | ((Vector<uint32_t>)sign & 0x80000000u));
+}
+
+// All of these for several registers in turns.
+template <int kCount>
+using Floats = Several<Vector<float>, kCount>;
+
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> at_most(float limit, const Floats<kCount>& x) {
+  return several<kCount>([&](int i) GENKERNELS_LAMBDA { return at_most(limit, x[i]); });
+}
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> at_least(float limit, const Floats<kCount>& x) {
+  return several<kCount>([&](int i) GENKERNELS_LAMBDA { return at_least(limit, x[i]); });
+}
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> nearest_integer(const Floats<kCount>& x) {
+  return several<kCount>([&](int i) GENKERNELS_LAMBDA { return nearest_integer(x[i]); });
+}
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> scale(const Floats<kCount>& x, const Floats<kCount>& n) {
+  return several<kCount>([&](int i) GENKERNELS_LAMBDA { return scale(x[i], n[i]); });
+}
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> inverse(const Floats<kCount>& x) {
+  return several<kCount>([&](int i) GENKERNELS_LAMBDA { return inverse(x[i]); });
+}
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> magnitude(const Floats<kCount>& x) {
+  return several<kCount>([&](int i) GENKERNELS_LAMBDA { return magnitude(x[i]); });
+}
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> with_sign(const Floats<kCount>& x, const Floats<kCount>& sign) {
+  return several<kCount>([&](int i) GENKERNELS_LAMBDA { return with_sign(x[i], sign[i]); });
+}
+
 // e^x = 2^n (1 + p), for |x| < 128. x = n ln 2 + r with ln 2 in two parts, so that r keeps all its bits (Cody and Waite
 // 1980); p is the minimax polynomial of e^r - 1 on |r| <= ln 2 / 2 (Remez' algorithm), which keeps its
 // own digits near zero.
+template <int kCount>
 struct Exponential {
-  Vector<float> n, p;
+  Floats<kCount> n, p;
 
-  GENKERNELS_INLINE explicit Exponential(Vector<float> x) : n(nearest_integer(x * 1.44269504f)) {
-    const Vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Vector<float> q = r * 1.38888735e-3f + 8.36906792e-3f;
+  GENKERNELS_INLINE explicit Exponential(const Floats<kCount>& x) : n(nearest_integer(x * 1.44269504f)) {
+    const Floats<kCount> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats<kCount> q = r * 1.38888735e-3f + 8.36906792e-3f;
     q = q * r + 4.16671336e-2f;
     q = q * r + 1.66665062e-1f;
     q = q * r + 4.99999981e-1f;
@@ -59,38 +100,43 @@ struct Exponential {
 
 // a / (a + c). One step of Newton's method squares the error of the inverse (it takes half the time of a division), and
 // its residual is formed from a and c themselves: near 1 what counts is the distance from 1, and gradients see it.
-GENKERNELS_INLINE Vector<float> fraction(Vector<float> a, float c) {
-  const Vector<float> inverted = inverse(a + c);
-  const Vector<float> q = a * inverted;
-  const Vector<float> residual = (a - q * a) - q * c;
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> fraction(const Floats<kCount>& a, float c) {
+  const Floats<kCount> inverted = inverse(a + c);
+  const Floats<kCount> q = a * inverted;
+  const Floats<kCount> residual = (a - q * a) - q * c;
   return residual * inverted + q;
 }
 
 // e^x / (e^x + 1). Beyond the limits it is 0 or 1 in float32.
-GENKERNELS_INLINE Vector<float> sigmoid(Vector<float> x) {
-  const Exponential e(at_least(-104.0f, at_most(30.0f, x)));
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> sigmoid(const Floats<kCount>& x) {
+  const Exponential<kCount> e(at_least(-104.0f, at_most(30.0f, x)));
   return fraction(scale(e.p + 1.0f, e.n), 1.0f);
 }
 
 // (e^2|x| - 1) / (e^2|x| + 1) with the sign of x. e^2|x| - 1 is taken as 2^n p + (2^n - 1): near zero n is 0, and
 // nothing cancels.
-GENKERNELS_INLINE Vector<float> tanh(Vector<float> x) {
-  const Vector<uint32_t> sign = (Vector<uint32_t>)x & 0x80000000u;
-  const Vector<float> magnitude = (Vector<float>)((Vector<uint32_t>)x ^ sign);
-  const Exponential e(at_most(20.0f, magnitude + magnitude));
-  const Vector<float> power = scale(broadcast(1.0f), e.n);
-  const Vector<float> y = fraction(power * e.p + (power - 1.0f), 2.0f);
-  return (Vector<float>)((Vector<uint32_t>)y | sign);
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> tanh(const Floats<kCount>& x) {
+  const Floats<kCount> absolute = magnitude(x);
+  const Exponential<kCount> e(at_most(20.0f, absolute + absolute));
+  const Floats<kCount> power = several<kCount>([&](int i) GENKERNELS_LAMBDA { return scale(broadcast(1.0f), e.n[i]); });
+  return with_sign(fraction(power * e.p + (power - 1.0f), 2.0f), x);
 }
 
 // float64 is for gradcheck and for references: the C library's functions, lane by lane.
-GENKERNELS_INLINE Vector<double> sigmoid(Vector<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = 1.0 / (1.0 + __builtin_exp(-x[i]));
+template <int kCount>
+GENKERNELS_INLINE Several<Vector<double>, kCount> sigmoid(Several<Vector<double>, kCount> x) {
+  for (Vector<double>& each : x.at)
+    for (int i = 0; i < kLanes<double>; ++i) each[i] = 1.0 / (1.0 + __builtin_exp(-each[i]));
   return x;
 }
 
-GENKERNELS_INLINE Vector<double> tanh(Vector<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
+template <int kCount>
+GENKERNELS_INLINE Several<Vector<double>, kCount> tanh(Several<Vector<double>, kCount> x) {
+  for (Vector<double>& each : x.at)
+    for (int i = 0; i < kLanes<double>; ++i) each[i] = __builtin_tanh(each[i]);
   return x;
 }
 

@@ -11,6 +11,7 @@
 #endif
 
 #define GENKERNELS_INLINE inline __attribute__((always_inline))
+#define GENKERNELS_LAMBDA __attribute__((always_inline))  // after a lambda's parameters
 
 namespace genkernels::GENKERNELS_LEVEL {
 
@@ -122,6 +123,45 @@ GENKERNELS_INLINE void store(float* to, Vector<float> v, int count) {
   _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)v);
 }
 #endif
+
+// As many registers, computed with in turns: while one waits for its last result, the others are computed.
+template <class V, int kCount>
+struct Several {
+  V at[kCount];
+
+  GENKERNELS_INLINE V operator[](int i) const { return at[i]; }
+};
+
+// of(0), of(1) and so on.
+template <int kCount, class Of>
+GENKERNELS_INLINE auto several(const Of& of) {
+  Several<decltype(of(0)), kCount> result;
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) result.at[i] = of(i);
+  return result;
+}
+
+template <class V, int kCount>
+GENKERNELS_INLINE V one_of(const Several<V, kCount>& x, int i) {
+  return x.at[i];
+}
+template <class V>
+GENKERNELS_INLINE V one_of(V x, int) {
+  return x;
+}
+
+template <class V, int kCount, class Other>
+GENKERNELS_INLINE Several<V, kCount> operator+(const Several<V, kCount>& a, const Other& b) {
+  return several<kCount>([&](int i) GENKERNELS_LAMBDA { return a[i] + one_of(b, i); });
+}
+template <class V, int kCount, class Other>
+GENKERNELS_INLINE Several<V, kCount> operator-(const Several<V, kCount>& a, const Other& b) {
+  return several<kCount>([&](int i) GENKERNELS_LAMBDA { return a[i] - one_of(b, i); });
+}
+template <class V, int kCount, class Other>
+GENKERNELS_INLINE Several<V, kCount> operator*(const Several<V, kCount>& a, const Other& b) {
+  return several<kCount>([&](int i) GENKERNELS_LAMBDA { return a[i] * one_of(b, i); });
+}
 
 template <size_t bytes>
 struct LaneOfSize {
