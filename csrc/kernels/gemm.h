@@ -43,12 +43,30 @@ struct Panel {
   static constexpr int64_t kStep = kVectors * kLanes<E> * kGroup<E>;  // elements per group of rows
 };
 
+// What a product is going to read next and may lie outside the L2 cache: a register's bytes for each group of k.
+struct Ahead {
+  const char* at;
+  ptrdiff_t stride = kVectorBytes;
+
+  GENKERNELS_INLINE void fetch() {
+    __builtin_prefetch(at, 0, 2);
+    at += stride;
+  }
+  GENKERNELS_INLINE Ahead from(int64_t group) const { return {at + group * stride, stride}; }
+};
+
+struct NothingAhead {
+  GENKERNELS_INLINE void fetch() const {}
+  GENKERNELS_INLINE NothingAhead from(int64_t) const { return {}; }
+};
+
 // sum[i][v] += a[i][:] b[:][v] for K products. Row i of `a` starts at a + i * row_stride; `step` elements lie between
 // one group of k and the next.
-template <class E, int kRows, int kVectors>
+template <class E, int kRows, int kVectors, class Next = NothingAhead>
 GENKERNELS_INLINE void multiply(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
-                                Vector<E> (&sum)[kRows][kVectors]) {
+                                Vector<E> (&sum)[kRows][kVectors], Next ahead = {}) {
   for (int64_t k = 0; k < K; ++k) {
+    ahead.fetch();
     Vector<E> column[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -70,9 +88,9 @@ GENKERNELS_INLINE void multiply(const E* a, ptrdiff_t row_stride, ptrdiff_t step
 }
 
 #if defined(__AVX512BF16__)
-template <class E, int kRows, int kVectors>
+template <class E, int kRows, int kVectors, class Next = NothingAhead>
 GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff_t step, const bfloat16* b, int64_t K,
-                                Vector<float> (&sum)[kRows][kVectors]) {
+                                Vector<float> (&sum)[kRows][kVectors], Next ahead = {}) {
   constexpr int kPair = 2 * kLanes<float>;
   const auto pairs = [&](auto load_pair) __attribute__((always_inline)) {
     __m512bh column[kVectors];
@@ -86,6 +104,7 @@ GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff
     }
   };
   for (int64_t k = 0; k + 1 < K; k += 2) {
+    ahead.fetch();
     pairs([](const bfloat16* at) {
       int pair;
       __builtin_memcpy(&pair, at, sizeof pair);
@@ -159,14 +178,15 @@ GENKERNELS_INLINE void product_of_few_rows(const E* a, ptrdiff_t row_stride, con
 }
 
 // total[i][v] = a[i][:] b[:][v] for at most kRunRows rows.
-template <class E, int kVectors>
+template <class E, int kVectors, class Next = NothingAhead>
 GENKERNELS_INLINE void product_of_rows(const E* a, ptrdiff_t row_stride, int64_t rows, const E* b, int64_t K,
-                                       Vector<E> (&total)[kRunRows][kVectors]) {
+                                       Vector<E> (&total)[kRunRows][kVectors], Next ahead = {}) {
   for (int64_t k = 0; k < K || k == 0; k += kChain)
     for_row_tiles(rows, [&]<int kRows>(int64_t first) {
       Vector<E> sum[kRows][kVectors] = {};
       multiply<E, kRows, kVectors>(a + first * row_stride + k, row_stride, kGroup<E>,
-                                   b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kChain, K - k), sum);
+                                   b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kChain, K - k), sum,
+                                   ahead.from(k / kGroup<E>));
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8

@@ -128,6 +128,11 @@ bool packs_weights(const Gru& gru) {
   return gru.batch > (gru.steps == 1 ? kDirectRows : kDirectRowsOfSteps) && gru.hidden_size > kDirectUnits;
 }
 
+// What is fetched while a run of rows is multiplied with a block.
+struct BlockAhead {
+  Ahead input, state;
+};
+
 // Both weights and the biases, packed so that one tile holds the three gates of the same units: per block of units
 // [ceil(I / group)][3][lanes][group] of W_ih, then as much of W_hh. A single step packs each block where it uses it,
 // into a buffer that stays in the cache; otherwise all are packed at once, or were before the call.
@@ -198,6 +203,20 @@ struct GateWeights {
     E* at = packed + (at_once ? j : thread) * block_size;
     if (!at_once) pack(j, at);
     return {j * kUnits, at, at + input_size, bias};
+  }
+
+  // A third of what block(j) will read, for one of the first three runs before it; there is no more for later runs.
+  BlockAhead ahead(int64_t j, int64_t run, const Block& now) const {
+    const auto bytes = [](const auto* at) { return reinterpret_cast<const char*>(at); };
+    if (run > 2 || j >= blocks) return {{bytes(now.input)}, {bytes(now.state)}};
+    if (!at_once) {
+      const int64_t row = run * gru.hidden_size + j * kUnits;
+      return {{bytes(static_cast<const T*>(gru.weight_ih) + row * gru.input_size)},
+              {bytes(static_cast<const T*>(gru.weight_hh) + row * gru.hidden_size)}};
+    }
+    const char* at = bytes(packed + j * block_size);
+    return {{at + run * input_size / 3 * int64_t(sizeof(E))},
+            {at + (input_size + run * (block_size - input_size) / 3) * int64_t(sizeof(E))}};
   }
 
   void pack_biases() const {
@@ -321,27 +340,27 @@ GENKERNELS_INLINE void finish_all_rows(const typename GateWeights<T>::Block& blo
 template <class T>
 GENKERNELS_INLINE void forward_run(const Gru& gru, const typename GateWeights<T>::Block& block,
                                    Rows<const Operand<T>> input, Rows<const Operand<T>> state, int64_t rows, T* output,
-                                   T* gates) {
+                                   T* gates, const BlockAhead& ahead) {
   using E = Operand<T>;
   const int64_t I = gru.input_size, H = gru.hidden_size;
   if (I + H <= kChain)  // one chain for both, out of which only the input's part of n has to be taken
     return for_row_tiles(rows, [&]<int kRows>(int64_t first) {
       Vector<Accumulator<T>> sum[kRows][3] = {}, n_of_input[kRows];
-      multiply<E, kRows, 3>(input[first], input.stride, kGroup<E>, block.input, I, sum);
+      multiply<E, kRows, 3>(input[first], input.stride, kGroup<E>, block.input, I, sum, ahead.input);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
         n_of_input[i] = sum[i][2];
         sum[i][2] = Vector<Accumulator<T>>{};
       }
-      multiply<E, kRows, 3>(state[first], state.stride, kGroup<E>, block.state, H, sum);
+      multiply<E, kRows, 3>(state[first], state.stride, kGroup<E>, block.state, H, sum, ahead.state);
       finish_tile<T, kRows>(
           block, H, [&](int64_t i, int g) GENKERNELS_LAMBDA { return g == 2 ? n_of_input[i] : sum[i][g == 3 ? 2 : g]; },
           [&](int64_t i) GENKERNELS_LAMBDA { return state[first + i]; }, output ? output + first * H : nullptr,
           gates ? gates + first * 4 * H : nullptr);
     });
   Vector<Accumulator<T>> from_input[kRunRows][3], from_state[kRunRows][3];
-  product_of_rows<E, 3>(input.first, input.stride, rows, block.input, I, from_input);
-  product_of_rows<E, 3>(state.first, state.stride, rows, block.state, H, from_state);
+  product_of_rows<E, 3>(input.first, input.stride, rows, block.input, I, from_input, ahead.input);
+  product_of_rows<E, 3>(state.first, state.stride, rows, block.state, H, from_state, ahead.state);
   finish_all_rows<T>(
       block, H, rows,
       [&](int64_t i, int g) GENKERNELS_LAMBDA {
@@ -409,6 +428,7 @@ void forward_steps(const Sequence<T>& sequence, const GateWeights<T>& weights, i
   const int64_t input_stride = staged_stride<E>(I), state_stride = staged_stride<E>(H);
   E* staged_state = scratch + (end - begin) * input_stride;
   for (int64_t s = 0; s < gru.steps; ++s) {
+    const int64_t at_next_step = s + 1 < gru.steps ? first_block : weights.blocks;
     const int64_t t = sequence.time(s), rows = smaller(end, sequence.size(t)) - begin;
     if (rows > 0) {
       Rows<const E> input, state;
@@ -435,7 +455,8 @@ void forward_steps(const Sequence<T>& sequence, const GateWeights<T>& weights, i
         const auto block = weights.block(j, thread);
         for (int64_t i = 0; i < rows; i += kRunRows)
           forward_run(gru, block, {input[i], input.stride}, {state[i], state.stride}, smaller(kRunRows, rows - i),
-                      output + i * H, gates ? gates + i * 4 * H : nullptr);
+                      output + i * H, gates ? gates + i * 4 * H : nullptr,
+                      weights.ahead(j + 1 < last_block ? j + 1 : at_next_step, i / kRunRows, block));
       }
     }
     finish(s);
@@ -632,6 +653,11 @@ void multiply_rows(const BackwardWeight<T>& weight, int64_t thread, Rows<const O
   const Columns<E>& columns = weight.columns;
   for (int64_t p = first_panel; p < last_panel; ++p) {
     const E* panel = weight.panel(p, thread);
+    const auto ahead = [&](int64_t run) -> Ahead {
+      const bool is_packed = weight.at_once && run < 3 && p + 1 < last_panel;
+      const E* at = is_packed ? weight.panel(p + 1, thread) + run * weight.panel_size() / 3 : panel;
+      return {reinterpret_cast<const char*>(at)};
+    };
     const auto store_row = [&]<int kVectors>(int64_t row, const Vector<A>(&sum)[kVectors]) {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t column = columns.first_column(p) + v * kLanes<A>;
@@ -648,7 +674,7 @@ void multiply_rows(const BackwardWeight<T>& weight, int64_t thread, Rows<const O
       for (int64_t first = 0; first < rows; first += kRunRows) {
         const int64_t run = smaller(kRunRows, rows - first);
         Vector<A> sum[kRunRows][kVectors];
-        product_of_rows<E, kVectors>(a[first], a.stride, run, panel, weight.K, sum);
+        product_of_rows<E, kVectors>(a[first], a.stride, run, panel, weight.K, sum, ahead(first / kRunRows));
         for (int64_t i = 0; i < run; ++i) store_row(first + i, sum[i]);
       }
     });
@@ -780,7 +806,8 @@ struct Backward {
         for (int64_t row = begin; row < end; row += kRunRows)
           forward_run<T>(gru, recomputed.weights.block(j, i), {inputs + row * input_stride, input_stride},
                          {states + row * state_stride, state_stride}, smaller(kRunRows, end - row), nullptr,
-                         recomputed.gates + row * 4 * H);
+                         recomputed.gates + row * 4 * H,
+                         recomputed.weights.ahead(j + 1, (row - begin) / kRunRows, recomputed.weights.block(j, i)));
     });
   }
 
