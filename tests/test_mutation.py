@@ -23,8 +23,8 @@ MUTANTS = {
     ),
     "unwritten_row": (  # nothing but the poisoned memory shows it
         "gru.cpp",
-        "for (int64_t i = 0; i < rows; ++i)\n    finish_row<T>(",
-        "for (int64_t i = 0; i < rows; ++i)\n    if (i != 3) finish_row<T>(",
+        "if (output != nullptr) store(output + i * H",
+        "if (output != nullptr && i != 1) store(output + i * H",
         "output: NaN or Inf unlike PyTorch's",
     ),
     "gradient": (  # the derivative of r * (W_hn h + b_hn) forgets r

@@ -43,20 +43,30 @@ struct Panel {
   static constexpr int64_t kStep = kVectors * kLanes<E> * kGroup<E>;  // elements per group of rows
 };
 
-// What a product is going to read next and may lie outside the L2 cache: a register's bytes for each group of k.
+// What is fetched while a product goes on: with each group of k a line of what `at` and `stride` lead through, into L1
+// or L2, and the panel's own lines of kPanelAhead groups later, which L2 would deliver too late.
+enum class Into { L1, L2 };
+template <Into kCache>
 struct Ahead {
+  static constexpr int kPanelAhead = 8;
   const char* at;
   ptrdiff_t stride = kVectorBytes;
 
-  GENKERNELS_INLINE void fetch() {
-    __builtin_prefetch(at, 0, 2);
+  template <int kVectors, class E>
+  GENKERNELS_INLINE void fetch(const E* panel) {
+    __builtin_prefetch(at, 0, kCache == Into::L1 ? 3 : 2);
     at += stride;
+    constexpr int kBytes = kVectors * kVectorBytes;
+#pragma GCC unroll 4
+    for (int line = 0; line < kBytes; line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(panel) + kPanelAhead * kBytes + line, 0, 3);
   }
   GENKERNELS_INLINE Ahead from(int64_t group) const { return {at + group * stride, stride}; }
 };
 
 struct NothingAhead {
-  GENKERNELS_INLINE void fetch() const {}
+  template <int kVectors, class E>
+  GENKERNELS_INLINE void fetch(const E*) const {}
   GENKERNELS_INLINE NothingAhead from(int64_t) const { return {}; }
 };
 
@@ -66,7 +76,7 @@ template <class E, int kRows, int kVectors, class Next = NothingAhead>
 GENKERNELS_INLINE void multiply(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
                                 Vector<E> (&sum)[kRows][kVectors], Next ahead = {}) {
   for (int64_t k = 0; k < K; ++k) {
-    ahead.fetch();
+    ahead.template fetch<kVectors>(b);
     Vector<E> column[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -104,7 +114,7 @@ GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff
     }
   };
   for (int64_t k = 0; k + 1 < K; k += 2) {
-    ahead.fetch();
+    ahead.template fetch<kVectors>(b);
     pairs([](const bfloat16* at) {
       int pair;
       __builtin_memcpy(&pair, at, sizeof pair);
@@ -138,10 +148,13 @@ GENKERNELS_INLINE void for_row_tiles(int64_t rows, const Body& body) {
 template <class E, int kRows, int kVectors, int64_t kLongest>
 GENKERNELS_INLINE void product(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
                                Vector<E> (&total)[kRows][kVectors]) {
+  constexpr int64_t kRowsAhead = 8;
   for (int64_t k = 0; k < K || k == 0; k += kLongest) {
     Vector<E> sum[kRows][kVectors] = {};
     multiply<E, kRows, kVectors>(a + k / kGroup<E> * step, row_stride, step,
-                                 b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kLongest, K - k), sum);
+                                 b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kLongest, K - k), sum,
+                                 Ahead<Into::L1>{reinterpret_cast<const char*>(a + (k / kGroup<E> + kRowsAhead) * step),
+                                                 step * int64_t(sizeof(E))});
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
@@ -269,16 +282,16 @@ void pack_transposed(const E* from, int64_t stride, int64_t K, int64_t count, E*
       for (int g = 0; g < kGroupSize; ++g) *packed++ = i < count && k + g < K ? from[(k + g) * stride + i] : E{};
 }
 
-// sum[i] += all K elements of row i of such a tile. Chains of 32 that are then added up: one long chain has more than
-// twice the error of PyTorch's pairwise sum.
+// sum[i] += all K elements of row i of such a tile, `step` elements between its groups of k. Chains of 32 that are then
+// added up: one long chain has more than twice the error of PyTorch's pairwise sum.
 template <class E>
-void sum_tile_rows(const E* packed, int64_t K, double (&sum)[kTileRows]) {
+void sum_tile_rows(const E* tile, int64_t step, int64_t K, double (&sum)[kTileRows]) {
   constexpr int64_t kShortChain = 32;
   for (int64_t first = 0; first < K; first += kShortChain) {
     double part[kTileRows] = {};
-    for (int64_t k = first; k < smaller(K, first + kShortChain); k += kGroup<E>)
+    for (int64_t k = first; k < smaller(K, first + kShortChain); k += kGroup<E>, tile += step)
       for (int i = 0; i < kTileRows; ++i)
-        for (int g = 0; g < kGroup<E>; ++g) part[i] += double(as<Accumulator<E>>(*packed++));
+        for (int g = 0; g < kGroup<E>; ++g) part[i] += double(as<Accumulator<E>>(tile[i * kGroup<E> + g]));
     for (int i = 0; i < kTileRows; ++i) sum[i] += part[i];
   }
 }

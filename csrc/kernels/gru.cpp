@@ -92,8 +92,9 @@ struct Sequence {
   }
 };
 
-// Fewer rows than this per thread, and the time loop is shared out by units.
-constexpr int64_t kFewRows = 2 * kTileRows;
+// Fewer rows than this per thread, and the time loop is shared out by units: half a tile where each core's own cache
+// holds the weights, two where the weights come from further away.
+constexpr int64_t kFewRows = kTileRows / 2, kFewRowsFarAway = 2 * kTileRows;
 // So many rows in one step, or in so many steps, do not pack their weights; nor do few steps of so few units that most
 // lanes of a packed register would be empty.
 constexpr int64_t kDirectRows = 32, kDirectRowsOfSteps = 2, kDirectSteps = 12, kDirectUnits = kVectorBytes / 8;
@@ -130,7 +131,7 @@ bool packs_weights(const Gru& gru) {
 
 // What is fetched while a run of rows is multiplied with a block.
 struct BlockAhead {
-  Ahead input, state;
+  Ahead<Into::L2> input, state;
 };
 
 // Both weights and the biases, packed so that one tile holds the three gates of the same units: per block of units
@@ -412,9 +413,12 @@ void forward_few_rows(const Sequence<T>& sequence, const GateWeights<T>& weights
 
 // How the time loop is shared out: by rows, which do not depend on each other, so that threads never wait; or by units,
 // all threads meeting after every step, where a thread would have too few rows to make use of a weight it has read.
+template <class T>
 bool splits_units(const Gru& gru, const Runtime& runtime, int64_t blocks) {
   if (gru.steps == 1) return true;  // each weight is packed by the thread that uses it, and nobody waits
-  return blocks >= runtime.threads && gru.batch < kFewRows * runtime.threads && runtime.threads > 1;
+  const int64_t weights = 3 * gru.hidden_size * (gru.input_size + gru.hidden_size) * int64_t(sizeof(Operand<T>));
+  const int64_t few = weights <= runtime.cache / 4 * 3 ? kFewRows : kFewRowsFarAway;
+  return blocks >= runtime.threads && gru.batch < few * runtime.threads && runtime.threads > 1;
 }
 
 // Runs rows [begin, end) of the units of blocks [first_block, last_block) through the whole sequence, and calls
@@ -572,7 +576,7 @@ void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
       forward_few_rows(sequence, weights, sequence.share(i, shares), sequence.share(i + 1, shares), 0, weights.blocks,
                        [](int64_t) {});
     });
-  } else if (!packs_weights(gru) || splits_units(gru, runtime, weights.blocks)) {
+  } else if (!packs_weights(gru) || splits_units<T>(gru, runtime, weights.blocks)) {
     const int64_t shares = smaller(runtime.threads, weights.blocks);
     const Barrier barrier(runtime, shares);
     E* scratch = allocate<E>(runtime, shares * B * row_scratch);
@@ -653,7 +657,7 @@ void multiply_rows(const BackwardWeight<T>& weight, int64_t thread, Rows<const O
   const Columns<E>& columns = weight.columns;
   for (int64_t p = first_panel; p < last_panel; ++p) {
     const E* panel = weight.panel(p, thread);
-    const auto ahead = [&](int64_t run) -> Ahead {
+    const auto ahead = [&](int64_t run) -> Ahead<Into::L2> {
       const bool is_packed = weight.at_once && run < 3 && p + 1 < last_panel;
       const E* at = is_packed ? weight.panel(p + 1, thread) + run * weight.panel_size() / 3 : panel;
       return {reinterpret_cast<const char*>(at)};
@@ -952,14 +956,14 @@ struct Backward {
     Columns<E> input_columns, state_columns;
     int64_t gate_tiles;        // row tiles of a gate
     E *input, *state;          // the block's x and h, packed
-    E* transposed;             // the block's delta, packed as rows of tiles: [4][gate_tiles][K][kTileRows]
+    E* transposed;             // where pairs are multiplied, the block's delta as tiles: [4][gate_tiles][K][kTileRows]
     A *weight_ih, *weight_hh;  // [3H, I], [3H, H]
     double* bias;              // [4H]: n, r, z, hn. Sums over all rows of all steps: double costs one add in I + H
   };
 
   void run() {
     const int64_t panels = Columns<E>(H).panels;
-    const bool is_split_by_units = is_narrow() || splits_units(gru, runtime, panels);
+    const bool is_split_by_units = is_narrow() || splits_units<T>(gru, runtime, panels);
     const int64_t shares = is_split_by_units ? smaller(runtime.threads, panels) : row_shares(gru, runtime);
     for (int64_t i = 0; i < gru.batch * H; ++i)
       carry[i] = grad.grad_h_n ? as<A>(static_cast<const T*>(grad.grad_h_n)[i]) : A(0);
@@ -1030,11 +1034,19 @@ struct Backward {
             gate_tiles,
             allocate<E>(runtime, input_columns.packed_size(K)),
             allocate<E>(runtime, state_columns.packed_size(K)),
-            allocate<E>(runtime, 4 * gate_tiles * kTileRows * K),
+            allocate<E>(runtime, kTransposes ? 4 * gate_tiles * kTileRows * K : 0),
             sums(grad.grad_weight_ih, I),
             sums(grad.grad_weight_hh, H),
             allocate<double>(runtime, 4 * H)};
   }
+
+  // The rows of delta^T that belong to a tile of units: of delta itself, a row's neighbouring elements, unless pairs of
+  // rows have to lie side by side.
+  static constexpr bool kTransposes = kGroup<E> > 1;
+  const E* delta_tile(const WeightGradients& of, int64_t gate, int64_t unit, int64_t K) const {
+    return kTransposes ? of.transposed + (gate * of.gate_tiles * kTileRows + unit) * K : delta + gate * H + unit;
+  }
+  int64_t delta_step() const { return kTransposes ? kTileRows * kGroup<E> : delta_stride; }
 
   void weight_gradients(const WeightGradients& to, int64_t base, int64_t rows, bool is_first_block) const {
     const int64_t panels = to.input_columns.panels + to.state_columns.panels;
@@ -1061,10 +1073,10 @@ struct Backward {
       for (int64_t tile = tiles * i / shares; tile < tiles * (i + 1) / shares; ++tile) {
         const int64_t gate = tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
         const int64_t units = smaller(kTileRows, H - unit);
-        const E* from = delta + gate * H + unit;
-        pack_transposed<E>(from, delta_stride, rows, units, to.transposed + tile * kTileRows * K);
+        if (kTransposes)
+          pack_transposed<E>(delta + gate * H + unit, delta_stride, rows, units, to.transposed + tile * kTileRows * K);
         double sum[kTileRows] = {};
-        sum_tile_rows(to.transposed + tile * kTileRows * K, K, sum);
+        sum_tile_rows(delta_tile(to, gate, unit, K), delta_step(), rows, sum);
         for (int64_t u = 0; u < units; ++u) {
           double& total = to.bias[gate * H + unit + u];
           total = is_first_block ? sum[u] : total + sum[u];
@@ -1084,8 +1096,7 @@ struct Backward {
                   const int64_t gate = gate0 + tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
                   // Columns of delta are n, r, z, hn; rows of both gradients r, z, n.
                   A* rows_to = sums + ((gate + 2) % 3 * H + unit) * N;
-                  add_tile<kVectors>(columns, p, panel,
-                                     to.transposed + (gate * to.gate_tiles * kTileRows + unit) * K + k * kTileRows,
+                  add_tile<kVectors>(columns, p, panel, delta_tile(to, gate, unit, K) + k / kGroup<E> * delta_step(),
                                      smaller(kWeightRun, rows - k), int(smaller(kTileRows, H - unit)), rows_to, N,
                                      is_first_block && k == 0);
                 }
@@ -1097,8 +1108,8 @@ struct Backward {
   }
 
   template <int kVectors>
-  static void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* transposed, int64_t K, int rows,
-                       A* to, int64_t stride, bool is_first) {
+  void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* tile, int64_t K, int rows, A* to,
+                int64_t stride, bool is_first) const {
     // PyTorch's sums over the rows are shorter: with chains of 256 the error exceeds twice theirs at 264 rows.
     constexpr int64_t kLongest = 128;
     // The gradients lie further away than the operands; what the tile is added to arrives while it is multiplied.
@@ -1106,7 +1117,7 @@ struct Backward {
       for (int v = 0; v < kVectors; ++v)
         __builtin_prefetch(to + i * stride + columns.first_column(p) + v * kLanes<A>, 1);
     Vector<A> sum[kTileRows][kVectors];
-    product<E, kTileRows, kVectors, kLongest>(transposed, kGroup<E>, kTileRows * kGroup<E>, panel, K, sum);
+    product<E, kTileRows, kVectors, kLongest>(tile, kGroup<E>, delta_step(), panel, K, sum);
     for (int i = 0; i < rows; ++i)
       for (int v = 0; v < kVectors; ++v) {
         const int64_t column = columns.first_column(p) + v * kLanes<A>;

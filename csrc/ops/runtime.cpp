@@ -8,6 +8,7 @@
 
 #if !defined(_WIN32)
 #include <pthread.h>
+#include <unistd.h>
 #endif
 
 #include "memory.h"
@@ -23,11 +24,23 @@ std::atomic<bool> is_forked{false};
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
 #endif
 
+int64_t core_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 1 << 20;
+}
+
 }  // namespace
 
 CallRuntime::CallRuntime(double operations)
-    : runtime_{operations >= kSerialWork && !is_forked ? int(torch::stable::get_num_threads()) : 1, parallel, yield,
-               allocate, this} {}
+    : runtime_{operations >= kSerialWork && !is_forked ? int(torch::stable::get_num_threads()) : 1,
+               core_cache(),
+               parallel,
+               yield,
+               allocate,
+               this} {}
 
 CallRuntime::~CallRuntime() {
   for (void* const block : blocks_) return_block(block);

@@ -133,8 +133,8 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, genkernel
   std::vector<S> output(T * B * H, S(NAN)), gates(T * B * 4 * H, S(NAN)), h_n(B * H, S(NAN));
 
   Memory memory;
-  const genkernels::Runtime runtime{threads.count, threads.parallel, std::this_thread::yield, Memory::allocate,
-                                    &memory};
+  const genkernels::Runtime runtime{threads.count,           1 << 20,          threads.parallel,
+                                    std::this_thread::yield, Memory::allocate, &memory};
   genkernels::Gru gru{};
   gru.dtype = dtype;
   gru.steps = T;
