@@ -44,7 +44,9 @@ struct Panel {
 };
 
 // What is fetched while a product goes on: with each group of k a line of what `at` and `stride` lead through, into L1
-// or L2, and the panel's own lines of kPanelAhead groups later, which L2 would deliver too late.
+// or L2, and the panel's own lines of kPanelAhead groups later, which L2 would deliver too late. Where a run of the
+// panel stays in L1 for several tiles, nothing has to be fetched into it.
+constexpr bool kFetchesIntoL1 = kRunRows == kTileRows;
 enum class Into { L1, L2 };
 template <Into kCache>
 struct Ahead {
@@ -54,8 +56,10 @@ struct Ahead {
 
   template <int kVectors, class E>
   GENKERNELS_INLINE void fetch(const E* panel) {
-    __builtin_prefetch(at, 0, kCache == Into::L1 ? 3 : 2);
+    if constexpr (kCache == Into::L2) __builtin_prefetch(at, 0, 2);
+    if constexpr (kCache == Into::L1 && kFetchesIntoL1) __builtin_prefetch(at, 0, 3);
     at += stride;
+    if constexpr (!kFetchesIntoL1) return;
     constexpr int kBytes = kVectors * kVectorBytes;
 #pragma GCC unroll 4
     for (int line = 0; line < kBytes; line += 64)

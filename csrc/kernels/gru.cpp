@@ -956,7 +956,7 @@ struct Backward {
     Columns<E> input_columns, state_columns;
     int64_t gate_tiles;        // row tiles of a gate
     E *input, *state;          // the block's x and h, packed
-    E* transposed;             // where pairs are multiplied, the block's delta as tiles: [4][gate_tiles][K][kTileRows]
+    E* transposed;             // where kTransposes, the block's delta as tiles: [4][gate_tiles][K][kTileRows]
     A *weight_ih, *weight_hh;  // [3H, I], [3H, H]
     double* bias;              // [4H]: n, r, z, hn. Sums over all rows of all steps: double costs one add in I + H
   };
@@ -1041,8 +1041,8 @@ struct Backward {
   }
 
   // The rows of delta^T that belong to a tile of units: of delta itself, a row's neighbouring elements, unless pairs of
-  // rows have to lie side by side.
-  static constexpr bool kTransposes = kGroup<E> > 1;
+  // rows have to lie side by side, or a tile would use too little of each line.
+  static constexpr bool kTransposes = kGroup<E> > 1 || kTileRows * sizeof(E) < 32;
   const E* delta_tile(const WeightGradients& of, int64_t gate, int64_t unit, int64_t K) const {
     return kTransposes ? of.transposed + (gate * of.gate_tiles * kTileRows + unit) * K : delta + gate * H + unit;
   }
