@@ -148,11 +148,12 @@ struct GateWeights {
     int64_t first;  // unit
     const E *input, *state;
     const A* bias;  // [4][kUnits]: b_ir + b_hr, b_iz + b_hz, b_in, b_hn
+    bool streams_gates;
   };
 
   const Gru& gru;
   int64_t blocks, input_size, block_size;
-  bool at_once;
+  bool at_once, streams_gates;
   A* biases;  // [blocks][4][kUnits]
   E* packed;  // all blocks, or one for each thread, or null
 
@@ -162,11 +163,13 @@ struct GateWeights {
         input_size(ceil_div(g.input_size, kGroup<E>) * kStep),
         block_size(input_size + ceil_div(g.hidden_size, kGroup<E>) * kStep),
         at_once(packs_at_once),
+        streams_gates(false),
         biases(nullptr),
         packed(nullptr) {}
 
   // For the forward pass.
   GateWeights(const Gru& g, const Runtime& runtime) : GateWeights(g, g.steps > 1 || g.packed != nullptr) {
+    streams_gates = gates_leave_cache(runtime);
     if (gru.packed != nullptr) {
       lie_at(const_cast<void*>(gru.packed));
       return;
@@ -175,6 +178,13 @@ struct GateWeights {
     if (packs_weights(gru)) packed = allocate<E>(runtime, (at_once ? blocks : runtime.threads) * block_size);
     pack_biases();
     if (packed != nullptr && at_once) pack_blocks(runtime);
+  }
+
+  // Whether the saved gates, of whole lines, are so many that they are read from memory in any case.
+  bool gates_leave_cache(const Runtime& runtime) const {
+    const int64_t row = 4 * gru.hidden_size * int64_t(sizeof(T));
+    return row % (4 * kVectorBytes) == 0 && reinterpret_cast<uintptr_t>(gru.gates) % kVectorBytes == 0 &&
+           gru.steps * gru.batch * row > 4 * runtime.cache;
   }
 
   int64_t bytes() const { return blocks * (4 * kUnits * int64_t(sizeof(A)) + block_size * int64_t(sizeof(E))); }
@@ -200,10 +210,10 @@ struct GateWeights {
   // `thread` is the index of the buffer that a block may be packed into.
   Block block(int64_t j, int64_t thread) const {
     const A* bias = biases + j * 4 * kUnits;
-    if (packed == nullptr) return {j * kUnits, nullptr, nullptr, bias};
+    if (packed == nullptr) return {j * kUnits, nullptr, nullptr, bias, streams_gates};
     E* at = packed + (at_once ? j : thread) * block_size;
     if (!at_once) pack(j, at);
-    return {j * kUnits, at, at + input_size, bias};
+    return {j * kUnits, at, at + input_size, bias, streams_gates};
   }
 
   // A third of what block(j) will read, for one of the first three runs before it; there is no more for later runs.
@@ -305,6 +315,13 @@ GENKERNELS_INLINE void finish_rows(const typename GateWeights<T>::Block& block, 
     if (output != nullptr) store(output + i * H + block.first, next[i], count);
     if (gates == nullptr) continue;
     T* to = gates + i * 4 * H + block.first;
+    if (block.streams_gates) {
+      stream(to, r[i]);
+      stream(to + H, z[i]);
+      stream(to + 2 * H, n[i]);
+      stream(to + 3 * H, hn[i]);
+      continue;
+    }
     store(to, r[i], count);
     store(to + H, z[i], count);
     store(to + 2 * H, n[i], count);
@@ -409,6 +426,7 @@ void forward_few_rows(const Sequence<T>& sequence, const GateWeights<T>& weights
     }
     finish(s);
   }
+  finish_streams();
 }
 
 // How the time loop is shared out: by rows, which do not depend on each other, so that threads never wait; or by units,
@@ -465,6 +483,7 @@ void forward_steps(const Sequence<T>& sequence, const GateWeights<T>& weights, i
     }
     finish(s);
   }
+  finish_streams();
 }
 
 // Fewer rows than a tile: what the inputs contribute to the gates is computed for several steps together, in full
@@ -524,6 +543,7 @@ struct NarrowForward {
       }
       first = last;
     }
+    finish_streams();
   }
 
   void multiply_inputs(const Block& block, const E* input, int64_t rows) const {

@@ -163,6 +163,22 @@ GENKERNELS_INLINE Several<V, kCount> operator*(const Several<V, kCount>& a, cons
   return several<kCount>([&](int i) GENKERNELS_LAMBDA { return a[i] * one_of(b, i); });
 }
 
+// Past the caches: a line that is written whole and read much later need not be fetched first. Ends with
+// finish_streams(), before another thread may read it.
+template <class T>
+GENKERNELS_INLINE void stream(T* to, Vector<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (__is_same(T, float)) return _mm512_stream_ps(to, (__m512)v);
+#endif
+  store(to, v);
+}
+
+GENKERNELS_INLINE void finish_streams() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 template <size_t bytes>
 struct LaneOfSize {
   using type = uint32_t;
