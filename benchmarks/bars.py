@@ -127,7 +127,7 @@ def measure(
     level: str | None = None,
 ) -> tuple[dict[str, float], float]:
     """GFLOP/s of each contestant, for `work` operations, and the peak of the same turns."""
-    level = level or limits.levels()[-1]
+    level = level or backend.simd_level() or limits.levels()[-1]
     threads = torch.get_num_threads()
     calls = {name: max(1, round(0.04 / each.seconds(1))) for name, each in contestants.items()}
     times: dict[str, list[float]] = {name: [] for name in contestants}

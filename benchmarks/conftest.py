@@ -78,7 +78,12 @@ def contest(benchmark: Any) -> Callable[..., None]:
 
 
 def measure_peak(dtype: torch.dtype, threads: int) -> float:
-    return limits.measure_peak(limits.levels()[-1], dtype, threads, repeats=3)
+    return limits.measure_peak(level(), dtype, threads, repeats=3)
+
+
+def level() -> str:
+    """The SIMD level in use, or the CPU's highest where no compiled kernel runs."""
+    return backend.simd_level() or limits.levels()[-1]
 
 
 def interleaved_ratio(baseline: Step, step: Step, seconds: float = 2.0) -> float:
@@ -122,9 +127,7 @@ def _table(
             peaks.setdefault((dtype, info["threads"]), []).append(info["peak_gflops"])
     for (dtype, threads), measured in sorted(peaks.items()):
         peak = statistics.median(measured)
-        yield (
-            f"Measured peak, {dtype}, {limits.levels()[-1]}, {threads} threads: {peak:.0f} GFLOP/s"
-        )
+        yield f"Measured peak, {dtype}, {level()}, {threads} threads: {peak:.0f} GFLOP/s"
     yield ""
     yield (
         "| shape | direction | dtype | genkernels GFLOP/s | share of peak | "

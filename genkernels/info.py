@@ -12,7 +12,7 @@ from . import __version__, backend
 
 VARIABLES = {
     "GENKERNELS_BACKEND": "any that can run",
-    "GENKERNELS_SIMD": "the highest usable level",
+    "GENKERNELS_SIMD": "the fastest usable level",
     "GENKERNELS_STRICT": "fall back to the reference with a warning",
 }
 # Of the many that a CPU reports, those that a kernel or its limit depends on.

@@ -228,6 +228,14 @@ class TestSimd:
         assert levels[0] == "baseline"
         assert backend.simd_level() in levels
 
+    def test_bf16_dot_products_of_intel_are_left_out(self) -> None:
+        if "avx512_bf16" not in backend.simd_levels():
+            pytest.skip("no AVX512_BF16 on this CPU")
+        if os.environ.get("GENKERNELS_SIMD"):
+            pytest.skip("GENKERNELS_SIMD names a level")
+        is_intel = "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="ascii")
+        assert backend.simd_level() == ("avx512" if is_intel else "avx512_bf16")
+
     def test_use_simd(self, simd: str) -> None:
         assert backend.simd_level() == simd
 
