@@ -44,13 +44,13 @@ struct Panel {
 };
 
 // What is fetched while a product goes on: with each group of k a line of what `at` and `stride` lead through, into L1
-// or L2, and the panel's own lines of kPanelAhead groups later, which L2 would deliver too late. Where a run of the
+// or L2, and the panel's own lines of kGroupsAhead groups later, which L2 would deliver too late. Where a run of the
 // panel stays in L1 for several tiles, nothing has to be fetched into it.
 constexpr bool kFetchesIntoL1 = kRunRows == kTileRows;
 enum class Into { L1, L2 };
+constexpr int kGroupsAhead = 8;
 template <Into kCache>
 struct Ahead {
-  static constexpr int kPanelAhead = 8;
   const char* at;
   ptrdiff_t stride = kVectorBytes;
 
@@ -63,7 +63,7 @@ struct Ahead {
     constexpr int kBytes = kVectors * kVectorBytes;
 #pragma GCC unroll 4
     for (int line = 0; line < kBytes; line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(panel) + kPanelAhead * kBytes + line, 0, 3);
+      __builtin_prefetch(reinterpret_cast<const char*>(panel) + kGroupsAhead * kBytes + line, 0, 3);
   }
   GENKERNELS_INLINE Ahead from(int64_t group) const { return {at + group * stride, stride}; }
 };
@@ -132,7 +132,6 @@ GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff
 }
 #endif
 
-// Calls body.operator()<rows>(first) for tiles of kRows rows and once for the rows left over.
 template <int kMost, class Body>
 GENKERNELS_INLINE void for_last_rows(int64_t rows, int64_t first, const Body& body) {
   if constexpr (kMost > 0) {
@@ -141,6 +140,7 @@ GENKERNELS_INLINE void for_last_rows(int64_t rows, int64_t first, const Body& bo
   }
 }
 
+// Calls body.operator()<rows>(first) for tiles of kRows rows and once for the rows left over.
 template <int kRows = kTileRows, class Body>
 GENKERNELS_INLINE void for_row_tiles(int64_t rows, const Body& body) {
   int64_t first = 0;
@@ -152,13 +152,13 @@ GENKERNELS_INLINE void for_row_tiles(int64_t rows, const Body& body) {
 template <class E, int kRows, int kVectors, int64_t kLongest>
 GENKERNELS_INLINE void product(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
                                Vector<E> (&total)[kRows][kVectors]) {
-  constexpr int64_t kRowsAhead = 8;
   for (int64_t k = 0; k < K || k == 0; k += kLongest) {
     Vector<E> sum[kRows][kVectors] = {};
-    multiply<E, kRows, kVectors>(a + k / kGroup<E> * step, row_stride, step,
-                                 b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kLongest, K - k), sum,
-                                 Ahead<Into::L1>{reinterpret_cast<const char*>(a + (k / kGroup<E> + kRowsAhead) * step),
-                                                 step * int64_t(sizeof(E))});
+    multiply<E, kRows, kVectors>(
+        a + k / kGroup<E> * step, row_stride, step, b + k / kGroup<E> * Panel<E, kVectors>::kStep,
+        smaller(kLongest, K - k), sum,
+        Ahead<Into::L1>{reinterpret_cast<const char*>(a + (k / kGroup<E> + kGroupsAhead) * step),
+                        step * int64_t(sizeof(E))});
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8

@@ -8,6 +8,10 @@
 
 #include "memory.h"
 
+#if !defined(STABLE_TORCH_ERROR_CODE_CHECK)  // its name in torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 #if defined(__linux__)
 // Of torch 2.11 and later; null beside torch 2.10, where every tensor has PyTorch's memory.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(

@@ -14,14 +14,22 @@
 
 namespace {
 
-constexpr int64_t T = 5, B = 3, I = 19, H = 21;
+// Odd sizes; and a batch that is shared out by units, with whole lines of units, where the cache is as small as kTiny.
+struct Sizes {
+  int64_t T, B, I, H;
+};
+constexpr Sizes kSizes[] = {{5, 3, 19, 21}, {4, 9, 19, 64}};
+constexpr int64_t kTiny = 64, kUsual = 1 << 20;
+int64_t T, B, I, H;
 
 using Values = std::vector<double>;
 
 // Everything the loss depends on. The loss is the sum of output * grad_output and h_n * grad_h_n.
 using Arguments = std::array<Values, 6>;
 const char* const kNames[6] = {"input", "hx", "weight_ih", "weight_hh", "bias_ih", "bias_hh"};
-constexpr size_t kSizes[6] = {T * B * I, B * H, 3 * H * I, 3 * H * H, 3 * H, 3 * H};
+std::array<size_t, 6> sizes() {
+  return {size_t(T * B * I), size_t(B * H), size_t(3 * H * I), size_t(3 * H * H), size_t(3 * H), size_t(3 * H)};
+}
 
 // Values that float32 holds exactly, so that only the arithmetic differs between the types.
 Values random_values(size_t size, double scale, std::mt19937& random) {
@@ -118,23 +126,24 @@ std::vector<S> as(const Values& values) {
 }
 
 template <class S>
-bool check(const genkernels::Kernels& kernels, const Threads& threads, genkernels::DType dtype, const char* name,
-           double tolerance) {
+bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t cache, genkernels::DType dtype,
+           const char* name, double tolerance) {
   std::mt19937 random(1);
+  const auto size = sizes();
   Arguments arguments;
   std::vector<S> values[6], gradients[6];
   for (int i = 0; i < 6; ++i) {
-    arguments[i] = random_values(kSizes[i], 0.3, random);
+    arguments[i] = random_values(size[i], 0.3, random);
     values[i] = as<S>(arguments[i]);
-    gradients[i].assign(kSizes[i], S(NAN));
+    gradients[i].assign(size[i], S(NAN));
   }
   const Values grad_output = random_values(T * B * H, 1, random), grad_h_n = random_values(B * H, 1, random);
   const std::vector<S> from_output = as<S>(grad_output), from_h_n = as<S>(grad_h_n);
-  std::vector<S> output(T * B * H, S(NAN)), gates(T * B * 4 * H, S(NAN)), h_n(B * H, S(NAN));
+  std::vector<S> output(T * B * H, S(NAN)), h_n(B * H, S(NAN));
 
   Memory memory;
-  const genkernels::Runtime runtime{threads.count,           1 << 20,          threads.parallel,
-                                    std::this_thread::yield, Memory::allocate, &memory};
+  const genkernels::Runtime runtime{threads.count,    cache,  threads.parallel, std::this_thread::yield,
+                                    Memory::allocate, &memory};
   genkernels::Gru gru{};
   gru.dtype = dtype;
   gru.steps = T;
@@ -150,7 +159,7 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, genkernel
   gru.bias_ih = values[4].data();
   gru.bias_hh = values[5].data();
   gru.output = output.data();
-  gru.gates = gates.data();
+  gru.gates = Memory::allocate(&memory, size_t(T * B * 4 * H) * sizeof(S));  // of whole lines where H is
   kernels.gru_forward(gru, h_n.data(), runtime);
 
   genkernels::GruGradients grad{};
@@ -176,12 +185,12 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, genkernel
 
   // One argument moves at a time, in a random direction, so that no gradient hides behind another.
   for (int i = 0; i < 6; ++i) {
-    const Values direction = random_values(kSizes[i], 1, random);
+    const Values direction = random_values(size[i], 1, random);
     const double step = 1e-5;
     double loss[2];
     for (int side = 0; side < 2; ++side) {
       Arguments moved = arguments;
-      for (size_t k = 0; k < kSizes[i]; ++k) moved[i][k] += (side == 0 ? step : -step) * direction[k];
+      for (size_t k = 0; k < size[i]; ++k) moved[i][k] += (side == 0 ? step : -step) * direction[k];
       const Values out = plain_forward(moved);
       loss[side] = inner_product(out, grad_output) + inner_product({out.end() - B * H, out.end()}, grad_h_n);
     }
@@ -202,9 +211,13 @@ int main(int argc, char** argv) {
   for (const genkernels::Kernels* const* level = genkernels::supported_levels(); *level != nullptr; ++level) {
     if (argc > 1 && std::strcmp(argv[1], (*level)->level) != 0) continue;
     found = true;
-    for (const Threads& threads : kThreads) {
-      agrees &= check<float>(**level, threads, genkernels::DType::float32, "float32", 1e-5);
-      agrees &= check<double>(**level, threads, genkernels::DType::float64, "float64", 1e-7);
+    for (const Sizes& each : kSizes) {
+      T = each.T, B = each.B, I = each.I, H = each.H;
+      for (const Threads& threads : kThreads)
+        for (const int64_t cache : {kTiny, kUsual}) {
+          agrees &= check<float>(**level, threads, cache, genkernels::DType::float32, "float32", 1e-5);
+          agrees &= check<double>(**level, threads, cache, genkernels::DType::float64, "float64", 1e-7);
+        }
     }
   }
   if (!found) std::fprintf(stderr, "this CPU or this build has no level %s\n", argv[1]);
