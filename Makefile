@@ -33,9 +33,10 @@ bench: .venv/built .venv/installed  ## run the benchmarks and print the table
 bench-compare: .venv/built .venv/installed  ## compare this tree with another revision (BASE=main)
 	$(PY) -m benchmarks.compare --base "$(BASE)" $(ARGS)
 
-# Idle threads stop spinning early, so that they do not take the cores from the contestant whose turn it is.
+# Idle threads stop spinning after a few milliseconds, so that they do not take the cores from the contestant whose turn
+# it is. Asleep within a call they would be timed waking up: between a forward and a backward pass 100 us can go by.
 bench-gru: .venv/built .venv/installed  ## the GRU beside its peers and its bars (make peers; ARGS='--only B=16')
-	GOMP_SPINCOUNT=10000 $(PY) -m benchmarks.bars $(ARGS)
+	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.bars $(ARGS)
 
 peers: .venv-peers/installed  ## install the libraries the GRU is compared with, into .venv-peers
 

@@ -34,7 +34,7 @@ class BuildWorker(Worker):
             [sys.executable, "-m", "benchmarks.compare", "--serve", str(site)],
             # Unbound, a worker's threads can share one core for seconds; and threads that spin long
             # after their work would take the cores from the other worker's turn.
-            {"OMP_PROC_BIND": "true", "GOMP_SPINCOUNT": "10000"},
+            {"OMP_PROC_BIND": "true", "GOMP_SPINCOUNT": "100000"},
         )
         self.cases: list[str] = self.answer()
 

@@ -35,7 +35,7 @@ def build(case: Case) -> Contestant:
         # As for every worker on libgomp: bound threads, which spin for a moment and then sleep.
         # Asleep at every barrier they would cost a sequence several times its time.
         OMP_PROC_BIND="true",
-        GOMP_SPINCOUNT=10000,
+        GOMP_SPINCOUNT=100000,
     )
     library = load()
     version = library.gru_library_version()
