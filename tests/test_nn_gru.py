@@ -74,12 +74,12 @@ def run(
 def assert_same(theirs: nn.Module, ours: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Outputs and every gradient under the one rule, and the compiled kernel computed them.
 
-    Errors are the largest of sixteen draws of the parameters: the modules are small, and of a few
+    Errors are the largest of 64 draws of the parameters: the modules are small, and of a few
     elements alone PyTorch's error may be small by luck.
     """
     dtype = next(theirs.parameters()).dtype
     results: tuple[list[dict[str, Tensor]], ...] = ([], [], [])
-    for draw in range(16):
+    for draw in range(64):
         if draw > 0:
             torch.manual_seed(draw)
             with torch.no_grad():
