@@ -5,10 +5,11 @@ import torch  # noqa: F401  the extension finds libtorch_cpu because torch has l
 from . import nn, ops
 from .backend import empty_cache, explain, stats, use_backend
 from .nn.freeze import freeze, unfreeze
-from .ops import gru, gru_cell, linear
+from .ops import bidirectional_gru, gru, gru_cell, linear
 
 __all__ = [
     "__version__",
+    "bidirectional_gru",
     "empty_cache",
     "explain",
     "freeze",

@@ -83,4 +83,4 @@ def test_kernels_run_without_torch(build, level):
     assert result.returncode == 0, result.stdout + result.stderr
     lines = re.findall(r"^(\w+) +(\w+) ", result.stdout, re.MULTILINE)
     # Sizes, ways to share out the threads, caches.
-    assert lines == [(level, "float32"), (level, "float64")] * (2 * 5 * 2)
+    assert lines == [(level, "float32"), (level, "float64")] * (2 * 6 * 2)

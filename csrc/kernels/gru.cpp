@@ -389,46 +389,71 @@ GENKERNELS_INLINE void forward_run(const Gru& gru, const typename GateWeights<T>
       [&](int64_t i) GENKERNELS_LAMBDA { return state[i]; }, output, gates);
 }
 
-// Few rows: reading the weights, as they lie, is most of what they cost.
+// What the inputs or the states contribute to a row's gates r, z and n of a block of units.
+template <class T>
+using GateSums = Accumulator<T>[3][kLanes<Accumulator<T>>];
+
+// Few rows: reading the weights, as they lie, is most of what they cost. The inputs of several steps are multiplied
+// together, so that their weight is read once, where there is memory for them: [blocks][steps of rows begin to end].
 template <class T, class Finish>
 void forward_few_rows(const Sequence<T>& sequence, const GateWeights<T>& weights, int64_t begin, int64_t end,
-                      int64_t first_block, int64_t last_block, const Finish& finish) {
+                      int64_t first_block, int64_t last_block, GateSums<T>* from_inputs, const Finish& finish) {
   using A = Accumulator<T>;
+  using Sums = GateSums<T>;
   constexpr int kUnits = kLanes<A>;
   const Gru& gru = sequence.gru;
-  const int64_t H = gru.hidden_size;
-  for (int64_t s = 0; s < gru.steps; ++s) {
-    const int64_t t = sequence.time(s);
-    for (int64_t first = begin; first < smaller(end, sequence.size(t)); first += kDirectRows) {
-      const int64_t rows = smaller(kDirectRows, smaller(end, sequence.size(t)) - first);
-      const T *input[kDirectRows], *state[kDirectRows];
+  const int64_t H = gru.hidden_size, most = gru.steps * (end - begin);
+  const bool together = from_inputs != nullptr;
+  const auto multiply = [&](const T* weight, int64_t K, const auto& block, const T* const* x, int64_t rows, Sums* to) {
+    for (int gate = 0; gate < 3; ++gate)
+      multiply_units_of_rows(weight + (gate * H + block.first) * K, K, smaller(kUnits, H - block.first), x, rows,
+                             to[0][gate], 3 * kUnits);
+  };
+  const T* weight_ih = static_cast<const T*>(gru.weight_ih);
+  const T *input[kDirectRows], *state[kDirectRows];
+  if (together) {
+    int64_t rows = 0;
+    for (int64_t s = 0; s < gru.steps; ++s)
+      for (int64_t t = sequence.time(s), b = begin; b < smaller(end, sequence.size(t)); ++b)
+        input[rows++] = sequence.input(t, b)[0];
+    for (int64_t j = first_block; j < last_block; ++j)
+      multiply(weight_ih, gru.input_size, weights.block(j, 0), input, rows, from_inputs + (j - first_block) * most);
+  }
+  for (int64_t s = 0, done = 0; s < gru.steps; ++s) {
+    const int64_t t = sequence.time(s), size = smaller(end, sequence.size(t));
+    for (int64_t first = begin; first < size; first += kDirectRows) {
+      const int64_t rows = smaller(kDirectRows, size - first);
       for (int64_t b = 0; b < rows; ++b) {
         input[b] = sequence.input(t, first + b)[0];
         state[b] = sequence.state(t, first + b);
       }
       for (int64_t j = first_block; j < last_block; ++j) {
         const auto block = weights.block(j, 0);
-        A sums[kDirectRows][6][kUnits];  // r, z, n of the input, r, z, n of the state
-        for (int gate = 0; gate < 3; ++gate) {
-          const int64_t row = gate * H + block.first, units = smaller(kUnits, H - block.first);
-          const T* weight_ih = static_cast<const T*>(gru.weight_ih) + row * gru.input_size;
-          const T* weight_hh = static_cast<const T*>(gru.weight_hh) + row * H;
-          multiply_units_of_rows(weight_ih, gru.input_size, units, input, rows, sums[0][gate], 6 * kUnits);
-          multiply_units_of_rows(weight_hh, H, units, state, rows, sums[0][3 + gate], 6 * kUnits);
-        }
+        Sums of_step[kDirectRows], from_state[kDirectRows];
+        Sums* from_input = together ? from_inputs + (j - first_block) * most + done : of_step;
+        if (!together) multiply(weight_ih, gru.input_size, block, input, rows, from_input);
+        multiply(static_cast<const T*>(gru.weight_hh), H, block, state, rows, from_state);
         finish_all_rows<T>(
             block, H, rows,
             [&](int64_t b, int g) GENKERNELS_LAMBDA {
-              const auto& of = sums[b];
-              return g < 2 ? load(of[g]) + load(of[3 + g]) : load(of[g == 2 ? 2 : 5]);
+              return g < 2    ? load(from_input[b][g]) + load(from_state[b][g])
+                     : g == 2 ? load(from_input[b][2])
+                              : load(from_state[b][2]);
             },
             [&](int64_t b) GENKERNELS_LAMBDA { return state[b]; }, sequence.output(t, first)[0],
             gru.gates ? sequence.gates(t, first) : nullptr);
       }
+      done += rows;
     }
     finish(s);
   }
   finish_streams();
+}
+
+// Whether `columns` columns of the weights stay in the cache that each core has to itself.
+template <class T>
+bool weights_stay(const Gru& gru, const Runtime& runtime, int64_t columns) {
+  return 3 * gru.hidden_size * columns * int64_t(sizeof(Operand<T>)) <= runtime.cache / 4 * 3;
 }
 
 // How the time loop is shared out: by rows, which do not depend on each other, so that threads never wait; or by units,
@@ -437,8 +462,7 @@ void forward_few_rows(const Sequence<T>& sequence, const GateWeights<T>& weights
 template <class T>
 bool splits_units(const Gru& gru, const Runtime& runtime, int64_t blocks, int64_t columns) {
   if (gru.steps == 1) return true;  // each weight is packed by the thread that uses it, and nobody waits
-  const int64_t weights = 3 * gru.hidden_size * columns * int64_t(sizeof(Operand<T>));
-  const int64_t few = weights <= runtime.cache / 4 * 3 ? kFewRows : kFewRowsFarAway;
+  const int64_t few = weights_stay<T>(gru, runtime, columns) ? kFewRows : kFewRowsFarAway;
   return blocks >= runtime.threads && gru.batch < few * runtime.threads && runtime.threads > 1;
 }
 
@@ -489,8 +513,34 @@ void forward_steps(const Sequence<T>& sequence, const GateWeights<T>& weights, i
   finish_streams();
 }
 
-// Fewer rows than a tile: what the inputs contribute to the gates is computed for several steps together, in full
-// tiles, so that a step reads the states' weights alone.
+// Whether there are several steps of fewer rows than a tile.
+bool is_narrow(const Gru& gru) { return packs_weights(gru) && gru.steps > 1 && gru.batch < kTileRows; }
+
+// Whether two directions share the threads, half for each, instead of all running one direction and then the other, in
+// steps too short to meet after (measured: 1.03 to 1.5 times as fast). A core then reads a whole weight at each step.
+template <class T>
+bool runs_side_by_side(const Gru& gru, int64_t directions, const Runtime& runtime) {
+  return directions == 2 && is_narrow(gru) && weights_stay<T>(gru, runtime, gru.hidden_size);
+}
+
+// The threads' shares of each of several directions that run side by side.
+int64_t shares_of_direction(const Runtime& runtime, int64_t directions, int64_t most) {
+  return smaller(larger(runtime.threads / directions, 1), most);
+}
+
+// Calls body(direction, first, last) for shares [first, last) of each direction's `shares`, all at the same time.
+template <class Direction, size_t kDirections, class Body>
+void side_by_side(const Runtime& runtime, int64_t shares, Direction (&directions)[kDirections], const Body& body) {
+  parallel_ranges(runtime, int64_t(kDirections) * shares, [&](int64_t first, int64_t last) {
+    for (int64_t d = 0; d < int64_t(kDirections); ++d) {
+      const int64_t begin = larger(first - d * shares, 0), end = smaller(last - d * shares, shares);
+      if (begin < end) body(directions[d], begin, end);
+    }
+  });
+}
+
+// One direction of such a sequence: what its inputs contribute to the gates is computed for several steps together, in
+// full tiles, so that a step reads the states' weights alone.
 template <class T>
 struct NarrowForward {
   using E = Operand<T>;
@@ -499,29 +549,35 @@ struct NarrowForward {
   static constexpr int64_t kRows = 64;  // of steps taken together
   static constexpr int kUnits = kLanes<A>;
 
-  const Sequence<T>& sequence;
-  const GateWeights<T>& weights;
   const Gru& gru;
+  const Sequence<T> sequence;
+  const GateWeights<T> weights;
+  int64_t shares;
+  Barrier barrier;
   int64_t input_stride, state_stride;
-  E* inputs;       // [threads][kRows][input_stride]
-  E* states;       // [threads][kTileRows][state_stride]
+  E* inputs;       // [shares][kRows][input_stride]
+  E* states;       // [shares][kTileRows][state_stride]
   A* from_inputs;  // [blocks][kRows][3][kUnits]
 
-  NarrowForward(const Sequence<T>& s, const GateWeights<T>& w, int64_t threads, const Runtime& runtime)
-      : sequence(s),
-        weights(w),
-        gru(s.gru),
+  NarrowForward(const Gru& g, int64_t directions, const Runtime& runtime)
+      : gru(g),
+        sequence(g, runtime),
+        weights(g, runtime),
+        shares(shares_of_direction(runtime, directions, weights.blocks)),
+        barrier(runtime, shares),
         input_stride(staged_stride<E>(gru.input_size)),
         state_stride(staged_stride<E>(gru.hidden_size)),
-        inputs(allocate<E>(runtime, threads * kRows * input_stride)),
-        states(allocate<E>(runtime, threads * kTileRows * state_stride)),
-        from_inputs(allocate<A>(runtime, w.blocks * kRows * 3 * kUnits)) {}
+        inputs(allocate<E>(runtime, shares * kRows * input_stride)),
+        states(allocate<E>(runtime, shares * kTileRows * state_stride)),
+        from_inputs(allocate<A>(runtime, weights.blocks * kRows * 3 * kUnits)) {}
 
-  template <class Finish>
-  void steps(int64_t first_block, int64_t last_block, int64_t thread, const Finish& finish) const {
+  // Shares [first_share, last_share) of the blocks.
+  void steps(int64_t first_share, int64_t last_share) const {
+    const int64_t first_block = weights.blocks * first_share / shares,
+                  last_block = weights.blocks * last_share / shares;
     for (int64_t first = 0; first < gru.steps;) {
       int64_t last = first, rows = 0;
-      E* staged = inputs + thread * kRows * input_stride;
+      E* staged = inputs + first_share * kRows * input_stride;
       do {
         const int64_t t = sequence.time(last++), count = sequence.size(t);
         const Rows<const T> input = sequence.input(t, 0);
@@ -529,20 +585,20 @@ struct NarrowForward {
                     [&](int64_t i) { return input[i]; });
         rows += count;
       } while (last < gru.steps && rows + sequence.size(sequence.time(last)) <= kRows);
-      for (int64_t j = first_block; j < last_block; ++j) multiply_inputs(weights.block(j, thread), staged, rows);
+      for (int64_t j = first_block; j < last_block; ++j) multiply_inputs(weights.block(j, first_share), staged, rows);
       rows = 0;
       for (int64_t s = first; s < last; ++s) {
         const int64_t t = sequence.time(s), count = sequence.size(t);
-        E* staged_state = states + thread * kTileRows * state_stride;
+        E* staged_state = states + first_share * kTileRows * state_stride;
         stage<E, T>(staged_state, state_stride, count, gru.hidden_size,
                     [&](int64_t i) { return sequence.state(t, i); });
         for (int64_t j = first_block; j < last_block; ++j)
           for_last_rows<kTileRows - 1>(count, 0, [&]<int kCount>(int64_t) {
-            finish_step<kCount>(t, weights.block(j, thread), staged_state,
+            finish_step<kCount>(t, weights.block(j, first_share), staged_state,
                                 from_inputs + (j * kRows + rows) * 3 * kUnits);
           });
         rows += count;
-        finish(s);
+        if (s + 1 < gru.steps) barrier.wait(last_share - first_share, s + 1);
       }
       first = last;
     }
@@ -577,27 +633,41 @@ struct NarrowForward {
   }
 };
 
+// Each row's state after its last step.
 template <class T>
-void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
+void copy_last_states(const Sequence<T>& sequence) {
+  const Gru& gru = sequence.gru;
+  if (gru.h_n == nullptr) return;
+  const int64_t H = gru.hidden_size;
+  for (int64_t b = 0, t = gru.steps - 1; b < gru.batch; ++b) {
+    while (!gru.reverse && sequence.size(t) <= b) --t;
+    __builtin_memcpy(static_cast<T*>(gru.h_n) + b * H, sequence.output(gru.reverse ? 0 : t, b)[0],
+                     size_t(H) * sizeof(T));
+  }
+}
+
+template <class T, size_t kDirections>
+void forward_side_by_side(const NarrowForward<T> (&directions)[kDirections], const Runtime& runtime) {
+  side_by_side(runtime, directions[0].shares, directions,
+               [](const NarrowForward<T>& direction, int64_t first, int64_t last) { direction.steps(first, last); });
+  for (const NarrowForward<T>& direction : directions) copy_last_states(direction.sequence);
+}
+
+template <class T>
+void forward(const Gru& gru, const Runtime& runtime) {
   using E = Operand<T>;
   const Sequence<T> sequence(gru, runtime);
   const GateWeights<T> weights(gru, runtime);
   const int64_t H = gru.hidden_size, B = gru.batch;
   const int64_t row_scratch = staged_stride<E>(gru.input_size) + staged_stride<E>(H);
-  if (packs_weights(gru) && gru.steps > 1 && B < kTileRows) {
-    const int64_t shares = smaller(runtime.threads, weights.blocks);
-    const Barrier barrier(runtime, shares);
-    const NarrowForward<T> narrow(sequence, weights, shares, runtime);
-    parallel_ranges(runtime, shares, [&](int64_t first, int64_t last) {
-      narrow.steps(weights.blocks * first / shares, weights.blocks * last / shares, first, [&](int64_t s) {
-        if (s + 1 < gru.steps) barrier.wait(last - first, s + 1);
-      });
-    });
-  } else if (!packs_weights(gru) && weights.blocks < runtime.threads) {
+  const bool together = !packs_weights(gru) && gru.steps > 1 && gru.steps * B <= kDirectRows;
+  GateSums<T>* from_inputs = together ? allocate<GateSums<T>>(runtime, weights.blocks * gru.steps * B) : nullptr;
+  if (!packs_weights(gru) && weights.blocks < runtime.threads) {
     const int64_t shares = row_shares(gru, runtime);
     parallel(runtime, shares, [&](int64_t i) {
-      forward_few_rows(sequence, weights, sequence.share(i, shares), sequence.share(i + 1, shares), 0, weights.blocks,
-                       [](int64_t) {});
+      const int64_t begin = sequence.share(i, shares), end = sequence.share(i + 1, shares);
+      forward_few_rows(sequence, weights, begin, end, 0, weights.blocks,
+                       from_inputs ? from_inputs + weights.blocks * gru.steps * begin : nullptr, [](int64_t) {});
     });
   } else if (!packs_weights(gru) || splits_units<T>(gru, runtime, weights.blocks, gru.input_size + H)) {
     const int64_t shares = smaller(runtime.threads, weights.blocks);
@@ -608,7 +678,9 @@ void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
       const auto finish = [&](int64_t s) {
         if (s + 1 < gru.steps) barrier.wait(last - first, s + 1);
       };
-      if (!packs_weights(gru)) return forward_few_rows(sequence, weights, 0, B, first_block, last_block, finish);
+      if (!packs_weights(gru))
+        return forward_few_rows(sequence, weights, 0, B, first_block, last_block,
+                                from_inputs ? from_inputs + first_block * gru.steps * B : nullptr, finish);
       forward_steps(sequence, weights, 0, B, first_block, last_block, first, scratch + first * B * row_scratch, finish);
     });
   } else {
@@ -619,11 +691,19 @@ void forward(const Gru& gru, T* h_n, const Runtime& runtime) {
       forward_steps(sequence, weights, begin, end, 0, weights.blocks, i, scratch + begin * row_scratch, [](int64_t) {});
     });
   }
-  if (h_n == nullptr) return;
-  for (int64_t b = 0, t = gru.steps - 1; b < gru.batch; ++b) {
-    while (!gru.reverse && sequence.size(t) <= b) --t;
-    __builtin_memcpy(h_n + b * H, sequence.output(gru.reverse ? 0 : t, b)[0], size_t(H) * sizeof(T));
-  }
+  copy_last_states(sequence);
+}
+
+// Directions that read one input.
+template <class T>
+void forward(const Gru* gru, int64_t directions, const Runtime& runtime) {
+  if (runs_side_by_side<T>(gru[0], directions, runtime))
+    return forward_side_by_side<T, 2>({{gru[0], 2, runtime}, {gru[1], 2, runtime}}, runtime);
+  for (int64_t d = 0; d < directions; ++d)
+    if (is_narrow(gru[d]))
+      forward_side_by_side<T, 1>({{gru[d], 1, runtime}}, runtime);
+    else
+      forward<T>(gru[d], runtime);
 }
 
 // A weight [3H, N] as the right operand of a product with K = 3H, its rows taken in the order of the gradient's
@@ -777,11 +857,13 @@ struct Backward {
         I(g.input_size),
         H(g.hidden_size),
         delta_stride(staged_stride<E>(4 * g.hidden_size)),
-        block_rows(is_step() ? g.batch : larger(kBlockRows, g.batch)),
-        delta(is_step() ? nullptr : allocate<E>(r, block_rows * delta_stride)),
-        step_delta(is_step() ? allocate<A>(r, g.batch * delta_stride) : nullptr),
+        block_rows(is_step(g) ? g.batch : larger(kBlockRows, g.batch)),
+        delta(is_step(g) ? nullptr : allocate<E>(r, block_rows * delta_stride)),
+        step_delta(is_step(g) ? allocate<A>(r, g.batch * delta_stride) : nullptr),
         carry(allocate<A>(r, g.batch * g.hidden_size)),
         recomputed{{g, true}, nullptr, nullptr, nullptr} {
+    for (int64_t i = 0; i < gru.batch * H; ++i)
+      carry[i] = grad.grad_h_n ? as<A>(static_cast<const T*>(grad.grad_h_n)[i]) : A(0);
     if (gru.gates != nullptr) return;
     recomputed.weights.pack_at(allocate<char>(r, recomputed.weights.bytes()), r);
     recomputed.inputs = allocate<E>(r, block_rows * staged_stride<E>(I));
@@ -840,8 +922,7 @@ struct Backward {
     });
   }
 
-  bool is_step() const { return gru.steps == 1 && gru.batch <= kDirectRows && !packs_weights(gru); }
-  bool is_narrow() const { return gru.batch < kTileRows; }
+  static bool is_step(const Gru& gru) { return gru.steps == 1 && gru.batch <= kDirectRows && !packs_weights(gru); }
 
   // Steps [first, last), the last one first, of rows [begin, end) and the units of panels [first_panel, last_panel) of
   // `weight_hh`. The product reads delta of all units: meet(s) returns when step s has them all.
@@ -857,8 +938,8 @@ struct Backward {
       for (int64_t i = 0; i < rows; ++i)
         delta_row(t, begin + i, base, first_unit, last_unit, rows_delta + i * delta_stride);
       meet(s);
-      multiply_rows(weight_hh, thread, {rows_delta + H, delta_stride}, rows, first_panel, last_panel, is_narrow(),
-                    [&](int64_t i, int64_t column, int count, Vector<A> sum) {
+      multiply_rows(weight_hh, thread, {rows_delta + H, delta_stride}, rows, first_panel, last_panel,
+                    gru.batch < kTileRows, [&](int64_t i, int64_t column, int count, Vector<A> sum) {
                       A* to = carry + (begin + i) * H + column;
                       store(to, load(to, count) + sum, count);
                     });
@@ -871,6 +952,7 @@ struct Backward {
   // One step of few rows: all gradients follow from delta at once, and nothing is packed.
   void run_step() const {
     constexpr int64_t kUnits = kLanes<A>;
+    if (recomputed.gates != nullptr) compute_gates(0, gru.batch);
     for (int64_t b = 0; b < gru.batch; ++b) delta_row(0, b, 0, 0, H, step_delta + b * delta_stride);
     const T *input[kDirectRows], *state[kDirectRows];
     for (int64_t b = 0; b < gru.batch; ++b) {
@@ -985,48 +1067,6 @@ struct Backward {
     A *weight_ih, *weight_hh;  // [3H, I], [3H, H]
     double* bias;              // [4H]: n, r, z, hn. Sums over all rows of all steps: double costs one add in I + H
   };
-
-  void run() {
-    const int64_t panels = Columns<E>(H).panels;
-    const bool is_split_by_units = is_narrow() || splits_units<T>(gru, runtime, panels, H);
-    const int64_t shares = is_split_by_units ? smaller(runtime.threads, panels) : row_shares(gru, runtime);
-    for (int64_t i = 0; i < gru.batch * H; ++i)
-      carry[i] = grad.grad_h_n ? as<A>(static_cast<const T*>(grad.grad_h_n)[i]) : A(0);
-    if (is_step()) {
-      if (recomputed.gates != nullptr) compute_gates(0, gru.batch);
-      return run_step();
-    }
-    const BackwardWeight<T> weight_hh(gru, gru.weight_hh, H, false, runtime);
-    // A GRU whose input needs no gradient packs nothing for it.
-    const BackwardWeight<T> weight_ih(gru, gru.weight_ih, grad.grad_input ? I : 0, true, runtime);
-    WeightGradients sums = prepare_weight_gradients();
-    bool is_first_block = true;
-    for (int64_t last = gru.steps; last > 0;) {
-      int64_t first = last, rows = 0;
-      while (first > 0 && (first == last || rows + sequence.size(sequence.time(first - 1)) <= block_rows))
-        rows += sequence.size(sequence.time(--first));
-      const int64_t base = smaller(sequence.offset(sequence.time(first)), sequence.offset(sequence.time(last - 1)));
-      if (recomputed.gates != nullptr) compute_gates(base, rows);
-      if (is_split_by_units) {
-        const Barrier barrier(runtime, shares);
-        parallel_ranges(runtime, shares, [&](int64_t i, int64_t end) {
-          steps(first, last, base, weight_hh, 0, gru.batch, panels * i / shares, panels * end / shares, i,
-                [&](int64_t s) { barrier.wait(end - i, last - s); });
-        });
-      } else {
-        parallel(runtime, shares, [&](int64_t i) {
-          steps(first, last, base, weight_hh, sequence.share(i, shares), sequence.share(i + 1, shares), 0, panels, i,
-                [](int64_t) {});
-        });
-      }
-      if (grad.grad_input) input_gradient(base, rows, weight_ih);
-      if (grad.needs_weights) weight_gradients(sums, base, rows, is_first_block);
-      is_first_block = false;
-      last = first;
-    }
-    for (int64_t i = 0; i < gru.batch * H; ++i) narrow(static_cast<T*>(grad.grad_hx) + i, carry[i]);
-    if (grad.needs_weights) finish_weight_gradients(sums);
-  }
 
   // Shared out by rows, or by panels where there are few rows.
   void input_gradient(int64_t base, int64_t rows, const BackwardWeight<T>& weight_ih) const {
@@ -1181,6 +1221,98 @@ struct Backward {
   static void narrow(T* to, A value) { store(to, broadcast(value), 1); }
 };
 
+// The way back through a sequence, block by block.
+template <class T>
+struct BackwardBlocks {
+  Backward<T> pass;
+  const Sequence<T>& sequence;
+  const BackwardWeight<T> weight_hh, weight_ih;
+  typename Backward<T>::WeightGradients sums;
+  int64_t panels;
+  bool is_split_by_units;
+  int64_t shares;
+  Barrier barrier;
+  int64_t first, last;         // steps of the block
+  int64_t base = 0, rows = 0;  // and its rows
+
+  BackwardBlocks(const Gru& gru, const GruGradients& grad, int64_t directions, const Runtime& runtime)
+      : pass(gru, grad, runtime),
+        sequence(pass.sequence),
+        weight_hh(gru, gru.weight_hh, gru.hidden_size, false, runtime),
+        // A GRU whose input needs no gradient packs nothing for it.
+        weight_ih(gru, gru.weight_ih, grad.grad_input ? gru.input_size : 0, true, runtime),
+        sums(pass.prepare_weight_gradients()),
+        panels(weight_hh.columns.panels),
+        is_split_by_units(gru.batch < kTileRows || splits_units<T>(gru, runtime, panels, gru.hidden_size)),
+        shares(is_split_by_units ? shares_of_direction(runtime, directions, panels) : row_shares(gru, runtime)),
+        barrier(runtime, shares),
+        first(gru.steps),
+        last(gru.steps) {}
+
+  bool has_more() const { return first > 0; }
+
+  void take_block() {
+    last = first;
+    rows = 0;
+    barrier.restart();
+    if (last == 0) return;  // a packed sequence may have more blocks in the other direction
+    while (first > 0 && (first == last || rows + sequence.size(sequence.time(first - 1)) <= pass.block_rows))
+      rows += sequence.size(sequence.time(--first));
+    base = smaller(sequence.offset(sequence.time(first)), sequence.offset(sequence.time(last - 1)));
+    if (pass.recomputed.gates != nullptr) pass.compute_gates(base, rows);
+  }
+
+  // Shares [begin, end) of the block's time loop.
+  void run_steps(int64_t begin, int64_t end) const {
+    if (is_split_by_units)
+      return pass.steps(first, last, base, weight_hh, 0, pass.gru.batch, panels * begin / shares, panels * end / shares,
+                        begin, [&](int64_t s) { barrier.wait(end - begin, last - s); });
+    for (int64_t i = begin; i < end; ++i)
+      pass.steps(first, last, base, weight_hh, sequence.share(i, shares), sequence.share(i + 1, shares), 0, panels, i,
+                 [](int64_t) {});
+  }
+
+  void finish_block() const {
+    if (first == last) return;
+    if (pass.grad.grad_input) pass.input_gradient(base, rows, weight_ih);
+    if (pass.grad.needs_weights) pass.weight_gradients(sums, base, rows, last == pass.gru.steps);
+  }
+
+  void finish() const {
+    const int64_t count = pass.gru.batch * pass.H;
+    for (int64_t i = 0; i < count; ++i) pass.narrow(static_cast<T*>(pass.grad.grad_hx) + i, pass.carry[i]);
+    if (pass.grad.needs_weights) pass.finish_weight_gradients(sums);
+  }
+};
+
+template <class T, size_t kDirections>
+void backward_side_by_side(BackwardBlocks<T> (&&directions)[kDirections], const Runtime& runtime) {
+  const auto has_more = [&] {
+    bool any = false;
+    for (const auto& each : directions) any = any || each.has_more();
+    return any;
+  };
+  while (has_more()) {
+    for (auto& each : directions) each.take_block();
+    side_by_side(runtime, directions[0].shares, directions,
+                 [](const BackwardBlocks<T>& each, int64_t begin, int64_t end) { each.run_steps(begin, end); });
+    for (const auto& each : directions) each.finish_block();
+  }
+  for (const auto& each : directions) each.finish();
+}
+
+// Directions that read one input.
+template <class T>
+void backward(const Gru* gru, const GruGradients* grad, int64_t directions, const Runtime& runtime) {
+  if (runs_side_by_side<T>(gru[0], directions, runtime))
+    return backward_side_by_side<T, 2>({{gru[0], grad[0], 2, runtime}, {gru[1], grad[1], 2, runtime}}, runtime);
+  for (int64_t d = 0; d < directions; ++d)
+    if (Backward<T>::is_step(gru[d]))
+      Backward<T>(gru[d], grad[d], runtime).run_step();
+    else
+      backward_side_by_side<T, 1>({{gru[d], grad[d], 1, runtime}}, runtime);
+}
+
 }  // namespace
 
 int64_t gru_packed_size(const Gru& gru) {
@@ -1200,19 +1332,19 @@ void gru_pack(const Gru& gru, void* packed, const Runtime& runtime) {
   }
 }
 
-void gru_forward(const Gru& gru, void* h_n, const Runtime& runtime) {
-  switch (gru.dtype) {
-    case DType::float32: return forward(gru, static_cast<float*>(h_n), runtime);
-    case DType::float64: return forward(gru, static_cast<double*>(h_n), runtime);
-    case DType::bfloat16: return forward(gru, static_cast<bfloat16*>(h_n), runtime);
+void gru_forward(const Gru* gru, int64_t directions, const Runtime& runtime) {
+  switch (gru->dtype) {
+    case DType::float32: return forward<float>(gru, directions, runtime);
+    case DType::float64: return forward<double>(gru, directions, runtime);
+    case DType::bfloat16: return forward<bfloat16>(gru, directions, runtime);
   }
 }
 
-void gru_backward(const Gru& gru, const GruGradients& grad, const Runtime& runtime) {
-  switch (gru.dtype) {
-    case DType::float32: return Backward<float>(gru, grad, runtime).run();
-    case DType::float64: return Backward<double>(gru, grad, runtime).run();
-    case DType::bfloat16: return Backward<bfloat16>(gru, grad, runtime).run();
+void gru_backward(const Gru* gru, const GruGradients* grad, int64_t directions, const Runtime& runtime) {
+  switch (gru->dtype) {
+    case DType::float32: return backward<float>(gru, grad, directions, runtime);
+    case DType::float64: return backward<double>(gru, grad, directions, runtime);
+    case DType::bfloat16: return backward<bfloat16>(gru, grad, directions, runtime);
   }
 }
 

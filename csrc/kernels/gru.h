@@ -1,4 +1,4 @@
-// Gated recurrent unit over a sequence, one layer and one direction, in PyTorch's formulation (torch.nn.GRU):
+// Gated recurrent unit over a sequence, one layer, one or two directions, in PyTorch's formulation (torch.nn.GRU):
 //   r = sigmoid(W_ir x + b_ir + W_hr h + b_hr)      z = sigmoid(W_iz x + b_iz + W_hz h + b_hz)
 //   n = tanh(W_in x + b_in + r (W_hn h + b_hn))     h' = (1 - z) n + z h
 // Plain pointers and structs only: this header is what crosses from one SIMD level's code to another's.
@@ -22,6 +22,7 @@ struct Gru {
   const void *weight_ih, *weight_hh;  // [3H, I], [3H, H], gates r, z, n
   const void *bias_ih, *bias_hh;      // [3H], or both null
   void* output;                       // [T, B, H] or [sum(batch_sizes), H]
+  void* h_n;                          // [B, H], each row's state after its last step, or null
   // r, z, n, W_hn h + b_hn of each row: [.., 4, H]. Null if nothing is saved; the backward pass then computes them
   // anew.
   void* gates;
@@ -42,10 +43,10 @@ struct GruGradients {
 
 }  // namespace genkernels
 
-#define GENKERNELS_DECLARE_GRU(level)                                                  \
-  namespace genkernels::level {                                                        \
-  int64_t gru_packed_size(const Gru& gru);                                             \
-  void gru_pack(const Gru& gru, void* packed, const Runtime& runtime);                 \
-  void gru_forward(const Gru& gru, void* h_n, const Runtime& runtime);                 \
-  void gru_backward(const Gru& gru, const GruGradients& grad, const Runtime& runtime); \
+#define GENKERNELS_DECLARE_GRU(level)                                                                      \
+  namespace genkernels::level {                                                                            \
+  int64_t gru_packed_size(const Gru& gru);                                                                 \
+  void gru_pack(const Gru& gru, void* packed, const Runtime& runtime);                                     \
+  void gru_forward(const Gru* gru, int64_t directions, const Runtime& runtime);                            \
+  void gru_backward(const Gru* gru, const GruGradients* grad, int64_t directions, const Runtime& runtime); \
   }

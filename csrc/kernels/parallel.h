@@ -34,8 +34,11 @@ class Barrier {
  public:
   Barrier(const Runtime& runtime, int64_t members)
       : runtime_(runtime), members_(members), arrived_(allocate<int64_t>(runtime, 1)) {
-    *arrived_ = 0;
+    restart();
   }
+
+  // Before members meet in another parallel_ranges, whose ranges may be others.
+  void restart() const { *arrived_ = 0; }
 
   // Returns when all members have arrived `round` times, this range's `count` members now for the round-th time.
   void wait(int64_t count, int64_t round) const {

@@ -1,10 +1,13 @@
-// genkernels::gru_forward, gru_backward and their one-step forms gru_cell_forward, gru_cell_backward.
-// Schemas and their meaning: genkernels/ops/gru.py.
+// genkernels::gru_forward and gru_backward, the same of both directions, bidirectional_gru_forward and
+// bidirectional_gru_backward, and of one step, gru_cell_forward and gru_cell_backward. Schemas and their meaning:
+// genkernels/ops/gru.py.
 #include <torch/csrc/stable/library.h>
 
 #include <cstddef>
 #include <cstring>
+#include <iterator>
 #include <tuple>
+#include <utility>
 
 #include "../dispatch.h"
 #include "checks.h"
@@ -17,7 +20,8 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-using GradientsAndStates = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using GradientsAndStates = decltype(std::tuple_cat(Gradients(), std::tuple<Tensor>()));
+using BothGradients = decltype(std::tuple_cat(Gradients(), Gradients()));
 
 // The checked, contiguous arguments of a call, alive as long as the kernel reads them.
 struct Arguments {
@@ -109,70 +113,102 @@ struct Arguments {
   }
 };
 
-std::tuple<Tensor, Tensor> run_forward(Arguments& arguments, Tensor output, Tensor* h_n, bool save_gates) {
-  Gru& gru = arguments.gru;
-  Tensor gates = save_gates ? arguments.new_rows(4 * gru.hidden_size) : new_tensor(arguments.input, {0});
-  gru.output = output.mutable_data_ptr();
-  gru.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
-  CallRuntime runtime(arguments.operations);
-  kernels().gru_forward(gru, h_n ? h_n->mutable_data_ptr() : nullptr, runtime.get());
-  return {output, gates};
+// A forward call's results: h_n not of one step.
+struct Forward {
+  Arguments arguments;
+  Tensor output, h_n, gates;
+
+  Forward(Arguments&& of, bool is_step, bool save_gates)
+      : arguments(std::move(of)),
+        output(arguments.new_output()),
+        h_n(is_step ? arguments.hx : new_tensor(arguments.hx, {arguments.gru.batch, arguments.gru.hidden_size})),
+        gates(save_gates ? arguments.new_rows(4 * arguments.gru.hidden_size) : new_tensor(arguments.input, {0})) {
+    Gru& gru = arguments.gru;
+    gru.output = output.mutable_data_ptr();
+    gru.h_n = is_step ? nullptr : h_n.mutable_data_ptr();
+    gru.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
+  }
+};
+
+// A backward call's checked arguments and its results.
+struct Backward {
+  Arguments arguments;
+  OptionalTensor grad_output, grad_h_n;
+  Tensor output, gates;
+  GruGradients grad{};
+  Tensor grad_input, grad_hx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh, grad_states;
+
+  Backward(Arguments&& of, const OptionalTensor& grad_output_, const OptionalTensor& grad_h_n_, const Tensor& output_,
+           const Tensor& gates_, bool input_grad, bool weight_grad, bool states_grad)
+      : arguments(std::move(of)),
+        grad_output(grad_output_ ? OptionalTensor(with_contiguous_rows(*grad_output_)) : std::nullopt),
+        grad_h_n(as_contiguous(grad_h_n_)),
+        output(as_contiguous(output_)),
+        gates(as_contiguous(gates_)),
+        grad_input(input_grad ? arguments.new_rows(arguments.gru.input_size) : none()),
+        grad_hx(new_tensor(arguments.input, {arguments.gru.batch, arguments.gru.hidden_size})),
+        grad_weight_ih(weight_grad ? new_kept(arguments.input, {3 * H(), arguments.gru.input_size}) : none()),
+        grad_weight_hh(weight_grad ? new_kept(arguments.input, {3 * H(), H()}) : none()),
+        grad_bias_ih(weight_grad && arguments.bias_ih ? new_kept(arguments.input, {3 * H()}) : none()),
+        grad_bias_hh(weight_grad && arguments.bias_ih ? new_kept(arguments.input, {3 * H()}) : none()),
+        grad_states(states_grad ? arguments.new_rows(H()) : none()) {
+    Gru& gru = arguments.gru;
+    const bool has_gates = gates.numel() > 0;
+    check_rows("output", output, H());
+    if (has_gates) check_rows("gates", gates, 4 * H());
+    if (grad_output) {
+      check_rows("grad_output", *grad_output, H());
+      grad.grad_output = grad_output->const_data_ptr();
+      grad.grad_output_stride_t = grad_output->stride(0);
+      grad.grad_output_stride_b = grad_output->stride(grad_output->dim() - 2);
+    }
+    if (grad_h_n) {
+      check_like("grad_h_n", *grad_h_n, arguments.input);
+      check_shape("grad_h_n", *grad_h_n, {gru.batch, H()});
+      grad.grad_h_n = grad_h_n->const_data_ptr();
+    }
+    gru.output = const_cast<void*>(output.const_data_ptr());
+    gru.gates = has_gates ? const_cast<void*>(gates.const_data_ptr()) : nullptr;
+    const auto data_if = [](bool is_wanted, Tensor& of) { return is_wanted ? of.mutable_data_ptr() : nullptr; };
+    grad.grad_input = data_if(input_grad, grad_input);
+    grad.grad_hx = grad_hx.mutable_data_ptr();
+    grad.grad_states = data_if(states_grad, grad_states);
+    grad.needs_weights = weight_grad;
+    grad.grad_weight_ih = data_if(weight_grad, grad_weight_ih);
+    grad.grad_weight_hh = data_if(weight_grad, grad_weight_hh);
+    grad.grad_bias_ih = data_if(weight_grad && arguments.bias_ih, grad_bias_ih);
+    grad.grad_bias_hh = data_if(weight_grad && arguments.bias_ih, grad_bias_hh);
+  }
+
+  Gradients gradients() const {
+    return {grad_input, grad_hx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh};
+  }
+
+ private:
+  int64_t H() const { return arguments.gru.hidden_size; }
+  Tensor none() const { return new_tensor(arguments.input, {0}); }
+  void check_rows(const char* name, const Tensor& tensor, int64_t columns) const {
+    check_like(name, tensor, arguments.input);
+    if (arguments.input.dim() == 2)
+      check_shape(name, tensor, {arguments.input.size(0), columns});
+    else
+      check_shape(name, tensor, {arguments.gru.steps, arguments.gru.batch, columns});
+  }
+};
+
+template <class... Directions>
+void run(Forward& first, Directions&... others) {
+  const Gru gru[] = {first.arguments.gru, others.arguments.gru...};
+  CallRuntime runtime((first.arguments.operations + ... + others.arguments.operations));
+  kernels().gru_forward(gru, std::size(gru), runtime.get());
 }
 
-Gradients run_backward(Arguments& arguments, const OptionalTensor& grad_output_, const OptionalTensor& grad_h_n_,
-                       const Tensor& output, const Tensor& gates_, bool input_grad, bool weight_grad,
-                       Tensor* grad_states) {
-  Gru& gru = arguments.gru;
-  const Tensor& input = arguments.input;
-  const int64_t I = gru.input_size, H = gru.hidden_size;
-  const OptionalTensor grad_output = grad_output_ ? OptionalTensor(with_contiguous_rows(*grad_output_)) : std::nullopt;
-  const OptionalTensor grad_h_n = as_contiguous(grad_h_n_);
-  const Tensor saved_output = as_contiguous(output), gates = as_contiguous(gates_);
-  const int64_t rows = input.dim() == 2 ? input.size(0) : gru.steps * gru.batch;
-  const bool has_gates = gates.numel() > 0;
-  for (const auto& [name, tensor, columns] :
-       {std::tuple{"output", &saved_output, H},
-        std::tuple{"gates", has_gates ? &gates : &saved_output, has_gates ? 4 * H : H},
-        std::tuple{"grad_output", grad_output ? &*grad_output : &saved_output, H}}) {
-    check_like(name, *tensor, input);
-    if (input.dim() == 2)
-      check_shape(name, *tensor, {rows, columns});
-    else
-      check_shape(name, *tensor, {gru.steps, gru.batch, columns});
-  }
-  GruGradients grad{};
-  if (grad_output) {
-    grad.grad_output = grad_output->const_data_ptr();
-    grad.grad_output_stride_t = grad_output->stride(0);
-    grad.grad_output_stride_b = grad_output->stride(grad_output->dim() - 2);
-  }
-  if (grad_h_n) {
-    check_like("grad_h_n", *grad_h_n, input);
-    check_shape("grad_h_n", *grad_h_n, {gru.batch, H});
-    grad.grad_h_n = grad_h_n->const_data_ptr();
-  }
-  gru.output = const_cast<void*>(saved_output.const_data_ptr());
-  gru.gates = has_gates ? const_cast<void*>(gates.const_data_ptr()) : nullptr;
-
-  const auto weight = [&](std::initializer_list<int64_t> shape, bool needed, void*& to) {
-    Tensor gradient = needed ? new_kept(input, shape) : new_tensor(input, {0});
-    to = needed ? gradient.mutable_data_ptr() : nullptr;
-    return gradient;
-  };
-  Tensor grad_hx = new_tensor(input, {gru.batch, H});
-  grad.grad_hx = grad_hx.mutable_data_ptr();
-  grad.grad_states = grad_states ? grad_states->mutable_data_ptr() : nullptr;
-  Tensor grad_input = input_grad ? arguments.new_rows(I) : new_tensor(input, {0});
-  grad.grad_input = input_grad ? grad_input.mutable_data_ptr() : nullptr;
-  grad.needs_weights = weight_grad;
-  const bool bias_grad = weight_grad && arguments.bias_ih;
-  Tensor grad_weight_ih = weight({3 * H, I}, weight_grad, grad.grad_weight_ih);
-  Tensor grad_weight_hh = weight({3 * H, H}, weight_grad, grad.grad_weight_hh);
-  Tensor grad_bias_ih = weight({3 * H}, bias_grad, grad.grad_bias_ih);
-  Tensor grad_bias_hh = weight({3 * H}, bias_grad, grad.grad_bias_hh);
-  CallRuntime runtime(2 * arguments.operations);
-  kernels().gru_backward(gru, grad, runtime.get());
-  return {grad_input, grad_hx, grad_weight_ih, grad_weight_hh, grad_bias_ih, grad_bias_hh};
+template <class... Directions>
+void run(Backward& first, Directions&... others) {
+  const Gru gru[] = {first.arguments.gru, others.arguments.gru...};
+  const GruGradients grad[] = {first.grad, others.grad...};
+  CallRuntime runtime(2 * (first.arguments.operations + ... + others.arguments.operations));
+  kernels().gru_backward(gru, grad, std::size(gru), runtime.get());
 }
 
 // What packed weights begin with: how they lie depends on the SIMD level, which may change.
@@ -216,7 +252,13 @@ Tensor gru_pack(Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih, Opti
   return packed;
 }
 
+// Directions of one call have the same sizes.
+void check_directions(const Arguments& first, const Arguments& second) {
+  check_shape("hx_reverse", second.hx, {first.gru.batch, first.gru.hidden_size});
+}
+
 CallCounter forward_calls("gru_forward"), backward_calls("gru_backward");
+CallCounter both_forward_calls("bidirectional_gru_forward"), both_backward_calls("bidirectional_gru_backward");
 CallCounter cell_forward_calls("gru_cell_forward"), cell_backward_calls("gru_cell_backward");
 
 std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh,
@@ -226,9 +268,9 @@ std::tuple<Tensor, Tensor, Tensor> gru_forward(Tensor input, Tensor hx, Tensor w
   Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, false);
   arguments.gru.packed = packed_data(packed, arguments.gru);
   ++forward_calls.calls;
-  Tensor h_n = new_tensor(hx, {arguments.gru.batch, arguments.gru.hidden_size});
-  const auto [output, gates] = run_forward(arguments, arguments.new_output(), &h_n, save_gates);
-  return {output, h_n, gates};
+  Forward call(std::move(arguments), false, save_gates);
+  run(call);
+  return {call.output, call.h_n, call.gates};
 }
 
 GradientsAndStates gru_backward(OptionalTensor grad_output, OptionalTensor grad_h_n, Tensor input, Tensor hx,
@@ -237,10 +279,46 @@ GradientsAndStates gru_backward(OptionalTensor grad_output, OptionalTensor grad_
                                 bool reverse, bool input_grad, bool weight_grad, bool states_grad) {
   Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, resets, reverse, false);
   ++backward_calls.calls;
-  Tensor grad_states = states_grad ? arguments.new_rows(arguments.gru.hidden_size) : new_tensor(arguments.input, {0});
-  return std::tuple_cat(run_backward(arguments, grad_output, grad_h_n, output, gates, input_grad, weight_grad,
-                                     states_grad ? &grad_states : nullptr),
-                        std::tuple(grad_states));
+  Backward call(std::move(arguments), grad_output, grad_h_n, output, gates, input_grad, weight_grad, states_grad);
+  run(call);
+  return std::tuple_cat(call.gradients(), std::tuple(call.grad_states));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bidirectional_gru_forward(
+    Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh, OptionalTensor bias_ih, OptionalTensor bias_hh,
+    Tensor hx_reverse, Tensor weight_ih_reverse, Tensor weight_hh_reverse, OptionalTensor bias_ih_reverse,
+    OptionalTensor bias_hh_reverse, OptionalTensor batch_sizes, bool save_gates, OptionalTensor packed,
+    OptionalTensor packed_reverse) {
+  Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, {}, false, false);
+  Arguments reverse(input, hx_reverse, weight_ih_reverse, weight_hh_reverse, bias_ih_reverse, bias_hh_reverse,
+                    batch_sizes, {}, true, false);
+  check_directions(arguments, reverse);
+  arguments.gru.packed = packed_data(packed, arguments.gru);
+  reverse.gru.packed = packed_data(packed_reverse, reverse.gru);
+  ++both_forward_calls.calls;
+  Forward calls[] = {{std::move(arguments), false, save_gates}, {std::move(reverse), false, save_gates}};
+  run(calls[0], calls[1]);
+  return {calls[0].output, calls[0].h_n, calls[0].gates, calls[1].output, calls[1].h_n, calls[1].gates};
+}
+
+BothGradients bidirectional_gru_backward(OptionalTensor grad_output, OptionalTensor grad_h_n,
+                                         OptionalTensor grad_output_reverse, OptionalTensor grad_h_n_reverse,
+                                         Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh,
+                                         OptionalTensor bias_ih, OptionalTensor bias_hh, Tensor hx_reverse,
+                                         Tensor weight_ih_reverse, Tensor weight_hh_reverse,
+                                         OptionalTensor bias_ih_reverse, OptionalTensor bias_hh_reverse, Tensor output,
+                                         Tensor gates, Tensor output_reverse, Tensor gates_reverse,
+                                         OptionalTensor batch_sizes, bool input_grad, bool weight_grad) {
+  Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, {}, false, false);
+  Arguments reverse(input, hx_reverse, weight_ih_reverse, weight_hh_reverse, bias_ih_reverse, bias_hh_reverse,
+                    batch_sizes, {}, true, false);
+  check_directions(arguments, reverse);
+  ++both_backward_calls.calls;
+  Backward calls[] = {{std::move(arguments), grad_output, grad_h_n, output, gates, input_grad, weight_grad, false},
+                      {std::move(reverse), grad_output_reverse, grad_h_n_reverse, output_reverse, gates_reverse,
+                       input_grad, weight_grad, false}};
+  run(calls[0], calls[1]);
+  return std::tuple_cat(calls[0].gradients(), calls[1].gradients());
 }
 
 std::tuple<Tensor, Tensor> gru_cell_forward(Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh,
@@ -249,7 +327,9 @@ std::tuple<Tensor, Tensor> gru_cell_forward(Tensor input, Tensor hx, Tensor weig
   Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, {}, {}, false, true);
   arguments.gru.packed = packed_data(packed, arguments.gru);
   ++cell_forward_calls.calls;
-  return run_forward(arguments, arguments.new_output(), nullptr, save_gates);
+  Forward call(std::move(arguments), true, save_gates);
+  run(call);
+  return {call.output, call.gates};
 }
 
 Gradients gru_cell_backward(Tensor grad_h, Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh,
@@ -258,7 +338,10 @@ Gradients gru_cell_backward(Tensor grad_h, Tensor input, Tensor hx, Tensor weigh
   Arguments arguments(input, hx, weight_ih, weight_hh, bias_ih, bias_hh, {}, {}, false, true);
   ++cell_backward_calls.calls;
   // One step enters with hx alone, so its output is not read.
-  return run_backward(arguments, grad_h, {}, arguments.hx, gates, input_grad, weight_grad, nullptr);
+  const Tensor unread = arguments.hx;
+  Backward call(std::move(arguments), grad_h, {}, unread, gates, input_grad, weight_grad, false);
+  run(call);
+  return call.gradients();
 }
 
 }  // namespace
@@ -267,6 +350,8 @@ STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
   m.impl("gru_pack", TORCH_BOX(&gru_pack));
   m.impl("gru_forward", TORCH_BOX(&gru_forward));
   m.impl("gru_backward", TORCH_BOX(&gru_backward));
+  m.impl("bidirectional_gru_forward", TORCH_BOX(&bidirectional_gru_forward));
+  m.impl("bidirectional_gru_backward", TORCH_BOX(&bidirectional_gru_backward));
   m.impl("gru_cell_forward", TORCH_BOX(&gru_cell_forward));
   m.impl("gru_cell_backward", TORCH_BOX(&gru_cell_backward));
 }

@@ -6,7 +6,7 @@ from torch.nn.functional import dropout
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
-from ..ops import gru, gru_cell
+from ..ops import bidirectional_gru, gru, gru_cell
 from ..ops.library import is_autocast_enabled
 from .freeze import PackedWeights
 
@@ -137,25 +137,34 @@ class GRU(PackedWeights, RNNBase):
             )
 
     def _run(self, input: Tensor, hx: Tensor, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
-        directions = ("", "_reverse") if self.bidirectional else ("",)
         states: list[Tensor] = []
         for layer in range(self.num_layers):
-            outputs = []
-            for suffix in directions:
-                name = f"_l{layer}{suffix}"
-                weights = self._weights_of(name)
-                output, h = gru(
+            name = f"_l{layer}"
+            weights = self._weights_of(name)
+            packed = self._packed_of(name, weights)
+            if self.bidirectional:
+                weights_reverse = self._weights_of(f"{name}_reverse")
+                input, h = bidirectional_gru(
                     input,
-                    hx[len(states)],
+                    hx[2 * layer : 2 * layer + 2],
+                    weights,
+                    weights_reverse,
+                    batch_sizes=batch_sizes,
+                    recompute=self.recompute,
+                    packed=packed,
+                    packed_reverse=self._packed_of(f"{name}_reverse", weights_reverse),
+                )
+                states.extend(h.unbind())
+            else:
+                input, h = gru(
+                    input,
+                    hx[layer],
                     *weights,
                     batch_sizes=batch_sizes,
-                    reverse=suffix != "",
                     recompute=self.recompute,
-                    packed=self._packed_of(name, weights),
+                    packed=packed,
                 )
-                outputs.append(output)
                 states.append(h)
-            input = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
             if self.dropout and self.training and layer < self.num_layers - 1:
                 input = dropout(input, self.dropout)
         return input, torch.stack(states)

@@ -1,6 +1,6 @@
 """Every op's whole wiring: schema, checks, fake, autograd, autocast and the choice of a backend."""
 
-from .gru import gru, gru_cell
+from .gru import bidirectional_gru, gru, gru_cell
 from .linear import linear
 
-__all__ = ["gru", "gru_cell", "linear"]
+__all__ = ["bidirectional_gru", "gru", "gru_cell", "linear"]

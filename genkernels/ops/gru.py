@@ -1,4 +1,5 @@
-"""The fused gated recurrent unit: a whole sequence (`gru`) and one step (`gru_cell`)."""
+"""The fused gated recurrent unit: a whole sequence (`gru`), both directions of one
+(`bidirectional_gru`), and one step (`gru_cell`)."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -14,6 +15,10 @@ from .library import _library, apply, autocast, define, is_transformed, map_slic
 
 _INPUTS = (
     "Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh"
+)
+_REVERSE = (
+    "Tensor hx_reverse, Tensor weight_ih_reverse, Tensor weight_hh_reverse, "
+    "Tensor? bias_ih_reverse, Tensor? bias_hh_reverse"
 )
 _GRADIENTS = (
     "Tensor grad_input, Tensor grad_hx, Tensor grad_weight_ih, Tensor grad_weight_hh, "
@@ -94,6 +99,92 @@ def gru(
         except RuntimeError:  # the compiled op checks faster, and the check says it better
             _check("gru", *tensors, batch_sizes=batch_sizes, resets=resets)
             raise
+    return (output, h_n) if output.dtype == dtype else (output.to(dtype), h_n.to(dtype))
+
+
+def bidirectional_gru(
+    input: Tensor,
+    hx: Tensor,
+    weights: Sequence[Tensor],
+    weights_reverse: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    recompute: bool = False,
+    packed: Tensor | None = None,
+    packed_reverse: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both directions of one layer of a gated recurrent unit over a whole sequence.
+
+    The same as two calls of :func:`gru`, to the last bit. Sequences of fewer than 8 rows run side
+    by side, each direction on half of the threads, which then need not meet after every step.
+
+    Equivalent to: ``torch.nn.GRU(I, H, bidirectional=True)(input, hx)`` with these weights.
+
+    Args:
+        input: as of :func:`gru`.
+        hx: [2, B, H], the states before each direction's first step, forward first.
+        weights, weights_reverse: weight_ih, weight_hh and perhaps bias_ih and bias_hh of each
+            direction, as of :func:`gru`.
+        batch_sizes, recompute: as of :func:`gru`.
+        packed, packed_reverse: what :func:`gru_pack` made of each direction's weights.
+
+    Returns:
+        output: [T, B, 2H], or [sum(batch_sizes), 2H], forward's features first.
+        h_n: [2, B, H].
+
+        Dtypes as of :func:`gru`.
+
+    Gradients as of :func:`gru`, to any order.
+
+    Raises:
+        RuntimeError: as :func:`gru`.
+
+    Source: Schuster and Paliwal 1997, https://doi.org/10.1109/78.650093.
+    """
+    if hx.dim() != 3 or hx.size(0) != 2:
+        raise RuntimeError(
+            f"genkernels.bidirectional_gru: hx: expected shape [2, B, H], got {list(hx.shape)}"
+        )
+    dtype, device = input.dtype, input.device
+    both: list[Any] = []
+    for name, h, w in (
+        ("weights", hx[0], weights),
+        ("weights_reverse", hx[1], weights_reverse),
+    ):
+        if len(w) not in (2, 4):
+            raise RuntimeError(
+                f"genkernels.bidirectional_gru: {name}: expected 2 or 4 tensors, got {len(w)}"
+            )
+        both.append(autocast(device.type, input, h, *w, *(None,) * (4 - len(w))))
+
+    def check() -> None:
+        for name, each in zip(("weights", "weights_reverse"), both, strict=True):
+            _check(f"bidirectional_gru: {name}", *each, batch_sizes=batch_sizes)
+
+    if backend.select("bidirectional_gru", device, both[0][0].dtype) == "reference":
+        check()
+        backend.count("bidirectional_gru", "reference")
+        results = [
+            reference.gru(*each, batch_sizes=batch_sizes, reverse=reverse)
+            for each, reverse in zip(both, (False, True), strict=True)
+        ]
+    else:
+        tensors = (*both[0], *both[1][1:])
+        try:
+            if needs_autograd(*tensors) or is_transformed():
+                _reject_packed("bidirectional_gru", packed, *tensors)
+                _reject_packed("bidirectional_gru", packed_reverse, *tensors)
+                raw = apply(_BidirectionalGru, *tensors, batch_sizes, recompute)
+            else:
+                raw = _bidirectional_gru_forward(
+                    *tensors, batch_sizes, False, packed, packed_reverse
+                )
+        except RuntimeError:
+            check()
+            raise
+        results = [raw[:2], raw[3:5]]
+    output = torch.cat([output for output, _ in results], -1)
+    h_n = torch.stack([h for _, h in results])
     return (output, h_n) if output.dtype == dtype else (output.to(dtype), h_n.to(dtype))
 
 
@@ -200,7 +291,7 @@ def _check(
     def reject(name: str, expected: str, got: object) -> NoReturn:
         raise RuntimeError(f"genkernels.{op}: {name}: expected {expected}, got {got}")
 
-    is_sequence = op == "gru" and batch_sizes is None
+    is_sequence = op != "gru_cell" and batch_sizes is None
     if input.dim() != (3 if is_sequence else 2):
         reject("input", f"{3 if is_sequence else 2} dimensions", f"shape {list(input.shape)}")
     if hx.dim() != 2:
@@ -317,6 +408,45 @@ def _fake_backward(
     return *gradients, _rows(input, hx.size(1)) if states_grad else input.new_empty(0)
 
 
+def _each_forward(args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The arguments of a raw op of both directions as those of gru_forward of each."""
+    input, hx, *weights, hx_reverse = args[:7]
+    weights_reverse, (batch_sizes, save_gates, packed, packed_reverse) = args[7:11], args[11:]
+    return (
+        (input, hx, *weights, batch_sizes, None, False, save_gates, packed),
+        (input, hx_reverse, *weights_reverse, batch_sizes, None, True, save_gates, packed_reverse),
+    )
+
+
+def _each_backward(args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The same as those of gru_backward of each, without the states' gradients."""
+    grads, (input, hx, *weights, hx_reverse), weights_reverse = args[:4], args[4:11], args[11:15]
+    saved, (batch_sizes, *wanted) = args[15:19], args[19:]
+    sizes = (batch_sizes, None)
+    return (
+        (*grads[:2], input, hx, *weights, *saved[:2], *sizes, False, *wanted, False),
+        (*grads[2:], input, hx_reverse, *weights_reverse, *saved[2:], *sizes, True, *wanted, False),
+    )
+
+
+def _reference_bidirectional_forward(*args: Any) -> tuple[Tensor, ...]:
+    return sum((reference_forward(*each[:-1]) for each in _each_forward(args)), ())
+
+
+def _fake_bidirectional_forward(*args: Any) -> tuple[Tensor, ...]:
+    return sum((_fake_forward(*each) for each in _each_forward(args)), ())
+
+
+def _reference_bidirectional_backward(*args: Any) -> tuple[Tensor, ...]:
+    first, second = (reference_backward(*each) for each in _each_backward(args))
+    return *first[:6], *second[:6]
+
+
+def _fake_bidirectional_backward(*args: Any) -> tuple[Tensor, ...]:
+    first, second = (_fake_backward(*each) for each in _each_backward(args))
+    return *first[:6], *second[:6]
+
+
 def _reference_cell_forward(
     input: Tensor,
     hx: Tensor,
@@ -417,6 +547,22 @@ _gru_backward = define(
     reference_backward,
     _fake_backward,
 )
+_bidirectional_gru_forward = define(
+    f"bidirectional_gru_forward({_INPUTS}, {_REVERSE}, Tensor? batch_sizes, bool save_gates, "
+    "Tensor? packed, Tensor? packed_reverse) -> (Tensor output, Tensor h_n, Tensor gates, "
+    "Tensor output_reverse, Tensor h_n_reverse, Tensor gates_reverse)",
+    _reference_bidirectional_forward,
+    _fake_bidirectional_forward,
+)
+_bidirectional_gru_backward = define(
+    "bidirectional_gru_backward(Tensor? grad_output, Tensor? grad_h_n, "
+    f"Tensor? grad_output_reverse, Tensor? grad_h_n_reverse, {_INPUTS}, {_REVERSE}, "
+    "Tensor output, Tensor gates, Tensor output_reverse, Tensor gates_reverse, "
+    f"Tensor? batch_sizes, bool input_grad, bool weight_grad) -> ({_GRADIENTS}, "
+    f"{_GRADIENTS.replace(',', '_reverse,')}_reverse)",
+    _reference_bidirectional_backward,
+    _fake_bidirectional_backward,
+)
 _gru_cell_forward = define(
     f"gru_cell_forward({_INPUTS}, bool save_gates, Tensor? packed) -> (Tensor h, Tensor gates)",
     _reference_cell_forward,
@@ -498,6 +644,60 @@ class _GruBackward(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return map_slices(_GruBackward, info, in_dims, args)
+
+
+class _BidirectionalGru(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        input,
+        hx,
+        weight_ih,
+        weight_hh,
+        bias_ih,
+        bias_hh,
+        hx_reverse,
+        weight_ih_reverse,
+        weight_hh_reverse,
+        bias_ih_reverse,
+        bias_hh_reverse,
+        batch_sizes,
+        recompute,
+    ):
+        forward = (input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
+        reverse = (hx_reverse, weight_ih_reverse, weight_hh_reverse)
+        biases = (bias_ih_reverse, bias_hh_reverse)
+        args = (*forward, *reverse, *biases, batch_sizes, not recompute, None, None)
+        return _bidirectional_gru_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        output, _, gates, output_reverse, _, gates_reverse = output
+        ctx.mark_non_differentiable(gates, gates_reverse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:12], output, gates, output_reverse, gates_reverse)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        *inputs, batch_sizes, output, gates, output_reverse, gates_reverse = ctx.saved_tensors
+        needed = list(ctx.needs_input_grad[:11])
+        grads = (*grads[:2], *grads[3:5])
+        if all(grad is None for grad in grads):
+            return (None,) * 13
+        saved = (output, gates, output_reverse, gates_reverse)
+        wanted = (needed[0], any(needed[2:6] + needed[7:]))
+        args = (*grads, *inputs, *saved, batch_sizes, *wanted)
+        if needs_autograd(*grads, *inputs):
+            first, second = (apply(_GruBackward, *each[:-1])[:6] for each in _each_backward(args))
+        else:
+            gradients = _bidirectional_gru_backward(*args)
+            first, second = gradients[:6], gradients[6:]
+        grad_input = first[0] + second[0] if needed[0] else None
+        others = _or_none((*first[1:], *second[1:]), tuple(inputs[1:]), needed[1:])
+        return grad_input, *others, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return map_slices(_BidirectionalGru, info, in_dims, args)
 
 
 class _GruCell(torch.autograd.Function):

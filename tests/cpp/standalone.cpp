@@ -1,5 +1,6 @@
 // Runs the kernels without PyTorch, at every SIMD level of this CPU or at the one named as argument: the forward pass
 // against a plain loop, the gradients against central differences of that loop. Exit code 0 if all agree.
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
@@ -106,19 +107,21 @@ void run_on_threads(int64_t count, Task task, void* argument) {
 void run_as_one(int64_t count, Task task, void* argument) { task(argument, 0, count); }
 
 // As under a thread limit: fewer threads than asked for, with unequal ranges.
-void run_on_two(int64_t count, Task task, void* argument) {
-  const int64_t half = (count + 1) / 2;
-  std::thread first(task, argument, 0, half);
-  if (half < count) task(argument, half, count);
-  first.join();
+template <int kThreads>
+void run_on(int64_t count, Task task, void* argument) {
+  const int64_t range = (count + kThreads - 1) / kThreads;
+  std::vector<std::thread> threads;
+  for (int64_t first = 0; first < count; first += range)
+    threads.emplace_back(task, argument, first, std::min(count, first + range));
+  for (std::thread& thread : threads) thread.join();
 }
 
 struct Threads {
   int count;
   void (*parallel)(int64_t, Task, void*);
 };
-constexpr Threads kThreads[] = {
-    {1, run_as_one}, {2, run_on_threads}, {2, run_as_one}, {3, run_on_two}, {5, run_on_threads}};
+constexpr Threads kThreads[] = {{1, run_as_one}, {2, run_on_threads}, {2, run_as_one},
+                                {3, run_on<2>},  {5, run_on_threads}, {6, run_on<4>}};
 
 template <class S>
 std::vector<S> as(const Values& values) {
@@ -160,7 +163,8 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
   gru.bias_hh = values[5].data();
   gru.output = output.data();
   gru.gates = Memory::allocate(&memory, size_t(T * B * 4 * H) * sizeof(S));  // of whole lines where H is
-  kernels.gru_forward(gru, h_n.data(), runtime);
+  gru.h_n = h_n.data();
+  kernels.gru_forward(&gru, 1, runtime);
 
   genkernels::GruGradients grad{};
   grad.grad_output = from_output.data();
@@ -174,13 +178,39 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
   grad.grad_weight_hh = gradients[3].data();
   grad.grad_bias_ih = gradients[4].data();
   grad.grad_bias_hh = gradients[5].data();
-  kernels.gru_backward(gru, grad, runtime);
+  kernels.gru_backward(&gru, &grad, 1, runtime);
+
+  // Twice the same beside each other, as two directions are.
+  std::vector<S> outputs[2], states[2], both_gradients[2][6];
+  genkernels::Gru both[2] = {gru, gru};
+  genkernels::GruGradients both_grad[2] = {grad, grad};
+  for (int d = 0; d < 2; ++d) {
+    outputs[d].assign(output.size(), S(NAN));
+    states[d].assign(h_n.size(), S(NAN));
+    for (int i = 0; i < 6; ++i) both_gradients[d][i].assign(size[i], S(NAN));
+    both[d].output = outputs[d].data();
+    both[d].h_n = states[d].data();
+    both[d].gates = Memory::allocate(&memory, size_t(T * B * 4 * H) * sizeof(S));
+    both_grad[d].grad_input = both_gradients[d][0].data();
+    both_grad[d].grad_hx = both_gradients[d][1].data();
+    both_grad[d].grad_weight_ih = both_gradients[d][2].data();
+    both_grad[d].grad_weight_hh = both_gradients[d][3].data();
+    both_grad[d].grad_bias_ih = both_gradients[d][4].data();
+    both_grad[d].grad_bias_hh = both_gradients[d][5].data();
+  }
+  kernels.gru_forward(both, 2, runtime);
+  kernels.gru_backward(both, both_grad, 2, runtime);
+  bool agrees = true;
+  for (int d = 0; d < 2; ++d) {
+    agrees = agrees && outputs[d] == output && states[d] == h_n;
+    for (int i = 0; i < 6; ++i) agrees = agrees && both_gradients[d][i] == gradients[i];
+  }
 
   const Values expected = plain_forward(arguments);
   const Values expected_h_n(expected.end() - B * H, expected.end());
   const double forward_error = std::fmax(largest_difference({output.begin(), output.end()}, expected),
                                          largest_difference({h_n.begin(), h_n.end()}, expected_h_n));
-  bool agrees = forward_error <= tolerance;
+  agrees = agrees && forward_error <= tolerance;
   std::printf("%-12s %-8s forward %.1e", kernels.level, name, forward_error);
 
   // One argument moves at a time, in a random direction, so that no gradient hides behind another.
