@@ -98,6 +98,9 @@ constexpr int64_t kFewRows = kTileRows / 2, kFewRowsFarAway = 2 * kTileRows;
 // So many rows in one step, or in so many steps, do not pack their weights; nor do few steps of so few units that most
 // lanes of a packed register would be empty.
 constexpr int64_t kDirectRows = 32, kDirectRowsOfSteps = 2, kDirectSteps = 12, kDirectUnits = kVectorBytes / 8;
+// bf16 that has to be widened is so for every four rows again: forward, and backward, fewer rows make up for that.
+constexpr int64_t kWidenedRows = 6, kWidenedRowsBackward = 16;
+bool is_widened(DType dtype) { return dtype == DType::bfloat16 && kGroup<Operand<bfloat16>> == 1; }
 
 int64_t row_shares(const Gru& gru, const Runtime& runtime) { return smaller(runtime.threads, gru.batch); }
 
@@ -126,7 +129,8 @@ bool collides(int64_t stride) {
 // Packing costs as much as reading the weights a few times.
 bool packs_weights(const Gru& gru) {
   if (gru.steps > kDirectSteps || gru.resets != nullptr) return true;
-  return gru.batch > (gru.steps == 1 ? kDirectRows : kDirectRowsOfSteps) && gru.hidden_size > kDirectUnits;
+  const int64_t rows_of_step = is_widened(gru.dtype) ? kWidenedRows : kDirectRows;
+  return gru.batch > (gru.steps == 1 ? rows_of_step : kDirectRowsOfSteps) && gru.hidden_size > kDirectUnits;
 }
 
 // What is fetched while a run of rows is multiplied with a block.
@@ -922,7 +926,10 @@ struct Backward {
     });
   }
 
-  static bool is_step(const Gru& gru) { return gru.steps == 1 && gru.batch <= kDirectRows && !packs_weights(gru); }
+  static bool is_step(const Gru& gru) {
+    const int64_t most = is_widened(gru.dtype) ? kWidenedRowsBackward : kDirectRows;
+    return gru.steps == 1 && gru.batch <= most && gru.resets == nullptr;
+  }
 
   // Steps [first, last), the last one first, of rows [begin, end) and the units of panels [first_panel, last_panel) of
   // `weight_hh`. The product reads delta of all units: meet(s) returns when step s has them all.
