@@ -19,7 +19,7 @@ class CallRuntime {
   const Runtime& get() const { return runtime_; }
 
  private:
-  static constexpr double kSerialWork = 1e6;
+  static constexpr double kSerialWork = 8e5;
   static void* allocate(void* owner, size_t bytes);
   static void parallel(int64_t count, void (*task)(void*, int64_t, int64_t), void* argument);
   static void yield();
