@@ -74,6 +74,7 @@ def in_turn(**values: Any) -> tuple[Tensor, ...]:
         arguments(5, 2, 9, 18),
         arguments(1, 3, 9, 18),
         arguments(3, 0, 9, 18),
+        arguments(3, 2, 9, 0),
         {**arguments(6, 4, 9, 400), "hx": torch.ones(4, 400)},  # weights beyond a small L2 cache
     ],
     ids=[
@@ -86,6 +87,7 @@ def in_turn(**values: Any) -> tuple[Tensor, ...]:
         "few_steps",
         "one_step",
         "no_rows",
+        "no_units",
         "many_units",
     ],
 )

@@ -211,15 +211,19 @@ GENKERNELS_INLINE void product_of_rows(const E* a, ptrdiff_t row_stride, int64_t
     });
 }
 
-// How N columns are cut into panels: as few as fit, their widths differing by at most one vector, so that 64 columns
-// are 2 + 2 vectors and not 3 + 1 (a tile one vector wide waits for the adder).
+// How N columns are cut into panels: as few as fit, or as many more as can be shared out evenly, their widths differing
+// by at most one vector, so that 64 columns are 2 + 2 vectors and not 3 + 1 (a tile one vector wide waits for the
+// adder).
 template <class E>
 struct Columns {
   int64_t count;    // columns
   int64_t vectors;  // vectors that hold them, the last one perhaps in part
   int64_t panels;
 
-  explicit Columns(int64_t n) : count(n), vectors(ceil_div(n, kLanes<E>)), panels(ceil_div(vectors, kPanelVectors)) {}
+  explicit Columns(int64_t n, int64_t shares = 1)
+      : count(n),
+        vectors(ceil_div(n, kLanes<E>)),
+        panels(smaller(ceil_div(ceil_div(vectors, kPanelVectors), shares) * shares, vectors)) {}
 
   int64_t first_vector(int64_t panel) const { return panels == 0 ? 0 : panel * vectors / panels; }
   int64_t width(int64_t panel) const { return first_vector(panel + 1) - first_vector(panel); }

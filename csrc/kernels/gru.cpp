@@ -527,9 +527,9 @@ bool runs_side_by_side(const Gru& gru, int64_t directions, const Runtime& runtim
   return directions == 2 && is_narrow(gru) && weights_stay<T>(gru, runtime, gru.hidden_size);
 }
 
-// The threads' shares of each of several directions that run side by side.
-int64_t shares_of_direction(const Runtime& runtime, int64_t directions, int64_t most) {
-  return smaller(larger(runtime.threads / directions, 1), most);
+// The threads of each of several directions that run side by side.
+int64_t threads_of_direction(const Runtime& runtime, int64_t directions) {
+  return larger(runtime.threads / directions, 1);
 }
 
 // Calls body(direction, first, last) for shares [first, last) of each direction's `shares`, all at the same time.
@@ -567,7 +567,7 @@ struct NarrowForward {
       : gru(g),
         sequence(g, runtime),
         weights(g, runtime),
-        shares(shares_of_direction(runtime, directions, weights.blocks)),
+        shares(smaller(threads_of_direction(runtime, directions), weights.blocks)),
         barrier(runtime, shares),
         input_stride(staged_stride<E>(gru.input_size)),
         state_stride(staged_stride<E>(gru.hidden_size)),
@@ -721,12 +721,13 @@ struct BackwardWeight {
   bool at_once;
   E* packed;  // all panels, or one for each thread
 
-  BackwardWeight(const Gru& gru, const void* w, int64_t n, bool n_first, const Runtime& runtime)
+  // `panel_shares`: among how many threads the panels of a product are shared out.
+  BackwardWeight(const Gru& gru, const void* w, int64_t n, bool n_first, int64_t panel_shares, const Runtime& runtime)
       : weight(static_cast<const T*>(w)),
         K(3 * gru.hidden_size),
         N(n),
         first_row(n_first ? 2 * gru.hidden_size : 0),
-        columns(n),
+        columns(n, panel_shares),
         at_once(gru.steps > 1),
         packed(allocate<E>(runtime, at_once ? columns.packed_size(K) : runtime.threads * panel_size())) {
     if (!at_once) return;
@@ -866,8 +867,6 @@ struct Backward {
         step_delta(is_step(g) ? allocate<A>(r, g.batch * delta_stride) : nullptr),
         carry(allocate<A>(r, g.batch * g.hidden_size)),
         recomputed{{g, true}, nullptr, nullptr, nullptr} {
-    for (int64_t i = 0; i < gru.batch * H; ++i)
-      carry[i] = grad.grad_h_n ? as<A>(static_cast<const T*>(grad.grad_h_n)[i]) : A(0);
     if (gru.gates != nullptr) return;
     recomputed.weights.pack_at(allocate<char>(r, recomputed.weights.bytes()), r);
     recomputed.inputs = allocate<E>(r, block_rows * staged_stride<E>(I));
@@ -903,6 +902,25 @@ struct Backward {
       store(carry + b * H + u, dh * z, count);
     }
   }
+
+  // The carry of units [first, last) of rows [begin, end) before the last step, and grad_hx after the first.
+  void begin_carry(int64_t begin, int64_t end, int64_t first, int64_t last) const {
+    const T* from = static_cast<const T*>(grad.grad_h_n);
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t u = first; u < last; u += kLanes<A>) {
+        const int count = int(smaller(kLanes<A>, last - u));
+        store(carry + b * H + u, from ? load(from + b * H + u, count) : Vector<A>{}, count);
+      }
+  }
+  void end_carry(int64_t begin, int64_t end, int64_t first, int64_t last) const {
+    T* to = static_cast<T*>(grad.grad_hx);
+    for (int64_t b = begin; b < end; ++b)
+      for (int64_t u = first; u < last; u += kLanes<A>) {
+        const int count = int(smaller(kLanes<A>, last - u));
+        store(to + b * H + u, load(carry + b * H + u, count), count);
+      }
+  }
+
   // The gates of rows [base, base + rows), from the states that the forward pass left.
   void compute_gates(int64_t base, int64_t rows) const {
     const int64_t tiles = ceil_div(rows, kTileRows), shares = smaller(runtime.threads, tiles);
@@ -939,6 +957,7 @@ struct Backward {
     const Columns<E>& columns = weight_hh.columns;
     const int64_t first_unit = columns.first_column(first_panel);
     const int64_t last_unit = smaller(H, columns.first_column(last_panel));
+    if (last == gru.steps) begin_carry(begin, end, first_unit, last_unit);
     for (int64_t s = last; s-- > first;) {
       const int64_t t = sequence.time(s), rows = smaller(end, sequence.size(t)) - begin;
       E* rows_delta = delta + (sequence.offset(t) + begin - base) * delta_stride;
@@ -954,12 +973,14 @@ struct Backward {
         if (gru.resets[t * gru.batch + begin + i])
           for (int64_t u = first_unit; u < last_unit; ++u) carry[(begin + i) * H + u] = A(0);
     }
+    if (first == 0) end_carry(begin, end, first_unit, last_unit);
   }
 
   // One step of few rows: all gradients follow from delta at once, and nothing is packed.
   void run_step() const {
     constexpr int64_t kUnits = kLanes<A>;
     if (recomputed.gates != nullptr) compute_gates(0, gru.batch);
+    begin_carry(0, gru.batch, 0, H);
     for (int64_t b = 0; b < gru.batch; ++b) delta_row(0, b, 0, 0, H, step_delta + b * delta_stride);
     const T *input[kDirectRows], *state[kDirectRows];
     for (int64_t b = 0; b < gru.batch; ++b) {
@@ -1231,13 +1252,14 @@ struct Backward {
 // The way back through a sequence, block by block.
 template <class T>
 struct BackwardBlocks {
+  using E = Operand<T>;
+
   Backward<T> pass;
   const Sequence<T>& sequence;
+  bool is_split_by_units;
   const BackwardWeight<T> weight_hh, weight_ih;
   typename Backward<T>::WeightGradients sums;
-  int64_t panels;
-  bool is_split_by_units;
-  int64_t shares;
+  int64_t panels, shares;
   Barrier barrier;
   int64_t first, last;         // steps of the block
   int64_t base = 0, rows = 0;  // and its rows
@@ -1245,13 +1267,17 @@ struct BackwardBlocks {
   BackwardBlocks(const Gru& gru, const GruGradients& grad, int64_t directions, const Runtime& runtime)
       : pass(gru, grad, runtime),
         sequence(pass.sequence),
-        weight_hh(gru, gru.weight_hh, gru.hidden_size, false, runtime),
+        is_split_by_units(gru.batch < kTileRows ||
+                          splits_units<T>(gru, runtime, Columns<E>(gru.hidden_size).panels, gru.hidden_size)),
+        weight_hh(gru, gru.weight_hh, gru.hidden_size, false,
+                  is_split_by_units ? threads_of_direction(runtime, directions) : 1, runtime),
         // A GRU whose input needs no gradient packs nothing for it.
-        weight_ih(gru, gru.weight_ih, grad.grad_input ? gru.input_size : 0, true, runtime),
+        weight_ih(gru, gru.weight_ih, grad.grad_input ? gru.input_size : 0, true, gru.steps == 1 ? runtime.threads : 1,
+                  runtime),
         sums(pass.prepare_weight_gradients()),
         panels(weight_hh.columns.panels),
-        is_split_by_units(gru.batch < kTileRows || splits_units<T>(gru, runtime, panels, gru.hidden_size)),
-        shares(is_split_by_units ? shares_of_direction(runtime, directions, panels) : row_shares(gru, runtime)),
+        shares(is_split_by_units ? smaller(threads_of_direction(runtime, directions), panels)
+                                 : row_shares(gru, runtime)),
         barrier(runtime, shares),
         first(gru.steps),
         last(gru.steps) {}
@@ -1286,8 +1312,6 @@ struct BackwardBlocks {
   }
 
   void finish() const {
-    const int64_t count = pass.gru.batch * pass.H;
-    for (int64_t i = 0; i < count; ++i) pass.narrow(static_cast<T*>(pass.grad.grad_hx) + i, pass.carry[i]);
     if (pass.grad.needs_weights) pass.finish_weight_gradients(sums);
   }
 };
