@@ -93,8 +93,8 @@ struct Sequence {
 };
 
 // Fewer rows than this per thread, and the time loop is shared out by units: half a tile where each core's own cache
-// holds the weights, two where the weights come from further away.
-constexpr int64_t kFewRows = kTileRows / 2, kFewRowsFarAway = 2 * kTileRows;
+// holds the weights, three tiles where they come from further away.
+constexpr int64_t kFewRows = kTileRows / 2, kFewRowsFarAway = 3 * kTileRows;
 // So many rows in one step, or in so many steps, do not pack their weights; nor do few steps of so few units that most
 // lanes of a packed register would be empty.
 constexpr int64_t kDirectRows = 32, kDirectRowsOfSteps = 2, kDirectSteps = 12, kDirectUnits = kVectorBytes / 8;
