@@ -69,12 +69,14 @@ def in_turn(**values: Any) -> tuple[Tensor, ...]:
         arguments(150, 7, 17, 96),  # two blocks of the backward pass
         arguments(9, 3, 16, 130, bias=False),
         {**arguments(20, 5, 40, 72), "recompute": True},
+        arguments(200, 3, 17, 96),  # two blocks, of fewer rows than any level's tile has
         packed_arguments([7] * 60 + [5] * 30 + [1] * 40, 9, 48, torch.float32),
+        packed_arguments([3] * 160 + [2] * 90 + [1] * 40, 9, 48, torch.float32),
         arguments(9, 20, 33, 65),
         arguments(5, 2, 9, 18),
         arguments(1, 3, 9, 18),
-        arguments(3, 0, 9, 18),
-        arguments(3, 2, 9, 0),
+        arguments(20, 0, 9, 18),
+        arguments(20, 3, 9, 0),
         {**arguments(6, 4, 9, 400), "hx": torch.ones(4, 400)},  # weights beyond a small L2 cache
     ],
     ids=[
@@ -82,7 +84,9 @@ def in_turn(**values: Any) -> tuple[Tensor, ...]:
         "blocks",
         "no_bias",
         "recompute",
+        "few_rows_of_blocks",
         "batch_sizes",
+        "few_batch_sizes",
         "many_rows",
         "few_steps",
         "one_step",
@@ -236,7 +240,10 @@ def test_packed_weights(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"input": torch.ones(2, 4, 5)}, ["input", r"\[2, 3, 5\]", r"\[2, 4, 5\]"]),
+        (
+            {"input": torch.ones(2, 4, 5)},
+            ["bidirectional_gru: input", r"\[2, 3, 5\]", r"\[2, 4, 5\]"],
+        ),
         ({"hx": torch.ones(3, 6)}, ["hx", r"\[2, B, H\]", r"\[3, 6\]"]),
         ({"weights_reverse": [torch.ones(18, 5)]}, ["weights_reverse", "2 or 4", "got 1"]),
         (
@@ -245,7 +252,7 @@ def test_packed_weights(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         ),
         (
             {"weights": [torch.ones(18, 5), torch.ones(18, 6).double()]},
-            ["weights: weight_hh", "float32", "float64"],
+            ["bidirectional_gru: weight_hh", "float32", "float64"],
         ),
     ],
     ids=["input", "hx", "count", "shape", "dtype"],

@@ -924,9 +924,13 @@ leaves = [
     for s in ((16, 32, 64), (32, 96), (288, 64), (288, 96), (288,), (288,))
 ]
 cotangents = torch.randn(16, 32, 96), torch.randn(32, 96)
+short_steps = torch.randn(40, 3, 64)
+bidirectional = genkernels.nn.GRU(64, 96, bidirectional=True)
 def run():
     outputs = genkernels.gru(*leaves)
     results = [*outputs, *torch.autograd.grad(outputs, leaves, cotangents)]
+    output, _ = bidirectional(short_steps)
+    results += [output, *torch.autograd.grad(output.sum(), list(bidirectional.parameters()))]
     return [bytes(result.detach().numpy()) for result in results]
 if sys.argv[1] == "torch":
     torch.randn(512, 512) @ torch.randn(512, 512)

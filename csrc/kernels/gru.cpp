@@ -98,7 +98,7 @@ constexpr int64_t kFewRows = kTileRows / 2, kFewRowsFarAway = 3 * kTileRows;
 // So many rows in one step, or in so many steps, do not pack their weights; nor do few steps of so few units that most
 // lanes of a packed register would be empty.
 constexpr int64_t kDirectRows = 32, kDirectRowsOfSteps = 2, kDirectSteps = 12, kDirectUnits = kVectorBytes / 8;
-// bf16 that has to be widened is so for every four rows again: forward, and backward, fewer rows make up for that.
+// bf16 without an instruction of its own is widened anew for every four rows, so that packing pays from fewer rows on.
 constexpr int64_t kWidenedRows = 6, kWidenedRowsBackward = 16;
 bool is_widened(DType dtype) { return dtype == DType::bfloat16 && kGroup<Operand<bfloat16>> == 1; }
 
@@ -521,15 +521,11 @@ void forward_steps(const Sequence<T>& sequence, const GateWeights<T>& weights, i
 bool is_narrow(const Gru& gru) { return packs_weights(gru) && gru.steps > 1 && gru.batch < kTileRows; }
 
 // Whether two directions share the threads, half for each, instead of all running one direction and then the other, in
-// steps too short to meet after (measured: 1.03 to 1.5 times as fast). A core then reads a whole weight at each step.
+// steps too short to meet after (measured: 1.03 to 1.5 times as fast). With two threads a core then reads all of a
+// direction's weight at each step.
 template <class T>
 bool runs_side_by_side(const Gru& gru, int64_t directions, const Runtime& runtime) {
-  return directions == 2 && is_narrow(gru) && weights_stay<T>(gru, runtime, gru.hidden_size);
-}
-
-// The threads of each of several directions that run side by side.
-int64_t threads_of_direction(const Runtime& runtime, int64_t directions) {
-  return larger(runtime.threads / directions, 1);
+  return directions == 2 && runtime.threads >= 2 && is_narrow(gru) && weights_stay<T>(gru, runtime, gru.hidden_size);
 }
 
 // Calls body(direction, first, last) for shares [first, last) of each direction's `shares`, all at the same time.
@@ -567,7 +563,7 @@ struct NarrowForward {
       : gru(g),
         sequence(g, runtime),
         weights(g, runtime),
-        shares(smaller(threads_of_direction(runtime, directions), weights.blocks)),
+        shares(smaller(runtime.threads / directions, weights.blocks)),
         barrier(runtime, shares),
         input_stride(staged_stride<E>(gru.input_size)),
         state_stride(staged_stride<E>(gru.hidden_size)),
@@ -698,16 +694,18 @@ void forward(const Gru& gru, const Runtime& runtime) {
   copy_last_states(sequence);
 }
 
-// Directions that read one input.
+// One direction, or two of the same sizes.
 template <class T>
 void forward(const Gru* gru, int64_t directions, const Runtime& runtime) {
   if (runs_side_by_side<T>(gru[0], directions, runtime))
     return forward_side_by_side<T, 2>({{gru[0], 2, runtime}, {gru[1], 2, runtime}}, runtime);
-  for (int64_t d = 0; d < directions; ++d)
+  for (int64_t d = 0; d < directions; ++d) {
     if (is_narrow(gru[d]))
       forward_side_by_side<T, 1>({{gru[d], 1, runtime}}, runtime);
     else
       forward<T>(gru[d], runtime);
+    runtime.release(runtime.owner);
+  }
 }
 
 // A weight [3H, N] as the right operand of a product with K = 3H, its rows taken in the order of the gradient's
@@ -1255,7 +1253,6 @@ struct BackwardBlocks {
   using E = Operand<T>;
 
   Backward<T> pass;
-  const Sequence<T>& sequence;
   bool is_split_by_units;
   const BackwardWeight<T> weight_hh, weight_ih;
   typename Backward<T>::WeightGradients sums;
@@ -1266,18 +1263,16 @@ struct BackwardBlocks {
 
   BackwardBlocks(const Gru& gru, const GruGradients& grad, int64_t directions, const Runtime& runtime)
       : pass(gru, grad, runtime),
-        sequence(pass.sequence),
         is_split_by_units(gru.batch < kTileRows ||
                           splits_units<T>(gru, runtime, Columns<E>(gru.hidden_size).panels, gru.hidden_size)),
-        weight_hh(gru, gru.weight_hh, gru.hidden_size, false,
-                  is_split_by_units ? threads_of_direction(runtime, directions) : 1, runtime),
+        weight_hh(gru, gru.weight_hh, gru.hidden_size, false, is_split_by_units ? runtime.threads / directions : 1,
+                  runtime),
         // A GRU whose input needs no gradient packs nothing for it.
         weight_ih(gru, gru.weight_ih, grad.grad_input ? gru.input_size : 0, true, gru.steps == 1 ? runtime.threads : 1,
                   runtime),
         sums(pass.prepare_weight_gradients()),
         panels(weight_hh.columns.panels),
-        shares(is_split_by_units ? smaller(threads_of_direction(runtime, directions), panels)
-                                 : row_shares(gru, runtime)),
+        shares(is_split_by_units ? smaller(runtime.threads / directions, panels) : row_shares(gru, runtime)),
         barrier(runtime, shares),
         first(gru.steps),
         last(gru.steps) {}
@@ -1288,10 +1283,9 @@ struct BackwardBlocks {
     last = first;
     rows = 0;
     barrier.restart();
-    if (last == 0) return;  // a packed sequence may have more blocks in the other direction
-    while (first > 0 && (first == last || rows + sequence.size(sequence.time(first - 1)) <= pass.block_rows))
-      rows += sequence.size(sequence.time(--first));
-    base = smaller(sequence.offset(sequence.time(first)), sequence.offset(sequence.time(last - 1)));
+    while (first > 0 && (first == last || rows + pass.sequence.size(pass.sequence.time(first - 1)) <= pass.block_rows))
+      rows += pass.sequence.size(pass.sequence.time(--first));
+    base = smaller(pass.sequence.offset(pass.sequence.time(first)), pass.sequence.offset(pass.sequence.time(last - 1)));
     if (pass.recomputed.gates != nullptr) pass.compute_gates(base, rows);
   }
 
@@ -1301,12 +1295,11 @@ struct BackwardBlocks {
       return pass.steps(first, last, base, weight_hh, 0, pass.gru.batch, panels * begin / shares, panels * end / shares,
                         begin, [&](int64_t s) { barrier.wait(end - begin, last - s); });
     for (int64_t i = begin; i < end; ++i)
-      pass.steps(first, last, base, weight_hh, sequence.share(i, shares), sequence.share(i + 1, shares), 0, panels, i,
-                 [](int64_t) {});
+      pass.steps(first, last, base, weight_hh, pass.sequence.share(i, shares), pass.sequence.share(i + 1, shares), 0,
+                 panels, i, [](int64_t) {});
   }
 
   void finish_block() const {
-    if (first == last) return;
     if (pass.grad.grad_input) pass.input_gradient(base, rows, weight_ih);
     if (pass.grad.needs_weights) pass.weight_gradients(sums, base, rows, last == pass.gru.steps);
   }
@@ -1316,14 +1309,10 @@ struct BackwardBlocks {
   }
 };
 
+// However a sequence is cut into as few blocks as hold it, from its start or from its end, there are as many.
 template <class T, size_t kDirections>
 void backward_side_by_side(BackwardBlocks<T> (&&directions)[kDirections], const Runtime& runtime) {
-  const auto has_more = [&] {
-    bool any = false;
-    for (const auto& each : directions) any = any || each.has_more();
-    return any;
-  };
-  while (has_more()) {
+  while (directions[0].has_more()) {
     for (auto& each : directions) each.take_block();
     side_by_side(runtime, directions[0].shares, directions,
                  [](const BackwardBlocks<T>& each, int64_t begin, int64_t end) { each.run_steps(begin, end); });
@@ -1332,16 +1321,18 @@ void backward_side_by_side(BackwardBlocks<T> (&&directions)[kDirections], const 
   for (const auto& each : directions) each.finish();
 }
 
-// Directions that read one input.
+// One direction, or two of the same sizes.
 template <class T>
 void backward(const Gru* gru, const GruGradients* grad, int64_t directions, const Runtime& runtime) {
   if (runs_side_by_side<T>(gru[0], directions, runtime))
     return backward_side_by_side<T, 2>({{gru[0], grad[0], 2, runtime}, {gru[1], grad[1], 2, runtime}}, runtime);
-  for (int64_t d = 0; d < directions; ++d)
+  for (int64_t d = 0; d < directions; ++d) {
     if (Backward<T>::is_step(gru[d]))
       Backward<T>(gru[d], grad[d], runtime).run_step();
     else
       backward_side_by_side<T, 1>({{gru[d], grad[d], 1, runtime}}, runtime);
+    runtime.release(runtime.owner);
+  }
 }
 
 }  // namespace

@@ -43,6 +43,7 @@ struct GruGradients {
 
 }  // namespace genkernels
 
+// One or two directions (`gru` and `grad` have as many), of the same dtype, sizes and batch_sizes.
 #define GENKERNELS_DECLARE_GRU(level)                                                                      \
   namespace genkernels::level {                                                                            \
   int64_t gru_packed_size(const Gru& gru);                                                                 \

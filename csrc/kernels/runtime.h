@@ -16,8 +16,9 @@ struct Runtime {
   void (*parallel)(int64_t count, void (*task)(void* argument, int64_t first, int64_t last), void* argument);
   // Lets another thread have this core.
   void (*yield)();
-  // Memory for the duration of the call, 64-byte aligned, uninitialised.
+  // Memory until release() or the end of the call, 64-byte aligned, uninitialised.
   void* (*allocate)(void* owner, size_t bytes);
+  void (*release)(void* owner);
   void* owner;
 };
 

@@ -40,11 +40,18 @@ CallRuntime::CallRuntime(double operations)
                parallel,
                yield,
                allocate,
+               release,
                this} {}
 
-CallRuntime::~CallRuntime() {
-  for (void* const block : blocks_) return_block(block);
-  for (void* const chunk : chunks_) ::operator delete(chunk, kAlignment);
+CallRuntime::~CallRuntime() { release(this); }
+
+void CallRuntime::release(void* owner) {
+  CallRuntime& call = *static_cast<CallRuntime*>(owner);
+  for (void* const block : call.blocks_) return_block(block);
+  for (void* const chunk : call.chunks_) ::operator delete(chunk, kAlignment);
+  call.blocks_.clear();
+  call.chunks_.clear();
+  call.free_bytes_ = 0;
 }
 
 void* CallRuntime::allocate(void* owner, size_t bytes) {

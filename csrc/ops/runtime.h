@@ -21,6 +21,7 @@ class CallRuntime {
  private:
   static constexpr double kSerialWork = 8e5;
   static void* allocate(void* owner, size_t bytes);
+  static void release(void* owner);
   static void parallel(int64_t count, void (*task)(void*, int64_t, int64_t), void* argument);
   static void yield();
 

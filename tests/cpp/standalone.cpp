@@ -90,6 +90,7 @@ class Memory {
     static_cast<Memory*>(owner)->blocks_.emplace_back(block, &std::free);
     return block;
   }
+  static void release(void* owner) { static_cast<Memory*>(owner)->blocks_.clear(); }
 
  private:
   std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
@@ -97,18 +98,32 @@ class Memory {
 
 using Task = void (*)(void*, int64_t, int64_t);
 
+int64_t most_ranges;  // as many as the runtime says that it has threads
+
+void check_count(int64_t count) {
+  if (count <= most_ranges) return;
+  std::printf("%lld ranges asked of %lld threads: WRONG\n", static_cast<long long>(count),
+              static_cast<long long>(most_ranges));
+  std::exit(1);
+}
+
 void run_on_threads(int64_t count, Task task, void* argument) {
+  check_count(count);
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < count; ++i) threads.emplace_back(task, argument, i, i + 1);
   for (std::thread& thread : threads) thread.join();
 }
 
 // As in a nested parallel region: one range has all.
-void run_as_one(int64_t count, Task task, void* argument) { task(argument, 0, count); }
+void run_as_one(int64_t count, Task task, void* argument) {
+  check_count(count);
+  task(argument, 0, count);
+}
 
 // As under a thread limit: fewer threads than asked for, with unequal ranges.
 template <int kThreads>
 void run_on(int64_t count, Task task, void* argument) {
+  check_count(count);
   const int64_t range = (count + kThreads - 1) / kThreads;
   std::vector<std::thread> threads;
   for (int64_t first = 0; first < count; first += range)
@@ -144,9 +159,10 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
   const std::vector<S> from_output = as<S>(grad_output), from_h_n = as<S>(grad_h_n);
   std::vector<S> output(T * B * H, S(NAN)), h_n(B * H, S(NAN));
 
-  Memory memory;
-  const genkernels::Runtime runtime{threads.count,    cache,  threads.parallel, std::this_thread::yield,
-                                    Memory::allocate, &memory};
+  most_ranges = threads.count;
+  Memory memory, saved;
+  const genkernels::Runtime runtime{threads.count,    cache,           threads.parallel, std::this_thread::yield,
+                                    Memory::allocate, Memory::release, &memory};
   genkernels::Gru gru{};
   gru.dtype = dtype;
   gru.steps = T;
@@ -162,7 +178,7 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
   gru.bias_ih = values[4].data();
   gru.bias_hh = values[5].data();
   gru.output = output.data();
-  gru.gates = Memory::allocate(&memory, size_t(T * B * 4 * H) * sizeof(S));  // of whole lines where H is
+  gru.gates = Memory::allocate(&saved, size_t(T * B * 4 * H) * sizeof(S));  // of whole lines where H is
   gru.h_n = h_n.data();
   kernels.gru_forward(&gru, 1, runtime);
 
@@ -180,30 +196,45 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
   grad.grad_bias_hh = gradients[5].data();
   kernels.gru_backward(&gru, &grad, 1, runtime);
 
-  // Twice the same beside each other, as two directions are.
-  std::vector<S> outputs[2], states[2], both_gradients[2][6];
-  genkernels::Gru both[2] = {gru, gru};
-  genkernels::GruGradients both_grad[2] = {grad, grad};
+  // Both directions in one call give what a call of each gives.
+  struct Direction {
+    std::vector<S> output, h_n, gradients[6];
+  };
+  Direction apart[2], together[2];
+  genkernels::Gru both[2];
+  genkernels::GruGradients both_grad[2];
+  const auto prepare = [&](Direction(&results)[2]) {
+    for (int d = 0; d < 2; ++d) {
+      Direction& to = results[d];
+      to.output.assign(output.size(), S(NAN));
+      to.h_n.assign(h_n.size(), S(NAN));
+      for (int i = 0; i < 6; ++i) to.gradients[i].assign(size[i], S(NAN));
+      both[d] = gru;
+      both[d].reverse = d == 1;
+      both[d].output = to.output.data();
+      both[d].h_n = to.h_n.data();
+      both[d].gates = Memory::allocate(&saved, size_t(T * B * 4 * H) * sizeof(S));
+      both_grad[d] = grad;
+      both_grad[d].grad_input = to.gradients[0].data();
+      both_grad[d].grad_hx = to.gradients[1].data();
+      both_grad[d].grad_weight_ih = to.gradients[2].data();
+      both_grad[d].grad_weight_hh = to.gradients[3].data();
+      both_grad[d].grad_bias_ih = to.gradients[4].data();
+      both_grad[d].grad_bias_hh = to.gradients[5].data();
+    }
+  };
+  prepare(apart);
   for (int d = 0; d < 2; ++d) {
-    outputs[d].assign(output.size(), S(NAN));
-    states[d].assign(h_n.size(), S(NAN));
-    for (int i = 0; i < 6; ++i) both_gradients[d][i].assign(size[i], S(NAN));
-    both[d].output = outputs[d].data();
-    both[d].h_n = states[d].data();
-    both[d].gates = Memory::allocate(&memory, size_t(T * B * 4 * H) * sizeof(S));
-    both_grad[d].grad_input = both_gradients[d][0].data();
-    both_grad[d].grad_hx = both_gradients[d][1].data();
-    both_grad[d].grad_weight_ih = both_gradients[d][2].data();
-    both_grad[d].grad_weight_hh = both_gradients[d][3].data();
-    both_grad[d].grad_bias_ih = both_gradients[d][4].data();
-    both_grad[d].grad_bias_hh = both_gradients[d][5].data();
+    kernels.gru_forward(&both[d], 1, runtime);
+    kernels.gru_backward(&both[d], &both_grad[d], 1, runtime);
   }
+  prepare(together);
   kernels.gru_forward(both, 2, runtime);
   kernels.gru_backward(both, both_grad, 2, runtime);
-  bool agrees = true;
+  bool agrees = apart[0].output == output && apart[1].output != output;
   for (int d = 0; d < 2; ++d) {
-    agrees = agrees && outputs[d] == output && states[d] == h_n;
-    for (int i = 0; i < 6; ++i) agrees = agrees && both_gradients[d][i] == gradients[i];
+    agrees = agrees && together[d].output == apart[d].output && together[d].h_n == apart[d].h_n;
+    for (int i = 0; i < 6; ++i) agrees = agrees && together[d].gradients[i] == apart[d].gradients[i];
   }
 
   const Values expected = plain_forward(arguments);
