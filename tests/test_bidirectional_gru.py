@@ -22,7 +22,11 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import genkernels
 from genkernels import reference
-from genkernels.ops.gru import gru_pack
+from genkernels.ops.gru import (
+    _reference_bidirectional_backward,
+    _reference_bidirectional_forward,
+    gru_pack,
+)
 
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -194,6 +198,18 @@ def test_opcheck(batch_sizes: Tensor | None, bias: bool, backward: bool) -> None
     name = f"bidirectional_gru_{'backward' if backward else 'forward'}"
     raw = getattr(torch.ops.genkernels, name).default
     torch.library.opcheck(raw, raw_arguments(batch_sizes, bias, backward))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("batch_sizes", [None, torch.tensor([4, 3, 1])], ids=["dense", "packed"])
+def test_reference_of_raw_op(batch_sizes: Tensor | None, backward: bool) -> None:
+    """What devices without a kernel run, against the kernel."""
+    name = f"bidirectional_gru_{'backward' if backward else 'forward'}"
+    args = raw_arguments(batch_sizes, True, backward)
+    references = {True: _reference_bidirectional_backward, False: _reference_bidirectional_forward}
+    expected = references[backward](*args)
+    for got, wanted in zip(getattr(torch.ops.genkernels, name)(*args), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_compile() -> None:
