@@ -12,12 +12,11 @@ namespace genkernels::GENKERNELS_LEVEL {
 constexpr int kPanelVectors = 3;
 
 // Longest run of products summed in registers before it is added to the total. One chain over all of K has twice
-// PyTorch's rounding error at K = 512 and ten times at 8192; 256 costs one addition in 256. A narrow tile reads a panel
-// for fewer rows at a time, more often than the L2 cache can give: there the run of a panel has to fit the L1 cache.
-constexpr int64_t kChain = kVectorBytes == 64 ? 256 : 160;
+// PyTorch's rounding error at K = 512 and ten times at 8192; 256 costs one addition in 256.
+constexpr int64_t kChain = 256;
 
 // Rows that are multiplied with one run of a panel before the next.
-constexpr int kRunRows = kVectorBytes == 64 ? kTileRows : 8 * kTileRows;
+constexpr int kRunRows = 8;
 
 // The type operands are multiplied in. bf16 is multiplied as it is where the CPU can, else widened when packed.
 template <class T>
@@ -46,7 +45,7 @@ struct Panel {
 // What is fetched while a product goes on: with each group of k a line of what `at` and `stride` lead through, into L1
 // or L2, and the panel's own lines of kGroupsAhead groups later, which L2 would deliver too late. Where a run of the
 // panel stays in L1 for several tiles, nothing has to be fetched into it.
-constexpr bool kFetchesIntoL1 = kRunRows == kTileRows;
+constexpr bool kFetchesIntoL1 = true;
 enum class Into { L1, L2 };
 constexpr int kGroupsAhead = 8;
 template <Into kCache>
@@ -56,10 +55,8 @@ struct Ahead {
 
   template <int kVectors, class E>
   GENKERNELS_INLINE void fetch(const E* panel) {
-    if constexpr (kCache == Into::L2) __builtin_prefetch(at, 0, 2);
-    if constexpr (kCache == Into::L1 && kFetchesIntoL1) __builtin_prefetch(at, 0, 3);
+    __builtin_prefetch(at, 0, kCache == Into::L1 ? 3 : 2);
     at += stride;
-    if constexpr (!kFetchesIntoL1) return;
     constexpr int kBytes = kVectors * kVectorBytes;
 #pragma GCC unroll 4
     for (int line = 0; line < kBytes; line += 64)

@@ -294,8 +294,8 @@ struct GateWeights {
   }
 };
 
-// Rows that are finished in turns: all of a tile would not fit the registers.
-constexpr int kFinishRows = kTileRows / 2;
+// Rows that are finished in turns, so that one does not wait for its last result; more would not fit the registers.
+constexpr int kFinishRows = 4;
 
 // Turns the sums of the products of rows [0, kRows) into their gates and new states, each kept where it is asked for.
 // sum(i, g) gives row i's sums of r and z (g = 0 and 1) and of n, the input's and the state's (2 and 3); state(i) its
@@ -585,7 +585,7 @@ struct NarrowForward {
                     [&](int64_t i) { return input[i]; });
         rows += count;
       } while (last < gru.steps && rows + sequence.size(sequence.time(last)) <= kRows);
-      for (int64_t j = first_block; j < last_block; ++j) multiply_inputs(weights.block(j, first_share), staged, rows);
+      for (int64_t j = first_block; j < last_block; ++j) multiply_inputs(j, first_share, staged, rows);
       rows = 0;
       for (int64_t s = first; s < last; ++s) {
         const int64_t t = sequence.time(s), count = sequence.size(t);
@@ -605,12 +605,14 @@ struct NarrowForward {
     finish_streams();
   }
 
-  void multiply_inputs(const Block& block, const E* input, int64_t rows) const {
-    A* to = from_inputs + block.first / kUnits * kRows * 3 * kUnits;
+  void multiply_inputs(int64_t j, int64_t share, const E* input, int64_t rows) const {
+    const Block block = weights.block(j, share);
+    A* to = from_inputs + j * kRows * 3 * kUnits;
     for (int64_t first = 0; first < rows; first += kRunRows) {
       const int64_t run = smaller(kRunRows, rows - first);
       Vector<A> sum[kRunRows][3];
-      product_of_rows<E, 3>(input + first * input_stride, input_stride, run, block.input, gru.input_size, sum);
+      product_of_rows<E, 3>(input + first * input_stride, input_stride, run, block.input, gru.input_size, sum,
+                            weights.ahead(j + 1, first / kRunRows, block).input);
       for (int64_t i = 0; i < run; ++i)
         for (int gate = 0; gate < 3; ++gate) store(to + ((first + i) * 3 + gate) * kUnits, sum[i][gate]);
     }
@@ -831,7 +833,6 @@ struct Backward {
   static constexpr int64_t kBlockRows = 512;
   // Registers of sums of a step that packs nothing, and rows they belong to at most.
   static constexpr int kStepTile = kVectorBytes == 64 ? 24 : 12, kStepRows = kVectorBytes == 64 ? 8 : 4;
-  static constexpr int64_t kWeightRun = kVectorBytes == 64 ? kBlockRows : 256;  // rows of a panel, as kRunRows
   static constexpr int64_t kTileGroup = 16;  // tiles that stay in the L2 cache while the panels pass by
 
   // Where no gates were saved: the block's inputs and states side by side, and its gates from them.
@@ -1178,7 +1179,7 @@ struct Backward {
     parallel(runtime, shares, [&](int64_t i) {
       const auto accumulate = [&](const Columns<E>& columns, const E* packed, int64_t gate0, A* sums, int64_t N) {
         const int64_t tiles = 3 * to.gate_tiles, last = tiles * (i + 1) / shares;
-        for (int64_t k = 0; k < rows || k == 0; k += kWeightRun)
+        for (int64_t k = 0; k < rows || k == 0; k += kBlockRows)
           for (int64_t group = tiles * i / shares; group < last; group += kTileGroup)
             for (int64_t p = 0; p < columns.panels; ++p)
               columns.with_width(p, [&]<int kVectors>() {
@@ -1188,7 +1189,7 @@ struct Backward {
                   // Columns of delta are n, r, z, hn; rows of both gradients r, z, n.
                   A* rows_to = sums + ((gate + 2) % 3 * H + unit) * N;
                   add_tile<kVectors>(columns, p, panel, delta_tile(to, gate, unit, K) + k / kGroup<E> * delta_step(),
-                                     smaller(kWeightRun, rows - k), int(smaller(kTileRows, H - unit)), rows_to, N,
+                                     smaller(kBlockRows, rows - k), int(smaller(kTileRows, H - unit)), rows_to, N,
                                      is_first_block && k == 0);
                 }
               });

@@ -6,9 +6,9 @@
 
 namespace genkernels::GENKERNELS_LEVEL {
 
-// The AVX-512 forms take one instruction where the general ones take two to four. `limit` comes first because the
-// instruction returns its second operand if one of them is NaN. All lanes are named because GCC 12 warns of an
-// uninitialised value inside the forms without a mask; the instruction is the same.
+// The forms of AVX-512 and AVX2 take one instruction where the general ones take two to four. `limit` comes first
+// because the instruction returns its second operand if one of them is NaN. All lanes are named because GCC 12 warns of
+// an uninitialised value inside AVX-512's forms without a mask; the instruction is the same.
 #if defined(__AVX512F__)
 constexpr __mmask16 kAllLanes = 0xffff;
 GENKERNELS_INLINE Vector<float> at_most(float limit, Vector<float> x) {
@@ -29,10 +29,22 @@ GENKERNELS_INLINE Vector<float> inverse(Vector<float> x) {
   return (Vector<float>)_mm512_maskz_rcp14_ps(kAllLanes, (__m512)x);
 }
 #else
+#if defined(__AVX2__)
+GENKERNELS_INLINE Vector<float> at_most(float limit, Vector<float> x) {
+  return (Vector<float>)_mm256_min_ps(_mm256_set1_ps(limit), (__m256)x);
+}
+GENKERNELS_INLINE Vector<float> at_least(float limit, Vector<float> x) {
+  return (Vector<float>)_mm256_max_ps(_mm256_set1_ps(limit), (__m256)x);
+}
+GENKERNELS_INLINE Vector<float> nearest_integer(Vector<float> x) {
+  return (Vector<float>)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
 GENKERNELS_INLINE Vector<float> at_most(float limit, Vector<float> x) { return x > limit ? broadcast(limit) : x; }
 GENKERNELS_INLINE Vector<float> at_least(float limit, Vector<float> x) { return x < limit ? broadcast(limit) : x; }
 // Adding and taking away 1.5 * 2^23 rounds to an integer in the current (nearest) mode.
 GENKERNELS_INLINE Vector<float> nearest_integer(Vector<float> x) { return (x + 12582912.0f) - 12582912.0f; }
+#endif
 GENKERNELS_INLINE Vector<float> scale(Vector<float> x, Vector<float> n) {
   const Vector<float> power = (Vector<float>)((__builtin_convertvector(n, Vector<int32_t>) + 127) << 23);
   return n < -126.0f ? Vector<float>{} : x * power;
