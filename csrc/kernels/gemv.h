@@ -1,4 +1,4 @@
-// The matrix product for so few rows that the right operand, a weight [N, K], is read as it lies in memory.
+// The matrix product for so few rows that the right operand, a weight or its transpose, is read as it lies in memory.
 #pragma once
 
 #include "gemm.h"
@@ -78,6 +78,69 @@ void multiply_units_of_rows(const T* weight, int64_t K, int64_t units, const T* 
   for (; i + kRows <= rows; i += kRows) multiply_units<T, kRows>(weight, K, units, x + i, to + i * stride, stride);
   if constexpr (kRows > 1)
     multiply_units_of_rows<T, kRows / 2>(weight, K, units, x + i, rows - i, to + i * stride, stride);
+}
+
+// sums[i][v] += a[i][k] b[k][v] for kRows rows and kTogether neighbouring k. Row k of b begins at b + k * N, a row of
+// sums has `stride` elements, and of b's last vector `last` columns are read.
+template <class T, int kRows, int kTogether>
+GENKERNELS_INLINE void add_rows_of_weight(const Accumulator<T>* a, int64_t a_stride, const T* b, int64_t N,
+                                          int64_t vectors, int last, Accumulator<T>* sums, int64_t stride) {
+  using A = Accumulator<T>;
+  Vector<A> factor[kRows][kTogether];
+#pragma GCC unroll 4
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+    for (int k = 0; k < kTogether; ++k) factor[i][k] = broadcast(a[i * a_stride + k]);
+  const auto add = [&](int64_t v, const auto& load_row) GENKERNELS_LAMBDA {
+    Vector<A> row[kTogether];
+#pragma GCC unroll 4
+    for (int k = 0; k < kTogether; ++k) row[k] = load_row(b + k * N + v * kLanes<A>);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRows; ++i) {
+      A* at = sums + i * stride + v * kLanes<A>;
+      Vector<A> sum = load(at);
+#pragma GCC unroll 4
+      for (int k = 0; k < kTogether; ++k) sum += factor[i][k] * row[k];
+      store(at, sum);
+    }
+  };
+  for (int64_t v = 0; v + 1 < vectors; ++v) add(v, [](const T* from) GENKERNELS_LAMBDA { return load(from); });
+  add(vectors - 1, [last](const T* from) GENKERNELS_LAMBDA { return load(from, last); });
+}
+
+// to[i][n] += a[i][:] b[:][n] for `rows` rows and `count` columns. The rows of b lie N elements apart, as those of a
+// weight [K, N]; each is read once, from its first column to its last, which is how memory is read fastest.
+template <class T>
+void multiply_as_it_lies(const Accumulator<T>* a, int64_t a_stride, int64_t rows, const T* b, int64_t N, int64_t K,
+                         int64_t count, Accumulator<T>* to, int64_t stride) {
+  using A = Accumulator<T>;
+  constexpr int kTogether = 4, kRows = kVectorBytes == 64 ? 4 : 2;
+  constexpr int64_t kSums = 256 * kLanes<A>;  // that stay in the L1 cache beside the rows of b
+  A sums[kSums];
+  const int64_t most = larger(1, kSums / kLanes<A> / rows) * kLanes<A>;
+  for (int64_t n = 0; n < count; n += most) {
+    const int64_t vectors = ceil_div(smaller(most, count - n), kLanes<A>), width = vectors * kLanes<A>;
+    const int last = int(smaller(kLanes<A>, count - n - width + kLanes<A>));
+    for (int64_t first = 0; first < K; first += kChain) {
+      __builtin_memset(sums, 0, size_t(rows * width) * sizeof(A));
+      const auto add = [&]<int kCount>(int64_t k) {
+        for_row_tiles<kRows>(rows, [&]<int kTile>(int64_t i) {
+          add_rows_of_weight<T, kTile, kCount>(a + i * a_stride + k, a_stride, b + k * N + n, N, vectors, last,
+                                               sums + i * width, width);
+        });
+      };
+      const int64_t end = smaller(K, first + kChain);
+      int64_t k = first;
+      for (; k + kTogether <= end; k += kTogether) add.template operator()<kTogether>(k);
+      for (; k < end; ++k) add.template operator()<1>(k);
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t v = 0; v < vectors; ++v) {
+          const int lanes = v + 1 < vectors ? kLanes<A> : last;
+          A* at = to + i * stride + n + v * kLanes<A>;
+          store(at, load(at, lanes) + load(sums + i * width + v * kLanes<A>), lanes);
+        }
+    }
+  }
 }
 
 }  // namespace genkernels::GENKERNELS_LEVEL

@@ -793,33 +793,6 @@ void multiply_rows(const BackwardWeight<T>& weight, int64_t thread, Rows<const O
   }
 }
 
-// total[i][v] += a[i][:] b[:][v] for K products. The rows of b lie N elements apart, as those of a weight in memory; of
-// the last vector `count` columns are read.
-template <class T, int kRows, int kVectors>
-GENKERNELS_INLINE void multiply_as_it_lies(const Accumulator<T>* a, int64_t stride, const T* b, int64_t N, int64_t K,
-                                           int count, Vector<Accumulator<T>> (&total)[kRows][kVectors]) {
-  using A = Accumulator<T>;
-  for (int64_t first = 0; first < K; first += kChain) {
-    Vector<A> sum[kRows][kVectors] = {};
-    for (int64_t k = first; k < smaller(K, first + kChain); ++k) {
-      Vector<A> column[kVectors];
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors - 1; ++v) column[v] = load(b + k * N + v * kLanes<A>);
-      column[kVectors - 1] = load(b + k * N + (kVectors - 1) * kLanes<A>, count);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        const Vector<A> row = broadcast(a[i * stride + k]);
-#pragma GCC unroll 16
-        for (int v = 0; v < kVectors; ++v) sum[i][v] += row * column[v];
-      }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) total[i][v] += sum[i][v];
-  }
-}
-
 // Backpropagation through time in blocks of steps. Per block: the time loop writes the gradients of the gates of all
 // its rows (`delta`), then products that read them while they are in the cache add to the weights' gradients and form
 // the input's.
@@ -831,8 +804,6 @@ struct Backward {
   using E = Operand<T>;
   using A = Accumulator<T>;
   static constexpr int64_t kBlockRows = 512;
-  // Registers of sums of a step that packs nothing, and rows they belong to at most.
-  static constexpr int kStepTile = kVectorBytes == 64 ? 24 : 12, kStepRows = kVectorBytes == 64 ? 8 : 4;
   static constexpr int64_t kTileGroup = 16;  // tiles that stay in the L2 cache while the panels pass by
 
   // Where no gates were saved: the block's inputs and states side by side, and its gates from them.
@@ -986,23 +957,35 @@ struct Backward {
       input[b] = sequence.input(0, b)[0];
       state[b] = sequence.state(0, b);
     }
-    const int64_t state_vectors = ceil_div(H, kUnits), input_vectors = grad.grad_input ? ceil_div(I, kUnits) : 0;
+    A* input_sums = allocate<A>(runtime, grad.grad_input ? gru.batch * I : 0);
     const T* weight_ih = static_cast<const T*>(gru.weight_ih);
     const T* weight_hh = static_cast<const T*>(gru.weight_hh);
     const int64_t shares = runtime.threads;
     parallel(runtime, shares, [&](int64_t i) {
       const auto share = [&](int64_t count, int64_t part) { return count * (i + part) / shares; };
-      step_products<kStepRows>(0, H, share(state_vectors, 0), share(state_vectors, 1), static_cast<T*>(grad.grad_hx),
-                               carry, [&](const A* row, int64_t column, int count, auto& sum) {
-                                 multiply_as_it_lies<T>(row + H, delta_stride, weight_hh + column, H, 3 * H, count,
-                                                        sum);
-                               });
-      step_products<kStepRows>(
-          0, I, share(input_vectors, 0), share(input_vectors, 1), static_cast<T*>(grad.grad_input), nullptr,
-          [&](const A* row, int64_t column, int count, auto& sum) {
-            multiply_as_it_lies<T>(row, delta_stride, weight_ih + 2 * H * I + column, I, H, count, sum);
-            multiply_as_it_lies<T>(row + H, delta_stride, weight_ih + column, I, 2 * H, count, sum);
-          });
+      // A thread's columns of a weight, in whole registers.
+      const auto columns = [&](int64_t N, int64_t part) {
+        return smaller(N, share(ceil_div(N, kUnits), part) * kUnits);
+      };
+      const auto multiply = [&](int64_t gate, const T* weight, int64_t N, int64_t K, A* to) {
+        const int64_t first = columns(N, 0), count = columns(N, 1) - first;
+        multiply_as_it_lies(step_delta + gate * H, delta_stride, gru.batch, weight + first, N, K, count, to + first, N);
+      };
+      multiply(1, weight_hh, H, 3 * H, carry);
+      end_carry(0, gru.batch, columns(H, 0), columns(H, 1));
+      if (grad.grad_input) {
+        const int64_t first = columns(I, 0), last = columns(I, 1);
+        for (int64_t b = 0; b < gru.batch; ++b)
+          __builtin_memset(input_sums + b * I + first, 0, size_t(last - first) * sizeof(A));
+        multiply(0, weight_ih + 2 * H * I, I, H, input_sums);
+        multiply(1, weight_ih, I, 2 * H, input_sums);
+        T* to = static_cast<T*>(grad.grad_input);
+        for (int64_t b = 0; b < gru.batch; ++b)
+          for (int64_t n = first; n < last; n += kUnits) {
+            const int count = int(smaller(kUnits, last - n));
+            store(to + b * I + n, load(input_sums + b * I + n, count), count);
+          }
+      }
       if (!grad.needs_weights) return;
       for (int64_t gate = 0; gate < 3; ++gate) {
         const int64_t first = share(H, 0), last = share(H, 1);
@@ -1022,31 +1005,6 @@ struct Backward {
         write(grad.grad_bias_ih, (gate + 1) % 3);
         write(grad.grad_bias_hh, gate + 1);
       }
-  }
-
-  // to[b][vectors first to last of N columns] = carried[b] + what multiply adds, kRows rows and then fewer at a time.
-  template <int kRows, class Multiply>
-  void step_products(int64_t b, int64_t N, int64_t first, int64_t last, T* to, const A* carried,
-                     const Multiply& multiply) const {
-    constexpr int kMost = kStepTile / kRows;
-    for (; b + kRows <= gru.batch; b += kRows) {
-      const auto strip = [&]<int kVectors>(int64_t vector) {
-        const int64_t column = vector * kLanes<A>;
-        const int count = int(smaller(kLanes<A>, N - column - (kVectors - 1) * kLanes<A>));
-        const auto lanes = [&](int v) { return v == kVectors - 1 ? count : kLanes<A>; };
-        Vector<A> sum[kRows][kVectors];
-        for (int i = 0; i < kRows; ++i)
-          for (int v = 0; v < kVectors; ++v)
-            sum[i][v] = carried ? load(carried + (b + i) * N + column + v * kLanes<A>, lanes(v)) : Vector<A>{};
-        multiply(step_delta + b * delta_stride, column, count, sum);
-        for (int i = 0; i < kRows; ++i)
-          for (int v = 0; v < kVectors; ++v) store(to + (b + i) * N + column + v * kLanes<A>, sum[i][v], lanes(v));
-      };
-      int64_t vector = first;
-      for (; vector + kMost <= last; vector += kMost) strip.template operator()<kMost>(vector);
-      for (; vector < last; ++vector) strip.template operator()<1>(vector);
-    }
-    if constexpr (kRows > 1) step_products<kRows / 2>(b, N, first, last, to, carried, multiply);
   }
 
   // Rows [row, row + count) of a weight's gradient [3H, N]: sums over the batch of delta's columns from `column` on
