@@ -6,14 +6,17 @@
 #if defined(GENKERNELS_HAVE_AVX2)
 GENKERNELS_DECLARE_GRU(avx2)
 GENKERNELS_DECLARE_LINEAR(avx2)
+GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx2)
 #endif
 #if defined(GENKERNELS_HAVE_AVX512)
 GENKERNELS_DECLARE_GRU(avx512)
 GENKERNELS_DECLARE_LINEAR(avx512)
+GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx512)
 #endif
 #if defined(GENKERNELS_HAVE_AVX512_BF16)
 GENKERNELS_DECLARE_GRU(avx512_bf16)
 GENKERNELS_DECLARE_LINEAR(avx512_bf16)
+GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx512_bf16)
 #endif
 
 namespace genkernels {
@@ -26,7 +29,8 @@ namespace {
    level::gru_pack,                              \
    level::gru_forward,                           \
    level::gru_backward,                          \
-   level::linear_forward}
+   level::linear_forward,                        \
+   level::linear_cross_entropy}
 
 // __builtin_cpu_supports also asks whether the operating system saves the wider registers.
 constexpr Kernels kLevels[] = {

@@ -3,9 +3,11 @@
 
 #include "kernels/gru.h"
 #include "kernels/linear.h"
+#include "kernels/linear_cross_entropy.h"
 
 GENKERNELS_DECLARE_GRU(baseline)
 GENKERNELS_DECLARE_LINEAR(baseline)
+GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(baseline)
 
 namespace genkernels {
 
@@ -18,6 +20,7 @@ struct Kernels {
   decltype(&baseline::gru_forward) gru_forward;
   decltype(&baseline::gru_backward) gru_backward;
   decltype(&baseline::linear_forward) linear_forward;
+  decltype(&baseline::linear_cross_entropy) linear_cross_entropy;
 };
 
 // The levels of this build, lowest first, ended by one without a name.

@@ -5,7 +5,14 @@ import torch  # noqa: F401  the extension finds libtorch_cpu because torch has l
 from . import nn, ops
 from .backend import empty_cache, explain, stats, use_backend
 from .nn.freeze import freeze, unfreeze
-from .ops import bidirectional_gru, gru, gru_cell, linear
+from .ops import (
+    bidirectional_gru,
+    gru,
+    gru_cell,
+    linear,
+    linear_cross_entropy,
+    linear_log_prob,
+)
 
 __all__ = [
     "__version__",
@@ -16,6 +23,8 @@ __all__ = [
     "gru",
     "gru_cell",
     "linear",
+    "linear_cross_entropy",
+    "linear_log_prob",
     "nn",
     "ops",
     "stats",

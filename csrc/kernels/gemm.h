@@ -261,6 +261,12 @@ void pack_panel(const Columns<E>& columns, int64_t panel, int64_t K, const Row& 
         continue;
       }
     }
+    if constexpr (kGroupSize == 1) {
+      if (const T* from = row(k); from != nullptr && used == width) {
+        for (int64_t n = 0; n < width; n += kLanes<E>) store(to + n, load(from + first + n));
+        continue;
+      }
+    }
     for (int g = 0; g < kGroupSize; ++g) {
       const T* from = k + g < K ? row(k + g) : nullptr;
       if (from == nullptr) {
@@ -299,6 +305,100 @@ void sum_tile_rows(const E* tile, int64_t step, int64_t K, double (&sum)[kTileRo
         for (int g = 0; g < kGroup<E>; ++g) part[i] += double(as<Accumulator<E>>(tile[i * kGroup<E> + g]));
     for (int i = 0; i < kTileRows; ++i) sum[i] += part[i];
   }
+}
+
+// Rows of a matrix; the elements of a row are contiguous.
+template <class T>
+struct Rows {
+  T* first;
+  int64_t stride;
+  T* operator[](int64_t i) const { return first + i * stride; }
+};
+
+// Copies rows side by side for a product to read: as its operand type, and never a power of two apart. Rows 4096
+// bytes apart share one set of the L1 cache, and a tile of 8 of them would fill it.
+template <class E, class T, class Row>
+Rows<const E> stage(E* to, int64_t stride, int64_t rows, int64_t columns, const Row& row) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = row(i);
+    for (int64_t k = 0; k < columns; ++k) to[i * stride + k] = from ? as<E>(from[k]) : E{};
+  }
+  return {to, stride};
+}
+
+template <class E>
+int64_t staged_stride(int64_t columns) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(E));
+  return ceil_div(columns, kLine) * kLine + kLine;
+}
+
+template <class E>
+bool collides(int64_t stride) {
+  return (stride * int64_t(sizeof(E))) % 4096 == 0 && stride != 0;
+}
+
+// A register of operands, `count` of them read and the others zero.
+template <class E, class T, class Row>
+GENKERNELS_INLINE void load_operands(const T* from, int64_t count, Row& to) {
+  constexpr int64_t kElements = kVectorBytes / int64_t(sizeof(E));
+  if (count < kElements) {
+    E elements[kElements] = {};
+    for (int64_t i = 0; i < count; ++i) elements[i] = as<E>(from[i]);
+    __builtin_memcpy(&to, elements, sizeof to);
+  } else if constexpr (__is_same(T, E)) {
+    __builtin_memcpy(&to, from, sizeof to);
+  } else {
+    to = (Row)load(from);
+  }
+}
+
+// Packs a panel of B^T: row(n) gives the address of row n of B [.., K], which becomes column n, or null for a column of
+// zeros. A square of a register's columns by as many groups of k at a time, transposed in registers.
+template <class E, class T, int kVectors, class Row>
+void pack_panel_of_rows(int64_t K, const Row& row, E* to) {
+  constexpr int64_t kGroupSize = kGroup<E>, kElements = kLanes<E> * kGroupSize, kStep = Panel<E, kVectors>::kStep;
+  const int64_t groups = ceil_div(K, kGroupSize);
+  for (int64_t v = 0; v < kVectors; ++v) {
+    const T* rows[kLanes<E>];
+    for (int64_t n = 0; n < kLanes<E>; ++n) rows[n] = row(v * kLanes<E> + n);
+    for (int64_t k = 0; k < K; k += kElements) {
+      Square<LaneOf<sizeof(E) * kGroupSize>> square;
+      static_assert(square.kRows == kLanes<E>);
+#pragma GCC unroll 16
+      for (int64_t n = 0; n < kLanes<E>; ++n)
+        load_operands<E>(rows[n] ? rows[n] + k : nullptr, rows[n] ? smaller(kElements, K - k) : 0, square.rows[n]);
+      square.transpose();
+      const int64_t filled = smaller(kLanes<E>, groups - k / kGroupSize);
+      for (int64_t i = 0; i < filled; ++i)
+        __builtin_memcpy(to + (k / kGroupSize + i) * kStep + v * kElements, &square.rows[i], kVectorBytes);
+    }
+  }
+}
+
+// Whether the tiles of A^T are packed: not where they can be read from A itself, a row's neighbouring elements. They
+// can unless pairs of rows have to lie side by side, or a tile would use too little of each line.
+template <class E>
+constexpr bool kTransposesTiles = kGroup<E> > 1 || kTileRows * sizeof(E) < 32;
+
+// to[i][:] += tile[i][:] panel[:][:], or =, for `rows` rows of a tile of A^T and a panel of columns.
+template <int kVectors, class E>
+void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* tile, ptrdiff_t step, int64_t K, int rows,
+              Accumulator<E>* to, int64_t stride, bool is_first) {
+  using A = Accumulator<E>;
+  // PyTorch's sums over the rows are shorter: with chains of 256 the error exceeds twice theirs at 264 rows.
+  constexpr int64_t kLongest = 128;
+  // What the tile is added to lies further away than the operands, and arrives while it is multiplied.
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(to + i * stride + columns.first_column(p) + v * kLanes<A>, 1);
+  Vector<A> sum[kTileRows][kVectors];
+  product<E, kTileRows, kVectors, kLongest>(tile, kGroup<E>, step, panel, K, sum);
+  for (int i = 0; i < rows; ++i)
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t column = columns.first_column(p) + v * kLanes<A>;
+      const int count = int(smaller(kLanes<A>, columns.count - column));
+      A* at = to + i * stride + column;
+      store(at, is_first ? sum[i][v] : load(at, count) + sum[i][v], count);
+    }
 }
 
 }  // namespace genkernels::GENKERNELS_LEVEL

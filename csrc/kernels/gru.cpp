@@ -10,14 +10,6 @@ GENKERNELS_DECLARE_GRU(GENKERNELS_LEVEL)
 namespace genkernels::GENKERNELS_LEVEL {
 namespace {
 
-// Rows of a matrix; the elements of a row are contiguous.
-template <class T>
-struct Rows {
-  T* first;
-  int64_t stride;
-  T* operator[](int64_t i) const { return first + i * stride; }
-};
-
 // The geometry of a sequence, dense or packed, in the order in which it is run.
 template <class T>
 struct Sequence {
@@ -103,28 +95,6 @@ constexpr int64_t kWidenedRows = 6, kWidenedRowsBackward = 16;
 bool is_widened(DType dtype) { return dtype == DType::bfloat16 && kGroup<Operand<bfloat16>> == 1; }
 
 int64_t row_shares(const Gru& gru, const Runtime& runtime) { return smaller(runtime.threads, gru.batch); }
-
-// Copies rows side by side for a product to read: as its operand type, and never a power of two apart. Rows 4096
-// bytes apart share one set of the L1 cache, and a tile of 8 of them would fill it.
-template <class E, class T, class Row>
-Rows<const E> stage(E* to, int64_t stride, int64_t rows, int64_t columns, const Row& row) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const T* from = row(i);
-    for (int64_t k = 0; k < columns; ++k) to[i * stride + k] = from ? as<E>(from[k]) : E{};
-  }
-  return {to, stride};
-}
-
-template <class E>
-int64_t staged_stride(int64_t columns) {
-  constexpr int64_t kLine = 64 / int64_t(sizeof(E));
-  return ceil_div(columns, kLine) * kLine + kLine;
-}
-
-template <class E>
-bool collides(int64_t stride) {
-  return (stride * int64_t(sizeof(E))) % 4096 == 0 && stride != 0;
-}
 
 // Packing costs as much as reading the weights a few times.
 bool packs_weights(const Gru& gru) {
@@ -253,44 +223,18 @@ struct GateWeights {
   }
 
   void pack(int64_t j, E* to) const {
-    const int64_t H = gru.hidden_size, first = j * kUnits, units = smaller(kUnits, H - first);
-    pack_rows(static_cast<const T*>(gru.weight_ih), gru.input_size, first, units, to);
-    pack_rows(static_cast<const T*>(gru.weight_hh), H, first, units, to + input_size);
-  }
-
-  // A square of `units` rows by as many groups of k at a time, transposed in registers.
-  void pack_rows(const T* weight, int64_t K, int64_t first, int64_t units, E* to) const {
-    constexpr int64_t kGroupSize = kGroup<E>, kElements = kUnits * kGroupSize;
-    const int64_t groups = ceil_div(K, kGroupSize);
-    for (int64_t gate = 0; gate < 3; ++gate)
-      for (int64_t k = 0; k < K; k += kElements) {
-        Square<LaneOf<sizeof(E) * kGroupSize>> square;
-        static_assert(square.kRows == kUnits);
-#pragma GCC unroll 16
-        for (int64_t u = 0; u < kUnits; ++u) {
-          const T* row = weight + (gate * gru.hidden_size + first + u) * K + k;
-          load_operands(row, u < units ? smaller(kElements, K - k) : 0, square.rows[u]);
-        }
-        square.transpose();
-        const int64_t filled = smaller(kUnits, groups - k / kGroupSize);
-        for (int64_t i = 0; i < filled; ++i)
-          __builtin_memcpy(to + (k / kGroupSize + i) * kStep + gate * kElements, &square.rows[i], kVectorBytes);
-      }
-  }
-
-  // A register of operands, `count` of them read and the others zero.
-  template <class Row>
-  static GENKERNELS_INLINE void load_operands(const T* from, int64_t count, Row& to) {
-    constexpr int64_t kElements = kVectorBytes / int64_t(sizeof(E));
-    if (count < kElements) {
-      E elements[kElements] = {};
-      for (int64_t i = 0; i < count; ++i) elements[i] = as<E>(from[i]);
-      __builtin_memcpy(&to, elements, sizeof to);
-    } else if constexpr (__is_same(T, E)) {
-      __builtin_memcpy(&to, from, sizeof to);
-    } else {
-      to = (Row)load(from);
-    }
+    const int64_t H = gru.hidden_size, first = j * kUnits;
+    const auto pack_gates = [&](const void* weight, int64_t K, E* at) {
+      pack_panel_of_rows<E, T, 3>(
+          K,
+          [&](int64_t n) {
+            const int64_t unit = first + n % kUnits;
+            return unit < H ? static_cast<const T*>(weight) + (n / kUnits * H + unit) * K : nullptr;
+          },
+          at);
+    };
+    pack_gates(gru.weight_ih, gru.input_size, to);
+    pack_gates(gru.weight_hh, H, to + input_size);
   }
 };
 
@@ -1090,9 +1034,8 @@ struct Backward {
             allocate<double>(runtime, 4 * H)};
   }
 
-  // The rows of delta^T that belong to a tile of units: of delta itself, a row's neighbouring elements, unless pairs of
-  // rows have to lie side by side, or a tile would use too little of each line.
-  static constexpr bool kTransposes = kGroup<E> > 1 || kTileRows * sizeof(E) < 32;
+  // The rows of delta^T that belong to a tile of units.
+  static constexpr bool kTransposes = kTransposesTiles<E>;
   const E* delta_tile(const WeightGradients& of, int64_t gate, int64_t unit, int64_t K) const {
     return kTransposes ? of.transposed + (gate * of.gate_tiles * kTileRows + unit) * K : delta + gate * H + unit;
   }
@@ -1147,34 +1090,14 @@ struct Backward {
                   // Columns of delta are n, r, z, hn; rows of both gradients r, z, n.
                   A* rows_to = sums + ((gate + 2) % 3 * H + unit) * N;
                   add_tile<kVectors>(columns, p, panel, delta_tile(to, gate, unit, K) + k / kGroup<E> * delta_step(),
-                                     smaller(kBlockRows, rows - k), int(smaller(kTileRows, H - unit)), rows_to, N,
-                                     is_first_block && k == 0);
+                                     delta_step(), smaller(kBlockRows, rows - k), int(smaller(kTileRows, H - unit)),
+                                     rows_to, N, is_first_block && k == 0);
                 }
               });
       };
       accumulate(to.input_columns, to.input, 0, to.weight_ih, I);
       accumulate(to.state_columns, to.state, 1, to.weight_hh, H);
     });
-  }
-
-  template <int kVectors>
-  void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* tile, int64_t K, int rows, A* to,
-                int64_t stride, bool is_first) const {
-    // PyTorch's sums over the rows are shorter: with chains of 256 the error exceeds twice theirs at 264 rows.
-    constexpr int64_t kLongest = 128;
-    // The gradients lie further away than the operands; what the tile is added to arrives while it is multiplied.
-    for (int i = 0; i < rows; ++i)
-      for (int v = 0; v < kVectors; ++v)
-        __builtin_prefetch(to + i * stride + columns.first_column(p) + v * kLanes<A>, 1);
-    Vector<A> sum[kTileRows][kVectors];
-    product<E, kTileRows, kVectors, kLongest>(tile, kGroup<E>, delta_step(), panel, K, sum);
-    for (int i = 0; i < rows; ++i)
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t column = columns.first_column(p) + v * kLanes<A>;
-        const int count = int(smaller(kLanes<A>, columns.count - column));
-        A* at = to + i * stride + column;
-        store(at, is_first ? sum[i][v] : load(at, count) + sum[i][v], count);
-      }
   }
 
   void finish_weight_gradients(const WeightGradients& from) const {

@@ -1,5 +1,5 @@
-// Sigmoid and tanh on vectors, each to 2.1 units in the last place (results below 2^-126 aside, which may become 0).
-// Saturated values are exactly 0, 1 and -1, and NaN passes through, as in PyTorch.
+// Sigmoid, tanh and e^x on vectors, each to 2.1 units in the last place (results below 2^-126 aside, which may become
+// 0). Saturated values are exactly 0, 1 and -1, and NaN passes through, as in PyTorch.
 #pragma once
 
 #include "simd.h"
@@ -110,6 +110,13 @@ struct Exponential {
   }
 };
 
+// e^x for x <= 0, 0 where float32 has nothing smaller.
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> exponential(const Floats<kCount>& x) {
+  const Exponential<kCount> e(at_least(-104.0f, x));
+  return scale(e.p + 1.0f, e.n);
+}
+
 // a / (a + c). One step of Newton's method squares the error of the inverse (it takes half the time of a division), and
 // its residual is formed from a and c themselves: near 1 what counts is the distance from 1, and gradients see it.
 template <int kCount>
@@ -138,6 +145,13 @@ GENKERNELS_INLINE Floats<kCount> tanh(const Floats<kCount>& x) {
 }
 
 // float64 is for gradcheck and for references: the C library's functions, lane by lane.
+template <int kCount>
+GENKERNELS_INLINE Several<Vector<double>, kCount> exponential(Several<Vector<double>, kCount> x) {
+  for (Vector<double>& each : x.at)
+    for (int i = 0; i < kLanes<double>; ++i) each[i] = __builtin_exp(each[i]);
+  return x;
+}
+
 template <int kCount>
 GENKERNELS_INLINE Several<Vector<double>, kCount> sigmoid(Several<Vector<double>, kCount> x) {
   for (Vector<double>& each : x.at)

@@ -34,28 +34,40 @@ struct Layout {
   size_t bytes;
   int32_t dtype;
 
-  Layout(const Tensor& input, Sizes sizes) : dimensions(int64_t(sizes.size())) {
+  Layout(const Tensor& input, Sizes sizes, bool is_accumulator = false) : dimensions(int64_t(sizes.size())) {
     STD_TORCH_CHECK(sizes.size() <= kMostDimensions, "expected at most ", kMostDimensions, " dimensions");
-    bytes = input.element_size();
+    const bool widens = is_accumulator && input.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+    bytes = widens ? sizeof(float) : input.element_size();
     int64_t stride = 1;
     for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {
       strides[i] = stride;  // as PyTorch has them, where there are no elements too
       bytes *= size_t(sizes[i]);
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &dtype));
+    if (widens)
+      dtype = aoti_torch_dtype_float32();
+    else
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &dtype));
   }
 };
 
-}  // namespace
-
-Tensor new_tensor(const Tensor& input, Sizes sizes) {
-  const Layout layout(input, sizes);
+Tensor new_tensor(const Layout& layout, Sizes sizes) {
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(layout.dimensions, sizes.data(), layout.strides.data(),
                                                          layout.dtype, aoti_torch_device_type_cpu(), 0, &handle));
   Tensor tensor(handle);
   poison(tensor.mutable_data_ptr(), layout.bytes);
   return tensor;
+}
+
+}  // namespace
+
+Tensor new_tensor(const Tensor& input, Sizes sizes) { return new_tensor(Layout(input, sizes), sizes); }
+
+Tensor new_accumulator(const Tensor& input, Sizes sizes) { return new_tensor(Layout(input, sizes, true), sizes); }
+
+torch::headeronly::ScalarType accumulator_dtype(const Tensor& input) {
+  using torch::headeronly::ScalarType;
+  return input.scalar_type() == ScalarType::BFloat16 ? ScalarType::Float : input.scalar_type();
 }
 
 Tensor new_kept(const Tensor& input, Sizes sizes) {

@@ -2,5 +2,6 @@
 
 from .gru import GRU, GRUCell
 from .linear import Linear
+from .linear_cross_entropy import LinearCrossEntropyLoss
 
-__all__ = ["GRU", "GRUCell", "Linear"]
+__all__ = ["GRU", "GRUCell", "Linear", "LinearCrossEntropyLoss"]

@@ -2,5 +2,13 @@
 
 from .gru import bidirectional_gru, gru, gru_cell
 from .linear import linear
+from .linear_cross_entropy import linear_cross_entropy, linear_log_prob
 
-__all__ = ["bidirectional_gru", "gru", "gru_cell", "linear"]
+__all__ = [
+    "bidirectional_gru",
+    "gru",
+    "gru_cell",
+    "linear",
+    "linear_cross_entropy",
+    "linear_log_prob",
+]

@@ -2,5 +2,17 @@
 
 from .gru import gru, gru_cell
 from .linear import linear
+from .linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_pass,
+    linear_log_prob,
+)
 
-__all__ = ["gru", "gru_cell", "linear"]
+__all__ = [
+    "gru",
+    "gru_cell",
+    "linear",
+    "linear_cross_entropy",
+    "linear_cross_entropy_pass",
+    "linear_log_prob",
+]
