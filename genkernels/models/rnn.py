@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import ops, reference
 from ..nn import GRU, Linear
 from .sampling import sample_token
 
@@ -47,8 +48,8 @@ class RNNLanguageModel(nn.Module):
     Equivalent to: `Linear(GRU(Embedding(input)))`, with dropout between them.
 
     `gru` is the class of the recurrent layers: `genkernels.nn.GRU`, with `genkernels.nn.Linear`
-    after it, or `torch.nn.GRU` for the very same model in plain PyTorch. Both have one
-    `state_dict`.
+    after it and `genkernels.linear_cross_entropy` as its loss, or `torch.nn.GRU` for the very same
+    model in plain PyTorch. Both have one `state_dict`.
     """
 
     name = "rnn"
@@ -66,6 +67,7 @@ class RNNLanguageModel(nn.Module):
             dropout=config.dropout if config.num_layers > 1 else 0.0,
         )
         self.linear = (Linear if gru is GRU else nn.Linear)(config.hidden_size, config.vocab_size)
+        self._is_fused = gru is GRU
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -73,9 +75,40 @@ class RNNLanguageModel(nn.Module):
 
         `hx` is the hidden state [layers, B, H] before the first token; zeros by default.
         """
+        output, hx = self._run(input, hx)
+        return self.linear(output), hx
+
+    def loss(
+        self, input: Tensor, target: Tensor, hx: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The mean cross-entropy, in nats, of target, int64 [B, T], the tokens that follow those of
+        input; and the last hidden state. The logits are not kept."""
+        output, hx = self._run(input, hx)
+        loss = (ops if self._is_fused else reference).linear_cross_entropy(
+            output.flatten(0, 1),
+            self.linear.weight,
+            target.flatten(),
+            linear_bias=self.linear.bias,
+        )
+        return loss, hx
+
+    def log_prob(
+        self, input: Tensor, target: Tensor, hx: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """ln P(target) and the most likely tokens, both [B * T], and the last hidden state."""
+        output, hx = self._run(input, hx)
+        log_prob, prediction = (ops if self._is_fused else reference).linear_log_prob(
+            output.flatten(0, 1),
+            self.linear.weight,
+            target.flatten(),
+            linear_bias=self.linear.bias,
+        )
+        return log_prob, prediction, hx
+
+    def _run(self, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:
         embedded = self.dropout(self.embedding(input))  # [B, T, E]
         output, hx = self.gru(embedded, hx)  # [B, T, H], [layers, B, H]
-        return self.linear(self.dropout(output)), hx
+        return self.dropout(output), hx
 
     @torch.no_grad()
     def generate(

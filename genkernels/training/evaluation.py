@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import batchify
@@ -54,10 +53,9 @@ def evaluate(
     nats, correct = 0.0, 0
     hx: Tensor | None = None
     for input, target in zip(inputs.split(steps, dim=1), targets.split(steps, dim=1), strict=True):
-        logits, hx = model(input, hx)
-        flat = logits.flatten(0, 1)  # [B*T, V]
-        nats += F.cross_entropy(flat, target.flatten(), reduction="sum").item()
-        correct += (flat.argmax(-1) == target.flatten()).sum().item()
+        log_prob, prediction, hx = cast(Any, model).log_prob(input, target, hx)
+        nats -= log_prob.sum(dtype=torch.float64).item()
+        correct += (prediction == target.flatten()).sum().item()
     model.train(was_training)
     count = targets.numel()
     cross_entropy = nats / count

@@ -7,10 +7,9 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 OptimizerName = Literal["sgd", "adam", "adamw"]
@@ -61,10 +60,10 @@ def train(
 ) -> Iterator[Step]:
     """Train `model` on batches of (input, target), int64 [B, T], and yield each `Step` when done.
 
-    `model(input, hx) -> (logits, hx)` is trained in place, so that a caller who stops listening
-    (or is interrupted) keeps the weights of the last step. The hidden state goes from each batch to
-    the next (the gradient does not), and is zero again when the batches start over. The time the
-    caller takes between two steps counts towards `minutes`.
+    `model.loss(input, target, hx) -> (loss, hx)` is trained in place, so that a caller who stops
+    listening (or is interrupted) keeps the weights of the last step. The hidden state goes from
+    each batch to the next (the gradient does not), and is zero again when the batches start over.
+    The time the caller takes between two steps counts towards `minutes`.
 
     Raises:
         FloatingPointError: the loss is no longer a finite number.
@@ -107,8 +106,7 @@ def training_step(
 ) -> tuple[float, Any]:
     """Do one step on input and target, int64 [B, T]; returns the mean loss and the hidden state."""
     optimizer.zero_grad()
-    logits, hx = model(input, hx)
-    loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    loss, hx = cast(Any, model).loss(input, target, hx)
     loss.backward()
     if max_grad_norm:
         nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
