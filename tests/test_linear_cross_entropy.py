@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from parity import assert_op_parity
 from test_gru import DTYPES, assert_bitwise_equal, dtype_id, each_dtype, relaid
 from torch import Tensor
@@ -209,6 +210,25 @@ class TestEdges:
         assert not values["linear_weight"].grad.any()
         assert genkernels.stats()["linear_cross_entropy_pass", "cpp"] >= 1
 
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    def test_targets_that_weigh_nothing(self, smoothing: float) -> None:
+        """No ignored ones: their mean is no number, as in PyTorch, and so is its gradient."""
+        values = arguments(6, 5, 7, weighted=True)
+        values["weight"][values["target"]] = 0
+        values["input"].requires_grad_()
+        for function in (genkernels.linear_cross_entropy, plain):
+            loss = function(**values, label_smoothing=smoothing)
+            assert loss.isnan()
+            assert not torch.autograd.grad(loss, values["input"])[0].isfinite().any()
+
+    def test_prediction_among_nan(self) -> None:
+        values = arguments(2, 5, 33)
+        values["linear_bias"][5] = 100
+        values["linear_bias"][20:] = float("nan")
+        log_prob, prediction = genkernels.linear_log_prob(**values)
+        assert log_prob.isnan().all()
+        assert prediction.tolist() == plain_log_prob(**values)[1].tolist() == [20, 20]
+
     def test_one_row_without_a_batch(self) -> None:
         values = arguments(1, 5, 7)
         values |= {"input": values["input"][0], "target": values["target"][0]}
@@ -308,6 +328,51 @@ class TestGradients:
                 torch.testing.assert_close(expected, results)  # noqa: F821
             expected = results  # noqa: F841
 
+    def test_retained_gradients_are_the_caller_s(self) -> None:
+        values = arguments(20, 9, 30)
+        values["linear_weight"].requires_grad_()
+        loss = genkernels.linear_cross_entropy(**values)
+        (first,) = torch.autograd.grad(loss, values["linear_weight"], retain_graph=True)
+        (second,) = torch.autograd.grad(loss, values["linear_weight"])
+        assert torch.equal(first, second)
+        first.zero_()
+        assert second.any()
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_under_checkpointing(self, reduction: str) -> None:
+        values = arguments(20, 9, 30)
+        weight = values.pop("linear_weight").requires_grad_()
+
+        def loss(weight: Tensor) -> Tensor:
+            return genkernels.linear_cross_entropy(
+                linear_weight=weight, **values, reduction=reduction
+            ).sum()
+
+        kept = torch.utils.checkpoint.checkpoint(loss, weight, use_reentrant=False)
+        assert torch.equal(*(torch.autograd.grad(x, weight)[0] for x in (kept, loss(weight))))
+
+    def test_batched(self) -> None:
+        values = arguments(20, 9, 30)
+        weight = values["linear_weight"].requires_grad_()
+        loss = genkernels.linear_cross_entropy(**values)
+        factors = torch.tensor([1.0, 2.0])
+        (both,) = torch.autograd.grad(
+            loss, weight, factors, is_grads_batched=True, retain_graph=True
+        )
+        (single,) = torch.autograd.grad(loss, weight)
+        assert_bitwise_equal(list(both), [single, 2 * single])
+
+    def test_factor_of_bfloat16_gradients(self) -> None:
+        """It is not rounded to bfloat16 first."""
+        values = arguments(20, 9, 30, torch.bfloat16)
+        weight = values["linear_weight"].requires_grad_()
+        (plain_gradient,) = torch.autograd.grad(genkernels.linear_cross_entropy(**values), weight)
+        values["input"] = values["input"].detach()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = genkernels.linear_cross_entropy(**values) * 1.0039
+        (gradient,) = torch.autograd.grad(loss, weight)
+        assert torch.equal(gradient, (plain_gradient.float() * 1.0039).bfloat16())
+
     def test_nothing_without_grad(self) -> None:
         values = arguments(20, 9, 30)
         values["input"].requires_grad_()
@@ -397,6 +462,8 @@ def test_no_gradient_of_the_classes_weight() -> None:
 def test_reference_of_the_raw_op(settings: tuple[int, float], dtype: torch.dtype) -> None:
     """What devices without a kernel run, by the kernel."""
     values = arguments(20, 9, 30, dtype, ignored=True, weighted=True)
+    if dtype == torch.bfloat16:
+        values["weight"] = values["weight"].float()
     names = ("input", "linear_weight", "target", "linear_bias", "weight")
     raw = torch.ops.genkernels.linear_cross_entropy_pass.default
     reduction, smoothing = settings
@@ -432,6 +499,14 @@ def test_autocast() -> None:
         results.append((loss, values["linear_weight"].grad))
         values["linear_weight"].grad = None
     (actual, gradient), (expected, expected_gradient) = results
+    ones = torch.full((30,), 1.0039)  # which bfloat16 does not have
+    values["linear_weight"] = torch.zeros(30, 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        weighted = [
+            function(**values, weight=ones, reduction="sum")
+            for function in (genkernels.linear_cross_entropy, plain)
+        ]
+    torch.testing.assert_close(*weighted, rtol=1e-3, atol=0)
     assert actual.dtype == expected.dtype == gradient.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=0.01, atol=0.01)
     torch.testing.assert_close(gradient, expected_gradient, rtol=0.05, atol=0.005)

@@ -99,7 +99,7 @@ struct Pass {
   int64_t panel_size() const { return ceil_div(K, kGroup<E>) * Panel<E, kPanelVectors>::kStep; }
   int64_t tile_group_size() const { return kTileGroup * kTileRows * (block_rows + 1); }
   bool is_ignored(int64_t i) const { return of.target[i] == of.ignore_index; }
-  A weight_of(int64_t v) const { return of.weight ? as<A>(static_cast<const T*>(of.weight)[v]) : A(1); }
+  A weight_of(int64_t v) const { return of.weight ? static_cast<const A*>(of.weight)[v] : A(1); }
 
   // The factor of row i's loss in what is differentiated.
   A factor(int64_t i) const {
@@ -203,6 +203,10 @@ struct Pass {
     if (smoothing > 0 && !ignored) to_all = sum_of_distances(row, vectors, max);
     const A sum = needs_gradients && !ignored ? sum_of_exponentials<true>(row, vectors, max)
                                               : sum_of_exponentials<false>(row, vectors, max);
+    if (of.predictions && sum != sum) {
+      for (int64_t v = V; v-- > 0;)
+        if (row[v] != row[v]) of.predictions[base + i] = v;  // as torch.argmax has it, the first that is no number
+    }
     const double log_sum = __builtin_log(double(sum));
     const double loss = (1 - of.label_smoothing) * double(target_weight) * (double(to_target) + log_sum);
     const double smooth =
@@ -211,7 +215,8 @@ struct Pass {
     if (!needs_gradients) return;
     const double all = (1 - of.label_smoothing) * double(target_weight) + of.label_smoothing * class_weight / double(V);
     if (ignored || all == 0) {
-      scale[i] = 0;
+      // A mean over targets that weigh nothing is no number, and neither is its gradient.
+      scale[i] = ignored ? A(0) : factor(base + i) * A(0);
       for (int64_t v = 0; v < vectors; ++v) store(row + v * kLanes<A>, Vector<A>{});
     } else {
       scale[i] = A(double(factor(base + i)) * all / double(sum));
@@ -242,21 +247,17 @@ struct Pass {
     return max;
   }
 
-  // The first element that is `max` or NaN, as torch.argmax has it.
+  // The first element that is `max`.
   static int64_t first_of(const A* row, int64_t vectors, A max) {
     constexpr int64_t kTogether = 16;  // vectors that are looked at before their lanes are
     for (int64_t v = 0; v < vectors; v += kTogether) {
       const int64_t end = smaller(vectors, v + kTogether);
-      auto found = load(row) != load(row);
-      for (int64_t w = v; w < end; ++w) {
-        const Vector<A> x = load(row + w * kLanes<A>);
-        found |= (x == max) | (x != x);
-      }
+      auto found = load(row + v * kLanes<A>) == max;
+      for (int64_t w = v + 1; w < end; ++w) found |= load(row + w * kLanes<A>) == max;
       bool any = false;
       for (int l = 0; l < kLanes<A>; ++l) any |= found[l] != 0;
-      if (!any) continue;
-      for (int64_t i = v * kLanes<A>; i < end * kLanes<A>; ++i)
-        if (row[i] == max || row[i] != row[i]) return i;
+      for (int64_t i = v * kLanes<A>; any && i < end * kLanes<A>; ++i)
+        if (row[i] == max) return i;
     }
     return 0;
   }
@@ -294,7 +295,7 @@ struct Pass {
   }
 
   Vector<A> class_weights(int64_t v, int count) const {
-    const T* weight = static_cast<const T*>(of.weight);
+    const A* weight = static_cast<const A*>(of.weight);
     if (weight != nullptr) return load(weight + v, count);
     A ones[kLanes<A>];
     for (int l = 0; l < kLanes<A>; ++l) ones[l] = A(1);
@@ -416,7 +417,8 @@ struct Pass {
     if (of.reduction != Reduction::none) {
       double sum = 0;
       for (int64_t i = 0; i < N; ++i) sum += double(losses[i]);
-      *static_cast<A*>(of.loss) = A(of.reduction == Reduction::mean ? sum / total_weight : sum);
+      if (of.reduction == Reduction::mean) sum = total_weight == 0 ? __builtin_nan("") : sum / total_weight;
+      *static_cast<A*>(of.loss) = A(sum);
     }
     if (of.grad_linear_weight != nullptr && N == 0)
       __builtin_memset(of.grad_linear_weight, 0, size_t(V * K) * sizeof(T));

@@ -17,7 +17,7 @@ struct LinearCrossEntropy {
   const void* linear_weight;  // [V, K]
   const void* linear_bias;    // [V], or null
   const int64_t* target;      // [N], each in [0, V) or ignore_index
-  const void* weight;         // of the classes, [V], or null
+  const void* weight;         // of the classes, [V], in the type that sums are kept in, or null
   int64_t ignore_index;
   double label_smoothing;
   Reduction reduction;

@@ -14,6 +14,11 @@ namespace {
 
 CallCounter calls("linear_cross_entropy_pass");
 
+void check_accumulator(const char* name, const Tensor& tensor, const Tensor& input) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulator_dtype(input), name,
+                  ": expected a CPU tensor of input's dtype, or of float32 beside bfloat16");
+}
+
 void check_target(const Tensor& target, int64_t classes, int64_t ignore_index) {
   STD_TORCH_CHECK(target.is_cpu() && target.scalar_type() == ScalarType::Long,
                   "target: expected a CPU tensor of int64");
@@ -36,14 +41,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_pass(
   check_like("linear_weight", linear_weight_, input_);
   check_shape("linear_weight", linear_weight_, {V, K});
   check_shape("target", target_, {N});
-  for (const auto& [name, tensor] : {std::pair{"linear_bias", &linear_bias_}, std::pair{"weight", &weight_}}) {
-    if (!*tensor) continue;
-    check_like(name, **tensor, input_);
-    check_shape(name, **tensor, {V});
+  if (linear_bias_) {
+    check_like("linear_bias", *linear_bias_, input_);
+    check_shape("linear_bias", *linear_bias_, {V});
+  }
+  if (weight_) {
+    check_accumulator("weight", *weight_, input_);
+    check_shape("weight", *weight_, {V});
   }
   if (grad_loss_) {
-    STD_TORCH_CHECK(grad_loss_->is_cpu() && grad_loss_->scalar_type() == accumulator_dtype(input_),
-                    "grad_loss: expected a CPU tensor of the loss's dtype");
+    check_accumulator("grad_loss", *grad_loss_, input_);
     if (reduction == int64_t(Reduction::none))
       check_shape("grad_loss", *grad_loss_, {N});
     else

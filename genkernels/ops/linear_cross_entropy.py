@@ -42,7 +42,7 @@ def linear_cross_entropy(
     signature of torch 2.13's ``F.linear_cross_entropy`` but for its options.
 
     The compiled kernel never holds more logits than those of 256 rows, of 512 where linear_weight
-    is larger than 32 MiB. With the reductions "mean"
+    is large. With the reductions "mean"
     and "sum" it forms the gradients while the logits are at hand, so that the backward pass
     computes nothing; with "none" the backward pass computes the logits again. Nothing is formed
     that no argument's ``requires_grad`` asks for. Fewer than 256 rows or 2^24 products of elements,
@@ -55,7 +55,7 @@ def linear_cross_entropy(
         linear_weight: [V, K].
         target: int64 [N] (or []), each in [0, V) or ignore_index.
         linear_bias: [V]. Default None.
-        weight: of each class in the loss, [V]. Default None: all 1.
+        weight: of each class in the loss, [V], at least 0. Default None: all 1.
         reduction: "none", "mean" (over the targets, by their classes' weight) or "sum".
         ignore_index: target of rows that count for nothing. Default -100.
         label_smoothing: in [0, 1], the part of each target that is spread over all classes
@@ -77,12 +77,14 @@ def linear_cross_entropy(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     settings = (reduction, ignore_index, label_smoothing)
-    tensors = (input, linear_weight, target, linear_bias, weight)
+    tensors = _checked(input, linear_weight, target, linear_bias, weight)
+    target = tensors[2]
     handover = _handover(input, linear_weight, target, linear_bias=linear_bias, weight=weight)
     chosen = backend.select("linear_cross_entropy", input.device, _dtype(input), handover)
     if chosen == "reference":
         backend.count("linear_cross_entropy", "reference")
-        return reference.linear_cross_entropy(*tensors, *settings)
+        arguments: tuple[Any, ...] = (*tensors, *settings)
+        return reference.linear_cross_entropy(*arguments)
     return _loss_and_prediction(tensors, settings, predicts=False)[0]
 
 
@@ -100,7 +102,8 @@ def linear_log_prob(
     Returns:
         ``LinearLogProb(log_prob [N], prediction int64 [N])``.
     """
-    tensors = (input, linear_weight, target, linear_bias, None)
+    tensors = _checked(input, linear_weight, target, linear_bias, None)
+    target = tensors[2]
     handover = _handover(input, linear_weight, target, linear_bias=linear_bias)
     chosen = backend.select("linear_log_prob", input.device, _dtype(input), handover)
     if chosen == "reference":
@@ -149,17 +152,23 @@ def _dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
+def _sum_dtype(input: Tensor) -> torch.dtype:
+    return torch.float32 if input.dtype == torch.bfloat16 else input.dtype
+
+
 def _loss_and_prediction(
     tensors: tuple[Any, ...], settings: tuple[str, int, float], predicts: bool
 ) -> tuple[Tensor, Tensor]:
     input, linear_weight, target, linear_bias, weight = tensors
-    _check(input, linear_weight, target, linear_bias, weight)
+    sum_dtype = _sum_dtype(input)
     # As torch's own, whose cross_entropy runs in float32 under autocast.
     dtype = torch.float32 if is_autocast_enabled(input.device.type) else input.dtype
     dtype = input.dtype if input.dtype == torch.float64 else dtype
-    input, linear_weight, linear_bias, weight = autocast(
-        input.device.type, input, linear_weight, linear_bias, weight
+    input, linear_weight, linear_bias = autocast(
+        input.device.type, input, linear_weight, linear_bias
     )
+    if weight is not None:
+        weight = weight.to(sum_dtype)
     rows = torch.atleast_2d(input), linear_weight, torch.atleast_1d(target)
     differentiable = (input, linear_weight, linear_bias)
     needs = [needs_autograd(tensor) for tensor in differentiable]
@@ -172,6 +181,21 @@ def _loss_and_prediction(
     if settings[0] == "none":
         loss = loss.reshape(target.shape)
     return loss.to(dtype), prediction.reshape(target.shape) if predicts else prediction
+
+
+def _checked(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+) -> tuple[Any, ...]:
+    """The tensors, checked whichever way they go, but for forms that only the reference knows."""
+    if target.dtype == torch.uint8:
+        target = target.long()
+    if not target.is_floating_point() and linear_weight.dim() == 2:
+        _check(input, linear_weight, target, linear_bias, weight)
+    return input, linear_weight, target, linear_bias, weight
 
 
 def _check(
@@ -206,7 +230,8 @@ def _check(
     if is_autocast_enabled(input.device.type):
         return
     for name, tensor in others.items():
-        if tensor is not None and tensor.dtype != input.dtype:
+        dtypes = (input.dtype, _sum_dtype(input)) if name == "weight" else (input.dtype,)
+        if tensor is not None and tensor.dtype not in dtypes:
             reject(name, f"input's dtype {input.dtype}", tensor.dtype)
 
 
@@ -219,8 +244,9 @@ def _pass(*arguments: Any) -> tuple[Any, ...]:
         return _linear_cross_entropy_pass(*tensors, *settings, *needs)
     except RuntimeError as error:
         # PyTorch's own kind of error for it. Looked for here because no other call needs to know.
-        if "target: expected classes" in str(error):
-            raise IndexError(str(error).splitlines()[0]) from None
+        _, found, message = str(error).partition("target: expected classes")
+        if found:
+            raise IndexError(found + message.splitlines()[0]) from None
         raise
 
 
@@ -237,14 +263,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, prediction, *gradients = output
-        ctx.settings, ctx.needs = args[5:9], args[9:]
+        ctx.settings, ctx.needs, ctx.has_given = args[5:9], args[9:], False
         ctx.mark_non_differentiable(prediction, *gradients)
         ctx.save_for_backward(*args[:5], *gradients)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        tensors: tuple[Any, ...] = ctx.saved_tensors[:5]
-        gradients: Any = ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: under checkpointing each time computes them anew
+        tensors: tuple[Any, ...] = saved[:5]
+        gradients: Any = saved[5:]
         reduction = ctx.settings[0]
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(tensors, grad_loss, ctx.settings, ctx.needs)
@@ -252,8 +279,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             _, _, *gradients = _pass(
                 *tensors, grad_loss, reduction, *ctx.settings[1:3], False, *ctx.needs
             )
-        elif torch.compiler.is_compiling() or grad_loss.item() != 1:
-            gradients = [gradient * grad_loss.to(gradient.dtype) for gradient in gradients]
+        elif ctx.has_given or not _is_one(grad_loss):
+            gradients = [(gradient * grad_loss).to(gradient.dtype) for gradient in gradients]
+        else:  # as they are, but not a second time: the caller may have changed them
+            ctx.has_given = True
         input, linear_weight, linear_bias = (
             gradient if needed else None
             for gradient, needed in zip(gradients, ctx.needs, strict=True)
@@ -261,12 +290,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return input, linear_weight, None, linear_bias, *(None,) * 8
 
 
+def _is_one(grad_loss: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return grad_loss.item() == 1
+    except RuntimeError:  # batched gradients have no one value
+        return False
+
+
 def _differentiable_gradients(
     tensors: tuple[Any, ...], grad_loss: Tensor, settings: tuple[Any, ...], needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The gradients as functions of all arguments and of grad_loss: those of the reference."""
-    input, linear_weight, _, linear_bias, _ = tensors
-    loss = reference.linear_cross_entropy(*tensors, *settings[:3])
+    input, linear_weight, target, linear_bias, weight = tensors
+    weight = None if weight is None else weight.to(input.dtype)
+    arguments = (input, linear_weight, target, linear_bias, weight, *settings[:3])
+    loss = reference.linear_cross_entropy(*arguments)
     chosen = [
         tensor
         for tensor, needed in zip((input, linear_weight, linear_bias), needs, strict=True)
@@ -292,7 +332,7 @@ def _fake(
     needs_bias: bool,
 ) -> tuple[Tensor, ...]:
     _check(input, linear_weight, target, linear_bias, weight)
-    dtype = torch.float32 if input.dtype == torch.bfloat16 else input.dtype
+    dtype = _sum_dtype(input)
     (N, K), V = input.shape, linear_weight.size(0)
     return (
         input.new_empty((N,) if REDUCTIONS[reduction] == "none" else (), dtype=dtype),
