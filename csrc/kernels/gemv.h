@@ -117,7 +117,7 @@ void multiply_as_it_lies(const Accumulator<T>* a, int64_t a_stride, int64_t rows
   constexpr int kTogether = 4, kRows = kVectorBytes == 64 ? 4 : 2;
   constexpr int64_t kSums = 256 * kLanes<A>;  // that stay in the L1 cache beside the rows of b
   A sums[kSums];
-  const int64_t most = larger(1, kSums / kLanes<A> / rows) * kLanes<A>;
+  const int64_t most = larger(1, kSums / kLanes<A> / larger(1, rows)) * kLanes<A>;
   for (int64_t n = 0; n < count; n += most) {
     const int64_t vectors = ceil_div(smaller(most, count - n), kLanes<A>), width = vectors * kLanes<A>;
     const int last = int(smaller(kLanes<A>, count - n - width + kLanes<A>));
