@@ -25,6 +25,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("simd_level", [] { return kernels().level; });
   m.def("select_simd_level", &select_level);
+  m.def("is_intel", &is_intel);
   m.def("empty_cache", &empty_cache);
   m.def("poison_memory", &poison_memory);
   m.def("call_counts", [] {

@@ -30,6 +30,7 @@ namespace {
    level::gru_forward,                           \
    level::gru_backward,                          \
    level::linear_forward,                        \
+   level::linear_backward,                       \
    level::linear_cross_entropy}
 
 // __builtin_cpu_supports also asks whether the operating system saves the wider registers.
@@ -53,12 +54,7 @@ constexpr size_t kLevelCount = sizeof kLevels / sizeof kLevels[0] - 1;
 
 // On Intel's CPUs the bf16 dot product does the work of two float32 multiply-adds and takes the time of four (Sapphire
 // Rapids, measured): there bf16 is widened and multiplied as float32 is.
-bool is_worth_it([[maybe_unused]] const Kernels& level) {
-#if defined(GENKERNELS_HAVE_AVX512_BF16)
-  if (__builtin_cpu_is("intel")) return std::strcmp(level.level, "avx512_bf16") != 0;
-#endif
-  return true;
-}
+bool is_worth_it(const Kernels& level) { return !is_intel() || std::strcmp(level.level, "avx512_bf16") != 0; }
 
 struct Supported {
   const Kernels* levels[kLevelCount + 1] = {};
@@ -94,6 +90,14 @@ bool select_level(const char* level) {
       return true;
     }
   return false;
+}
+
+bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
 }
 
 }  // namespace genkernels

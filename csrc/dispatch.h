@@ -20,6 +20,7 @@ struct Kernels {
   decltype(&baseline::gru_forward) gru_forward;
   decltype(&baseline::gru_backward) gru_backward;
   decltype(&baseline::linear_forward) linear_forward;
+  decltype(&baseline::linear_backward) linear_backward;
   decltype(&baseline::linear_cross_entropy) linear_cross_entropy;
 };
 
@@ -34,5 +35,8 @@ const Kernels& kernels();
 
 // Returns false, and changes nothing, if this CPU or this build lacks the level.
 bool select_level(const char* level);
+
+// Whether the CPU is of Intel's make, which MKL, the library of PyTorch's products, asks for its fastest code.
+bool is_intel();
 
 }  // namespace genkernels

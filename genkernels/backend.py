@@ -44,6 +44,11 @@ def _one_of(variable: str, allowed: tuple[str, ...] | list[str]) -> str | None:
 
 
 _extension, _extension_error = _load_extension()
+# PyTorch's own float32 and float64 products run close to the CPU's limit where they are MKL's, and
+# MKL takes its fastest code on Intel's CPUs alone.
+MKL_IS_AT_ITS_BEST = (
+    _extension is not None and _extension.is_intel() and torch.backends.mkl.is_available()
+)
 _requested: str | None = _one_of("GENKERNELS_BACKEND", BACKENDS)
 _strict = os.environ.get("GENKERNELS_STRICT", "0") not in ("", "0")
 

@@ -336,14 +336,16 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def hangup_ends() -> Iterator[None]:
-    """Under nohup a child would inherit that SIGHUP is ignored."""
-    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def signals_end() -> Iterator[None]:
+    """A child would inherit that SIGHUP (under nohup) or SIGINT (behind a shell's &) is ignored."""
+    usual = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    previous = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGHUP, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("hangup_ends")
+@pytest.mark.usefixtures("signals_end")
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name
 )
@@ -384,7 +386,7 @@ def test_interrupt_of_the_sample_keeps_the_checkpoint(notes, tmp_path, monkeypat
     assert load_checkpoint(output).training["steps"] == 2
 
 
-@pytest.mark.usefixtures("hangup_ends")
+@pytest.mark.usefixtures("signals_end")
 def test_a_terminal_that_is_gone_costs_no_checkpoint(notes, tmp_path):
     output = tmp_path / "rnn"
     arguments = ["--data", str(notes), "--output", str(output), "--no-compare", "--steps=4000"]

@@ -1,8 +1,10 @@
-"""genkernels.linear and genkernels.nn.Linear against torch.nn.functional.linear and
-torch.nn.Linear."""
+"""genkernels.linear and genkernels.nn.Linear against torch.nn.functional.linear, the activations of
+torch.nn.functional and torch.nn.Linear."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -12,14 +14,17 @@ from typing import Any
 
 import pytest
 import torch
-from parity import ExactSums, assert_parity
+import torch.utils.checkpoint
+from parity import ExactSums, assert_op_parity, assert_parity
 from test_gru import DTYPES, assert_bitwise_equal, dtype_id, each_dtype, relaid, with_gradients
 from torch import Tensor
 from torch.nn import functional as F
 
 import genkernels
 from genkernels import backend
-from genkernels.ops.linear import MOST_ROWS
+from genkernels.ops.linear import ACTIVATIONS, LEAST_ROWS, MOST_FEW_ROWS
+
+module = sys.modules["genkernels.ops.linear"]
 
 TENSORS = ("input", "weight", "bias")
 COMPILED = {("linear_forward", "cpp"): 1}
@@ -33,6 +38,13 @@ SHAPES = [
     for i in range(15)
 ]
 LONG_SHAPES = [(1, 8003, 18), (3, 5003, 7), (32, 1100, 5), (1, 512, 1000)]
+# Of many rows: sizes at the edges of tiles, registers, panels, chains of products, blocks of rows.
+MANY_ROWS = [
+    (33, 1, 1), (34, 7, 16), (40, 16, 15), (41, 17, 48), (63, 0, 5), (64, 31, 49), (65, 33, 3),
+    (100, 1024, 7), (129, 300, 20), (255, 5, 97), (257, 49, 130), (300, 2, 257), (515, 20, 1),
+    (1030, 9, 33), (48, 2050, 2),
+]  # fmt: skip
+each_activation = pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
 
 
 def arguments(
@@ -81,12 +93,54 @@ def shape_id(shape: tuple[int, ...]) -> str:
     return "M{}-K{}-N{}".format(*shape)
 
 
+def plain(activation: str | None) -> Callable[..., Tensor]:
+    """The same in plain PyTorch, written out here: the package's own reference is under test."""
+    activate: dict[str | None, Callable[[Tensor], Tensor]] = {
+        None: lambda x: x,
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+        "silu": F.silu,
+    }
+    return lambda input, weight, bias=None: activate[activation](F.linear(input, weight, bias))
+
+
+def check_gradients(
+    draw: Callable[[int], dict[str, Any]], activation: str | None = None, draws: int = 3
+) -> None:
+    assert_op_parity(
+        lambda **v: (genkernels.linear(**v, activation=activation),),
+        lambda **v: (plain(activation)(**v),),
+        lambda **v: (plain(activation)(**{k: rows(t) for k, t in v.items()}).view(shape(v)),),
+        ("output",),
+        *map(draw, range(draws)),
+    )
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """As a matrix, whose products ExactSums knows."""
+    return tensor.reshape(tensor.shape[:-1].numel(), -1) if tensor.dim() != 1 else tensor
+
+
+def shape(values: dict[str, Any]) -> tuple[int, ...]:
+    return (*values["input"].shape[:-1], len(values["weight"]))
+
+
 @pytest.fixture(autouse=True)
 def counts_from_zero() -> None:
     genkernels.stats(reset=True)
 
 
-@pytest.mark.usefixtures("poisoned_memory", "compiled_only", "simd", "one_thread")
+@pytest.fixture
+def nothing_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For sizes that the kernel could run and PyTorch does as fast."""
+    for limit in ("LEAST_ROWS", "LEAST_PRODUCTS", "LEAST_PRODUCTS_BESIDE_MKL"):
+        monkeypatch.setattr(module, limit, 0)
+
+
+@pytest.mark.usefixtures(
+    "poisoned_memory", "compiled_only", "simd", "one_thread", "nothing_handed_over"
+)
 class TestParity:
     """The one rule, at every SIMD level, in memory full of NaN, in the compiled kernel alone."""
 
@@ -97,7 +151,7 @@ class TestParity:
 
     @each_dtype
     def test_rows(self, dtype: torch.dtype) -> None:
-        for rows in range(MOST_ROWS + 1):
+        for rows in (*range(35), 47, 48, 49, 64):
             check(lambda seed, rows=rows: arguments(rows, 37, 19, dtype, seed=seed))
 
     @each_dtype
@@ -132,10 +186,102 @@ class TestParity:
         check(lambda seed: values, draws=1)
         assert not genkernels.linear(**values).isfinite().all()
 
+    @each_dtype
+    @pytest.mark.parametrize("shape", MANY_ROWS, ids=shape_id)
+    def test_many_rows(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        check_gradients(lambda seed: arguments(*shape, dtype, seed=seed))
 
-@pytest.mark.usefixtures("simd", "two_threads", "compiled_only")
+    @each_dtype
+    @each_activation
+    @pytest.mark.parametrize("shape", [(3, 9, 21), (70, 33, 50), (260, 20, 97)], ids=shape_id)
+    def test_activations(
+        self, shape: tuple[int, int, int], activation: str | None, dtype: torch.dtype
+    ) -> None:
+        check_gradients(lambda seed: arguments(*shape, dtype, seed=seed), activation)
+
+    @each_dtype
+    @pytest.mark.parametrize("layout", ["transposed", "expanded_b", "offset", "strided", "scalar"])
+    def test_strides_of_many_rows(self, layout: str, dtype: torch.dtype) -> None:
+        def draw(seed: int) -> dict[str, Any]:
+            values = arguments((6, 11), 16, 24, dtype, seed=seed)
+            return {name: relaid(value, layout) for name, value in values.items()}
+
+        check_gradients(draw, "silu")
+
+    @each_dtype
+    def test_no_bias_of_many_rows(self, dtype: torch.dtype) -> None:
+        check_gradients(lambda seed: arguments(70, 21, 33, dtype, bias=False, seed=seed), "gelu")
+
+    @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
+    @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+    def test_activation_everywhere(self, activation: str, dtype: torch.dtype) -> None:
+        """From where an activation is zero to where it is its argument, and where it is no
+        number."""
+        special = torch.tensor([float("nan"), float("-inf"), 0.0, -0.0, 1e30, -1e30])
+        if activation != "gelu":  # of Inf PyTorch's is Inf in its scalar loop and NaN in registers
+            special = torch.cat([special, torch.tensor([float("inf")])])
+        x = torch.cat([torch.linspace(-120, 120, 4801), torch.linspace(-6, 6, 4801), special])
+        values = {"input": x.to(dtype)[:, None], "weight": torch.ones(1, 1, dtype=dtype)}
+        check_gradients(lambda seed: values, activation, draws=1)
+
+
+@pytest.mark.usefixtures("simd", "compiled_only", "one_thread", "nothing_handed_over")
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activation_to_units_in_the_last_place(activation: str) -> None:
+    """Each value for itself: the rule of parity sees the largest error alone."""
+    x = torch.linspace(-4, 12, 100_000)[:, None]
+    actual = genkernels.linear(x, torch.ones(1, 1), activation=activation).double()
+    exact = plain(activation)(x.double(), torch.ones(1, 1).double())
+    relative = ((actual - exact).abs() / exact.abs().clamp(min=1e-30))[exact != 0]
+    # At -4 one unit in the last place of gelu's x^2 / 2 is 8 of e^(-x^2/2).
+    assert relative.max() < (2e-6 if "gelu" in activation else 6e-7)
+
+
+@pytest.mark.usefixtures(
+    "simd", "two_threads", "compiled_only", "nothing_handed_over", "poisoned_memory"
+)
 @each_dtype
-@pytest.mark.parametrize("rows", [1, 3, 32])
+@pytest.mark.parametrize(
+    "shape",
+    [(300, 130, 515), (64, 700, 90), (40, 40, 900), (3000, 200, 2), (9000, 3, 37)],
+    ids=shape_id,
+)
+def test_gradients_are_bitwise_reproducible(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """From run to run, and with one thread as with two."""
+    values = arguments(*shape, dtype)
+
+    def step() -> list[Tensor]:
+        return with_gradients(lambda **v: (genkernels.linear(**v, activation="gelu"),), values)
+
+    first = step()
+    for _ in range(3):
+        assert_bitwise_equal(step(), first)
+    torch.set_num_threads(1)
+    assert_bitwise_equal(step(), first)
+
+
+@pytest.mark.usefixtures("compiled_only")
+def test_no_stale_weight() -> None:
+    """Nothing packed outlives a call: neither a step nor a write past autograd goes unseen."""
+    torch.manual_seed(0)
+    layer = genkernels.nn.Linear(256, 300, dtype=torch.bfloat16)
+    input = torch.randn(128, 256, dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    before = layer(input)
+    before.sum().backward()
+    optimizer.step()
+    after = layer(input)
+    torch.testing.assert_close(after, F.linear(input, layer.weight, layer.bias))
+    assert not torch.equal(after, before)
+    layer.weight.data.zero_()
+    assert torch.equal(layer(input), layer.bias.expand(128, 300))
+
+
+@pytest.mark.usefixtures("simd", "two_threads", "compiled_only", "nothing_handed_over")
+@each_dtype
+@pytest.mark.parametrize("rows", [1, 3, 32, 33, 300])
 def test_bitwise_reproducible(rows: int, dtype: torch.dtype) -> None:
     """From run to run, and with one thread as with two."""
     values = arguments(rows, 512, 2051, dtype)
@@ -170,15 +316,40 @@ class TestHandover:
                 genkernels.linear(**values)
                 assert genkernels.stats(reset=True) == HANDED_OVER
 
-    def test_many_rows(self) -> None:
-        self.check(arguments(MOST_ROWS + 1, 5, 6), f"{MOST_ROWS + 1} rows")
+    def test_small_products_of_many_rows(self) -> None:
+        self.check(arguments(MOST_FEW_ROWS + 1, 5, 6), f"{MOST_FEW_ROWS + 1} rows")
         self.check(arguments((3, 11), 5, 6), "33 rows")
 
+    @pytest.mark.parametrize("is_at_its_best", [False, True])
+    def test_beside_mkl(self, is_at_its_best: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where PyTorch's products are as fast, the kernel is for what it saves elsewhere."""
+        monkeypatch.setattr(backend, "MKL_IS_AT_ITS_BEST", is_at_its_best)
+        values = arguments(200, 150, 160)
+        if is_at_its_best:
+            self.check(values, "4800000 products")
+        else:
+            genkernels.linear(**values)
+        for compiled in (
+            lambda: genkernels.linear(**values, activation="relu"),
+            lambda: genkernels.linear(**arguments(200, 150, 160, torch.bfloat16)),
+        ):
+            genkernels.stats(reset=True)
+            compiled()
+            assert genkernels.stats(reset=True) == COMPILED
+
+    def test_large(self) -> None:
+        values = {"input": torch.randn(1024, 1024), "weight": torch.randn(1024, 1024)}
+        genkernels.linear(**values)
+        genkernels.linear(values["input"], values["weight"].requires_grad_()).sum().backward()
+        expected = {("linear_forward", "cpp"): 2, ("linear_backward", "cpp"): 1}
+        assert genkernels.stats(reset=True) == expected
+
     @pytest.mark.parametrize("needs", TENSORS)
-    def test_gradients(self, needs: str) -> None:
-        values = arguments(4, 5, 6)
+    def test_gradients_of_few_rows(self, needs: str) -> None:
+        values = arguments(LEAST_ROWS - 1, 5, 6)
         values[needs].requires_grad_()
         self.check(values, "gradients")
+        values["input"] = values["input"][:32]
         with torch.no_grad():
             genkernels.linear(**values)
         with torch.inference_mode():
@@ -209,6 +380,14 @@ class TestHandover:
         values = arguments(4, 5, 6, bias=False)
         values["weight"] = values["weight"].to_sparse_csr()
         self.check(values, "sparse")
+
+    def test_activation(self) -> None:
+        """What is handed over has its activation."""
+        values = arguments(40, 5, 6)
+        for activation in ACTIVATIONS:
+            actual = genkernels.linear(**values, activation=activation)
+            assert torch.equal(actual, plain(activation)(**values))
+        assert set(genkernels.stats()) == set(HANDED_OVER)
 
     def test_weight_of_one_dimension(self) -> None:
         values = arguments(4, 5, 6, bias=False)
@@ -264,11 +443,84 @@ def test_export_for_any_number_of_rows() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("leading", [(), (4,), (2, 3)], ids=str)
+@pytest.mark.parametrize("leading", [(), (4,), (2, 3), (40,)], ids=str)
 def test_opcheck(leading: tuple[int, ...], bias: bool) -> None:
     values = arguments(leading, 5, 6, bias=bias)
-    raw = torch.ops.genkernels.linear_forward.default
-    torch.library.opcheck(raw, tuple(values.get(name) for name in TENSORS))
+    tensors = tuple(values.get(name) for name in TENSORS)
+    ops = torch.ops.genkernels
+    for index, activation in enumerate(ACTIVATIONS):
+        torch.library.opcheck(ops.linear_forward.default, (*tensors, index))
+        torch.library.opcheck(ops.linear_forward_saving.default, (*tensors, index))
+        saved = None if activation is None else torch.randn(*leading, 6)
+        for needs in ((True, True, True), (False, True, False), (True, False, True)):
+            gradient = (torch.randn(*leading, 6), *tensors[:2], saved, index, *needs)
+            torch.library.opcheck(ops.linear_backward.default, gradient)
+
+
+@pytest.mark.usefixtures("nothing_handed_over", "one_thread")
+class TestDifferentiation:
+    @each_activation
+    @pytest.mark.parametrize("leading", [(), (2, 3), (40,)], ids=str)
+    def test_gradcheck(self, leading: tuple[int, ...], activation: str | None) -> None:
+        function = functools.partial(genkernels.linear, activation=activation)
+        values = arguments(leading, 3, 4, torch.float64)
+        leaves = tuple(value.requires_grad_() for value in values.values())
+        assert torch.autograd.gradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves)
+        assert ("linear_backward", "cpp") in genkernels.stats()
+
+    @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:], ids=str)
+    def test_only_what_is_asked_for(self, needs: tuple[bool, ...]) -> None:
+        gradients = []
+        for function in (genkernels.linear, plain("gelu")):
+            values = arguments(70, 17, 33)
+            leaves = [v.requires_grad_() for v, n in zip(values.values(), needs, strict=True) if n]
+            options = {"activation": "gelu"} if function is genkernels.linear else {}
+            gradients.append(torch.autograd.grad(function(**values, **options).sum(), leaves))
+        torch.testing.assert_close(*gradients)
+
+    def test_batched_gradients(self) -> None:
+        values = arguments(70, 17, 33)
+        leaves = [value.requires_grad_() for value in values.values()]
+        cotangents = torch.randn(3, 70, 33)
+        actual, expected = (
+            torch.autograd.grad(output, leaves, cotangents, is_grads_batched=True)
+            for output in (
+                genkernels.linear(**values, activation="silu"),
+                plain("silu")(**values),
+            )
+        )
+        torch.testing.assert_close(actual, expected)
+
+    def test_output_changed_in_place(self) -> None:
+        """As PyTorch's relu, whose gradient is found from what it gave."""
+        values = arguments(70, 17, 33)
+        output = genkernels.linear(**values, activation="relu")
+        values["weight"].requires_grad_()
+        output = genkernels.linear(**values, activation="relu")
+        output.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+        output = genkernels.linear(**values, activation="gelu")
+        output.add_(1)
+        output.sum().backward()
+
+    def test_nothing_as_large_as_the_output_is_filled(self) -> None:
+        """Autograd would hand the backward pass zeros for the gradient of what is saved."""
+        values = arguments(70, 17, 33)
+        leaves = [value.requires_grad_() for value in values.values()]
+        output = genkernels.linear(**values, activation="gelu")
+        with torch.profiler.profile() as profile:
+            torch.autograd.grad(output, leaves, torch.ones(70, 33))
+        assert not {"aten::zeros", "aten::zero_"} & {event.key for event in profile.key_averages()}
+
+    def test_checkpoint(self) -> None:
+        values = arguments(70, 17, 33)
+        leaves = [value.requires_grad_() for value in values.values()]
+        function = functools.partial(genkernels.linear, activation="gelu_tanh")
+        output = torch.utils.checkpoint.checkpoint(function, *leaves, use_reentrant=False)
+        plain_gradients = torch.autograd.grad(function(*leaves).sum(), leaves)
+        assert_bitwise_equal(torch.autograd.grad(output.sum(), leaves), plain_gradients)
 
 
 class TestTransforms:
@@ -308,6 +560,23 @@ class TestAutocast:
         narrow = {name: value.bfloat16() for name, value in values.items()}
         assert torch.equal(actual, genkernels.linear(**narrow))
 
+    @pytest.mark.usefixtures("nothing_handed_over")
+    @each_activation
+    def test_gradients(self, activation: str | None) -> None:
+        """Of float32 leaves float32, as autocast's casts are differentiated."""
+        values = arguments(70, 17, 33)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = with_gradients(
+                lambda **v: (genkernels.linear(**v, activation=activation),), values
+            )
+            expected = with_gradients(lambda **v: (plain(activation)(**v),), values)
+        double = {name: value.double() for name, value in values.items()}
+        exact = with_gradients(lambda **v: (plain(activation)(**v).bfloat16(),), double)
+        for name, *three in zip(("output", *TENSORS), actual, expected, exact, strict=True):
+            assert three[0].dtype == three[1].dtype
+            assert_parity(name, *(tensor.bfloat16() for tensor in three[:2]), three[2].double())
+        assert genkernels.stats()["linear_backward", "cpp"] == 1
+
     def test_float16(self) -> None:
         values = arguments(4, 17, 33)
         with torch.autocast("cpu", torch.float16):
@@ -345,6 +614,20 @@ class TestCompile:
             for function in (compiled, F.linear)
         )
         assert_bitwise_equal(actual, expected)
+
+    @pytest.mark.usefixtures("nothing_handed_over")
+    @each_activation
+    def test_compiled_gradients(self, activation: str | None) -> None:
+        torch._dynamo.reset()
+        function = functools.partial(genkernels.linear, activation=activation)
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        values = arguments(70, 6, 8)
+        actual, expected = (
+            with_gradients(lambda **v: (function(**v),), values)  # noqa: B023
+            for function in (compiled, function)
+        )
+        assert_bitwise_equal(actual, expected)
+        assert genkernels.stats()["linear_backward", "cpp"] == 2
 
     def test_inductor(self) -> None:
         torch._dynamo.reset()
@@ -422,13 +705,46 @@ class TestErrors:
         values = arguments(4, 5, 6)
         values[name] = change(values[name])
         with pytest.raises(RuntimeError, match=name):
-            torch.ops.genkernels.linear_forward(*values.values())
+            torch.ops.genkernels.linear_forward(*values.values(), 0)
 
-    def test_raw_op_takes_any_number_of_rows(self) -> None:
-        values = arguments(101, 37, 19)
-        torch.testing.assert_close(
-            torch.ops.genkernels.linear_forward(*values.values()), F.linear(**values)
-        )
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("grad_output", lambda t: t[:3]),
+            ("grad_output", lambda t: t[:, :5]),
+            ("grad_output", lambda t: t.double()),
+            ("input", lambda t: t[:3]),
+            ("input", lambda t: t[:, :4]),
+            ("weight", lambda t: t[0]),
+            ("weight", lambda t: t[:5]),
+            ("weight", lambda t: t.double()),
+            ("saved", lambda t: t[:3]),
+            ("saved", lambda t: t[:, :5]),
+            ("saved", lambda t: t.double()),
+            ("saved", lambda t: None),
+            ("activation", lambda t: 5),
+            ("activation", lambda t: -1),
+            ("activation", lambda t: 0),
+        ],
+    )
+    def test_raw_backward(self, name: str, change: Callable[[Any], Any]) -> None:
+        values: dict[str, Any] = {
+            "grad_output": torch.randn(4, 6),
+            **arguments(4, 5, 6, bias=False),
+        }
+        values |= {"saved": torch.randn(4, 6), "activation": 2}
+        torch.ops.genkernels.linear_backward(*values.values(), True, True, True)
+        values[name] = change(values[name])
+        with pytest.raises(RuntimeError, match=r": expected "):
+            torch.ops.genkernels.linear_backward(*values.values(), True, True, True)
+
+    def test_activation(self) -> None:
+        with pytest.raises(
+            ValueError, match=r"activation: expected one of None, 'relu', .*'swish'"
+        ):
+            genkernels.linear(**arguments(4, 5, 6), activation="swish")
+        with pytest.raises(ValueError, match="activation"):
+            genkernels.nn.Linear(5, 6, activation="swish")
 
 
 class TestModule:
@@ -449,3 +765,14 @@ class TestModule:
         with torch.no_grad():
             torch.testing.assert_close(module(input), twin(input))
         assert genkernels.stats() == HANDED_OVER | COMPILED
+
+    @each_activation
+    def test_activation(self, activation: str | None) -> None:
+        layer = genkernels.nn.Linear(17, 33, activation=activation)
+        assert ("activation" in repr(layer)) is (activation is not None)
+        input = torch.randn(4, 17)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                layer(input), plain(activation)(input, layer.weight, layer.bias)
+            )
+        assert genkernels.stats() == COMPILED

@@ -386,6 +386,15 @@ class TestGradients:
         genkernels.linear_cross_entropy(**values).backward()
         assert genkernels.stats() == COMPILED
 
+    def test_nothing_as_large_as_the_gradients_is_filled(self) -> None:
+        """Autograd would hand the backward pass zeros for the gradients' own gradients."""
+        values = arguments(20, 9, 30)
+        values["linear_weight"].requires_grad_()
+        loss = genkernels.linear_cross_entropy(**values)
+        with torch.profiler.profile() as profile:
+            loss.backward()
+        assert not {"aten::zeros", "aten::zero_"} & {event.key for event in profile.key_averages()}
+
     def test_no_stale_weight(self) -> None:
         module = genkernels.nn.LinearCrossEntropyLoss(9, 30)
         values = arguments(20, 9, 30)

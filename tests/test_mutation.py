@@ -39,7 +39,31 @@ MUTANTS = {
         "kChain = int64_t(1) << 40;",
         "largest error",
     ),
+    "activation": (  # of the output alone: what the backward pass has is right
+        "linear.cpp",
+        "case Activation::silu: return x * sigmoid(x);",
+        "case Activation::silu: return x * sigmoid(x * A(1.001));",
+        "output: largest error",
+    ),
+    "second_block": (  # sums of the rows after the first 256
+        "linear.cpp",
+        "Range(N, share, shares, kLanes<A>), base == 0)",
+        "Range(N, share, shares, kLanes<A>), true)",
+        "grad of bias: largest error",
+    ),
+    "target": (  # its class' gradient lacks the one that is taken off
+        "linear_cross_entropy.cpp",
+        "row[target] -= ",
+        "row[target] += 0 * ",
+        "grad of input: largest error",
+    ),
 }
+# The tests that are asked for a file's mutants.
+SUITES = {
+    "linear.cpp": ("test_linear.py", "TestParity and (many_rows or activations)"),
+    "linear_cross_entropy.cpp": ("test_linear_cross_entropy.py", "TestParity and shapes"),
+}
+USUAL_SUITE = ("test_gru.py", "TestParity and test_shapes")
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +98,10 @@ def replace_once(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new), encoding="utf-8")
 
 
-def run_suite(folder: Path) -> subprocess.CompletedProcess[str]:
-    selection = "TestParity and test_shapes and float32 and baseline"
+def run_suite(folder: Path, file: str, tests: str) -> subprocess.CompletedProcess[str]:
+    selection = f"{tests} and float32 and baseline"
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", "tests/test_gru.py", "-k", selection],
+        [sys.executable, "-m", "pytest", "-x", "-q", f"tests/{file}", "-k", selection],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
@@ -87,13 +111,15 @@ def run_suite(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_unchanged(build: Callable[..., Path]) -> None:
-    result = run_suite(build())
-    assert result.returncode == 0, result.stdout
+    folder = build()
+    for suite in (USUAL_SUITE, *SUITES.values()):
+        result = run_suite(folder, *suite)
+        assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutant_is_seen(build: Callable[..., Path], mutant: str) -> None:
-    *change, message = MUTANTS[mutant]
-    result = run_suite(build(*change))
+    file, line, changed, message = MUTANTS[mutant]
+    result = run_suite(build(file, line, changed), *SUITES.get(file, USUAL_SUITE))
     assert result.returncode == 1, f"the suite passed, or did not run: {result.stdout}"
     assert message in result.stdout

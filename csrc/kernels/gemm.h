@@ -279,6 +279,10 @@ void pack_panel(const Columns<E>& columns, int64_t panel, int64_t K, const Row& 
   }
 }
 
+// Elements of a packed tile from one group of k to the next.
+template <class E>
+constexpr int64_t kTileStep = kTileRows * kGroup<E>;
+
 // Packs kTileRows columns of A [K, columns] as the rows of a tile of A^T: [ceil(K / group)][kTileRows][group].
 template <class E>
 void pack_transposed(const E* from, int64_t stride, int64_t K, int64_t count, E* packed) {
@@ -293,14 +297,14 @@ void pack_transposed(const E* from, int64_t stride, int64_t K, int64_t count, E*
       for (int g = 0; g < kGroupSize; ++g) *packed++ = i < count && k + g < K ? from[(k + g) * stride + i] : E{};
 }
 
-// sum[i] += all K elements of row i of such a tile, `step` elements between its groups of k. Chains of 32 that are then
-// added up: one long chain has more than twice the error of PyTorch's pairwise sum.
+// sum[i] += all K elements of row i of such a tile. Chains of 32 that are then added up: one long chain has more than
+// twice the error of PyTorch's pairwise sum.
 template <class E>
-void sum_tile_rows(const E* tile, int64_t step, int64_t K, double (&sum)[kTileRows]) {
+void sum_tile_rows(const E* tile, int64_t K, double (&sum)[kTileRows]) {
   constexpr int64_t kShortChain = 32;
   for (int64_t first = 0; first < K; first += kShortChain) {
     double part[kTileRows] = {};
-    for (int64_t k = first; k < smaller(K, first + kShortChain); k += kGroup<E>, tile += step)
+    for (int64_t k = first; k < smaller(K, first + kShortChain); k += kGroup<E>, tile += kTileStep<E>)
       for (int i = 0; i < kTileRows; ++i)
         for (int g = 0; g < kGroup<E>; ++g) part[i] += double(as<Accumulator<E>>(tile[i * kGroup<E> + g]));
     for (int i = 0; i < kTileRows; ++i) sum[i] += part[i];
@@ -375,14 +379,9 @@ void pack_panel_of_rows(int64_t K, const Row& row, E* to) {
   }
 }
 
-// Whether the tiles of A^T are packed: not where they can be read from A itself, a row's neighbouring elements. They
-// can unless pairs of rows have to lie side by side, or a tile would use too little of each line.
-template <class E>
-constexpr bool kTransposesTiles = kGroup<E> > 1 || kTileRows * sizeof(E) < 32;
-
 // to[i][:] += tile[i][:] panel[:][:], or =, for `rows` rows of a tile of A^T and a panel of columns.
 template <int kVectors, class E>
-void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* tile, ptrdiff_t step, int64_t K, int rows,
+void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* tile, int64_t K, int rows,
               Accumulator<E>* to, int64_t stride, bool is_first) {
   using A = Accumulator<E>;
   // PyTorch's sums over the rows are shorter: with chains of 256 the error exceeds twice theirs at 264 rows.
@@ -391,7 +390,7 @@ void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* til
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < kVectors; ++v) __builtin_prefetch(to + i * stride + columns.first_column(p) + v * kLanes<A>, 1);
   Vector<A> sum[kTileRows][kVectors];
-  product<E, kTileRows, kVectors, kLongest>(tile, kGroup<E>, step, panel, K, sum);
+  product<E, kTileRows, kVectors, kLongest>(tile, kGroup<E>, kTileStep<E>, panel, K, sum);
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < kVectors; ++v) {
       const int64_t column = columns.first_column(p) + v * kLanes<A>;
@@ -399,6 +398,72 @@ void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* til
       A* at = to + i * stride + column;
       store(at, is_first ? sum[i][v] : load(at, count) + sum[i][v], count);
     }
+}
+
+// Calls finish(first, run, sum) with the product of rows [first, first + run) of `a` and a panel, for all `rows` of
+// them. `next` is the panel to come, which is fetched into L2 meanwhile.
+template <class E, int kVectors, class Finish>
+GENKERNELS_INLINE void multiply_panel(Rows<const E> a, int64_t rows, const E* panel, int64_t K, const E* next,
+                                      const Finish& finish) {
+  const char* const ahead = reinterpret_cast<const char*>(next);
+  for (int64_t first = 0; first < rows; first += kRunRows) {
+    const int64_t run = smaller(kRunRows, rows - first), part = first / kRunRows;
+    Vector<Accumulator<E>> sum[kRunRows][kVectors];
+    product_of_rows<E, kVectors>(
+        a[first], a.stride, run, panel, K, sum,
+        Ahead<Into::L2>{part < kVectors ? ahead + part * ceil_div(K, kGroup<E>) * kVectorBytes : ahead});
+    finish(first, run, sum);
+  }
+}
+
+// Tiles of A^T that stay in the L2 cache while the panels pass by.
+constexpr int64_t kTileGroup = 16;
+
+// to += A^T B, or =: columns [first, last) of A [K, ..] and panels [first_panel, last_panel) of B [K, columns]. `tiles`
+// has room for kTileGroup tiles of K rows. They are packed because a column of A goes through a page with each element.
+template <class E>
+void add_transposed_product(Rows<const E> a, int64_t K, int64_t first, int64_t last, const Columns<E>& columns,
+                            int64_t first_panel, int64_t last_panel, const E* panels, E* tiles, Accumulator<E>* to,
+                            int64_t stride, bool is_first) {
+  const int64_t width = ceil_div(K, kGroup<E>) * kTileStep<E>;
+  for (int64_t group = first; group < last; group += kTileGroup * kTileRows) {
+    const int64_t end = smaller(last, group + kTileGroup * kTileRows);
+    for (int64_t n = group; n < end; n += kTileRows)
+      pack_transposed<E>(a[0] + n, a.stride, K, smaller(kTileRows, end - n), tiles + (n - group) / kTileRows * width);
+    for (int64_t p = first_panel; p < last_panel; ++p)
+      columns.with_width(p, [&]<int kVectors>() {
+        for (int64_t n = group; n < end; n += kTileRows)
+          add_tile<kVectors>(columns, p, panels + columns.offset(p, K), tiles + (n - group) / kTileRows * width, K,
+                             int(smaller(kTileRows, end - n)), to + n * stride, stride, is_first);
+      });
+  }
+}
+
+// sums[n] += sum_i value(i, n), or =, for columns [first, last) and `rows` rows; value(i, n) is a register that starts
+// at column n. Chains of 32, that are then added up.
+template <class A, class Value>
+void add_columns(int64_t rows, int64_t first, int64_t last, const Value& value, double* sums, bool is_first) {
+  constexpr int64_t kShortChain = 32;
+  for (int64_t n = first; n < last; n += kLanes<A>) {
+    double lanes[kLanes<A>] = {};
+    for (int64_t start = 0; start < rows; start += kShortChain) {
+      Vector<A> part = {};
+      for (int64_t i = start; i < smaller(rows, start + kShortChain); ++i) part += value(i, n);
+      for (int l = 0; l < kLanes<A>; ++l) lanes[l] += double(part[l]);
+    }
+    for (int64_t l = 0; l < smaller(kLanes<A>, last - n); ++l)
+      sums[n + l] = is_first ? lanes[l] : sums[n + l] + lanes[l];
+  }
+}
+
+// Sums as the type of the result.
+template <class T>
+void narrow(T* to, const Accumulator<T>* from, int64_t count) {
+  using A = Accumulator<T>;
+  for (int64_t k = 0; k < count; k += kLanes<A>) {
+    const int lanes = int(smaller(kLanes<A>, count - k));
+    store(to + k, load(from + k, lanes), lanes);
+  }
 }
 
 }  // namespace genkernels::GENKERNELS_LEVEL

@@ -992,7 +992,7 @@ struct Backward {
     Columns<E> input_columns, state_columns;
     int64_t gate_tiles;        // row tiles of a gate
     E *input, *state;          // the block's x and h, packed
-    E* transposed;             // where kTransposes, the block's delta as tiles: [4][gate_tiles][K][kTileRows]
+    E* transposed;             // the block's delta as tiles: [4][gate_tiles][K][kTileRows]
     A *weight_ih, *weight_hh;  // [3H, I], [3H, H]
     double* bias;              // [4H]: n, r, z, hn. Sums over all rows of all steps: double costs one add in I + H
   };
@@ -1028,18 +1028,16 @@ struct Backward {
             gate_tiles,
             allocate<E>(runtime, input_columns.packed_size(K)),
             allocate<E>(runtime, state_columns.packed_size(K)),
-            allocate<E>(runtime, kTransposes ? 4 * gate_tiles * kTileRows * K : 0),
+            allocate<E>(runtime, 4 * gate_tiles * kTileRows * K),
             sums(grad.grad_weight_ih, I),
             sums(grad.grad_weight_hh, H),
             allocate<double>(runtime, 4 * H)};
   }
 
   // The rows of delta^T that belong to a tile of units.
-  static constexpr bool kTransposes = kTransposesTiles<E>;
   const E* delta_tile(const WeightGradients& of, int64_t gate, int64_t unit, int64_t K) const {
-    return kTransposes ? of.transposed + (gate * of.gate_tiles * kTileRows + unit) * K : delta + gate * H + unit;
+    return of.transposed + (gate * of.gate_tiles * kTileRows + unit) * K;
   }
-  int64_t delta_step() const { return kTransposes ? kTileRows * kGroup<E> : delta_stride; }
 
   void weight_gradients(const WeightGradients& to, int64_t base, int64_t rows, bool is_first_block) const {
     const int64_t panels = to.input_columns.panels + to.state_columns.panels;
@@ -1066,10 +1064,9 @@ struct Backward {
       for (int64_t tile = tiles * i / shares; tile < tiles * (i + 1) / shares; ++tile) {
         const int64_t gate = tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
         const int64_t units = smaller(kTileRows, H - unit);
-        if constexpr (kTransposes)
-          pack_transposed<E>(delta + gate * H + unit, delta_stride, rows, units, to.transposed + tile * kTileRows * K);
+        pack_transposed<E>(delta + gate * H + unit, delta_stride, rows, units, to.transposed + tile * kTileRows * K);
         double sum[kTileRows] = {};
-        sum_tile_rows(delta_tile(to, gate, unit, K), delta_step(), rows, sum);
+        sum_tile_rows(delta_tile(to, gate, unit, K), rows, sum);
         for (int64_t u = 0; u < units; ++u) {
           double& total = to.bias[gate * H + unit + u];
           total = is_first_block ? sum[u] : total + sum[u];
@@ -1089,9 +1086,9 @@ struct Backward {
                   const int64_t gate = gate0 + tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
                   // Columns of delta are n, r, z, hn; rows of both gradients r, z, n.
                   A* rows_to = sums + ((gate + 2) % 3 * H + unit) * N;
-                  add_tile<kVectors>(columns, p, panel, delta_tile(to, gate, unit, K) + k / kGroup<E> * delta_step(),
-                                     delta_step(), smaller(kBlockRows, rows - k), int(smaller(kTileRows, H - unit)),
-                                     rows_to, N, is_first_block && k == 0);
+                  add_tile<kVectors>(columns, p, panel, delta_tile(to, gate, unit, K) + k / kGroup<E> * kTileStep<E>,
+                                     smaller(kBlockRows, rows - k), int(smaller(kTileRows, H - unit)), rows_to, N,
+                                     is_first_block && k == 0);
                 }
               });
       };

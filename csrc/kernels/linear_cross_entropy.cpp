@@ -27,7 +27,8 @@ struct Pass {
   static constexpr int64_t kBlockRows = 256, kBlockRowsOfLarge = 512, kLeastBlockRows = 64, kBlockBytes = 104 << 20;
   // Largest weight that is packed once for all blocks.
   static constexpr int64_t kPackedBytes = 32 << 20;
-  static constexpr int64_t kTileGroup = 16;  // tiles that stay in the L2 cache while the panels pass by
+  // Rows of linear_weight that the input's gradient is added up over before it is stored.
+  static constexpr int64_t kClassesTogether = 4 * kChain;
   static constexpr bool kNarrows = !__is_same(E, A);
 
   const LinearCrossEntropy& of;
@@ -44,10 +45,10 @@ struct Pass {
   E* gradients;       // the same as operands, where these are of another type
   A* scale;           // [block_rows]
   E* packed;          // panels of linear_weight^T: all, or one for each thread
-  E* chain;           // rows of linear_weight, packed for one chain of the input's gradient
+  E* chain;           // a panel of kClassesTogether rows of linear_weight, for the input's gradient
   E* inputs;          // [shares][block_rows, input_stride]
   E* input_panels;    // the same, packed
-  E* tiles;           // [shares] where kTransposesTiles, a group's tiles
+  E* tiles;           // [shares] a group's tiles
   A* input_sums;      // [block_rows, features]
   A* weight_sums;     // [V, K]
   double* bias_sums;  // [V]
@@ -72,10 +73,10 @@ struct Pass {
         gradients(kNarrows && needs_gradients ? allocate<E>(r, block_rows * logit_stride) : nullptr),
         scale(allocate<A>(r, block_rows)),
         packed(allocate<E>(r, packs_at_once ? classes.packed_size(K) : shares * panel_size())),
-        chain(of.grad_input ? allocate<E>(r, shares * kChain * kPanelVectors * kLanes<E>) : nullptr),
+        chain(of.grad_input ? allocate<E>(r, shares * kClassesTogether * kPanelVectors * kLanes<E>) : nullptr),
         inputs(allocate<E>(r, block_rows * input_stride)),
         input_panels(of.grad_linear_weight ? allocate<E>(r, features.packed_size(block_rows + 1)) : nullptr),
-        tiles(of.grad_linear_weight && kTransposesTiles<E> ? allocate<E>(r, shares * tile_group_size()) : nullptr),
+        tiles(of.grad_linear_weight ? allocate<E>(r, shares * tile_group_size()) : nullptr),
         input_sums(of.grad_input ? allocate<A>(r, block_rows * features.vectors * kLanes<A>) : nullptr),
         weight_sums(static_cast<A*>(of.grad_linear_weight)),
         bias_sums(of.grad_linear_bias ? allocate<double>(r, V) : nullptr),
@@ -167,23 +168,18 @@ struct Pass {
     for (int64_t p = first_panel; p < last_panel; ++p) {
       E* panel = packed + (packs_at_once ? classes.offset(p, K) : share * panel_size());
       if (!packs_at_once) pack_classes(p, panel);
-      const char* next = reinterpret_cast<const char*>(
-          packs_at_once ? packed + classes.offset(smaller(p + 1, last_panel - 1), K) : panel);
+      const E* next = packs_at_once ? packed + classes.offset(smaller(p + 1, last_panel - 1), K) : panel;
       classes.with_width(p, [&]<int kVectors>() {
-        for (int64_t first = 0; first < rows; first += kRunRows) {
-          const int64_t run = smaller(kRunRows, rows - first), third = first / kRunRows;
-          Vector<A> sum[kRunRows][kVectors];
-          product_of_rows<E, kVectors>(
-              input[first], input.stride, run, panel, K, sum,
-              Ahead<Into::L2>{third < kVectors ? next + third * ceil_div(K, kGroup<E>) * kVectorBytes : next});
-          for (int v = 0; v < kVectors; ++v) {
-            const int64_t column = classes.first_column(p) + v * kLanes<A>;
-            const int count = int(smaller(kLanes<A>, V - column));
-            const Vector<A> added = bias ? load(bias + column, count) : Vector<A>{};
-            for (int64_t i = 0; i < run; ++i)
-              store(logits + (first + i) * logit_stride + column, sum[i][v] + added, count);
-          }
-        }
+        multiply_panel<E, kVectors>(input, rows, panel, K, next,
+                                    [&](int64_t first, int64_t run, auto& sum) GENKERNELS_LAMBDA {
+                                      for (int v = 0; v < kVectors; ++v) {
+                                        const int64_t column = classes.first_column(p) + v * kLanes<A>;
+                                        const int count = int(smaller(kLanes<A>, V - column));
+                                        const Vector<A> added = bias ? load(bias + column, count) : Vector<A>{};
+                                        for (int64_t i = 0; i < run; ++i)
+                                          store(logits + (first + i) * logit_stride + column, sum[i][v] + added, count);
+                                      }
+                                    });
       });
     }
   }
@@ -329,9 +325,9 @@ struct Pass {
   void add_to_input(int64_t base, int64_t rows, int64_t first_part, int64_t last_part, int64_t share) const {
     const int64_t stride = features.vectors * kLanes<A>;
     T* to = static_cast<T*>(of.grad_input) + base * K;
-    E* panel = chain + share * kChain * kPanelVectors * kLanes<E>;
-    for (int64_t k = 0; k < V; k += kChain) {
-      const int64_t count = smaller(kChain, V - k);
+    E* panel = chain + share * kClassesTogether * kPanelVectors * kLanes<E>;
+    for (int64_t k = 0; k < V; k += kClassesTogether) {
+      const int64_t count = smaller(kClassesTogether, V - k);
       const bool is_last = k + count == V;
       for (int64_t p = first_part / shares; p < ceil_div(last_part, shares); ++p) {
         const int64_t begin = rows * larger(first_part - p * shares, 0) / shares;
@@ -369,25 +365,9 @@ struct Pass {
 
   // grad_linear_weight += gradients^T (scale * input), in the rows of the panels' classes.
   void add_to_weight(int64_t rows, int64_t first_panel, int64_t last_panel, int64_t share, bool is_first) const {
-    const int64_t first = classes.first_column(first_panel), last = smaller(V, classes.first_column(last_panel));
-    const int64_t width = ceil_div(rows, kGroup<E>) * kGroup<E> * kTileRows;
-    for (int64_t group = first; group < last; group += kTileGroup * kTileRows) {
-      const int64_t end = smaller(last, group + kTileGroup * kTileRows);
-      E* packed_tiles = tiles + share * tile_group_size();
-      if constexpr (kTransposesTiles<E>)
-        for (int64_t v = group; v < end; v += kTileRows)
-          pack_transposed<E>(gradient_rows() + v, logit_stride, rows, smaller(kTileRows, end - v),
-                             packed_tiles + (v - group) / kTileRows * width);
-      for (int64_t p = 0; p < features.panels; ++p)
-        features.with_width(p, [&]<int kVectors>() {
-          for (int64_t v = group; v < end; v += kTileRows) {
-            const E* tile = kTransposesTiles<E> ? packed_tiles + (v - group) / kTileRows * width : gradient_rows() + v;
-            add_tile<kVectors>(features, p, input_panels + features.offset(p, rows), tile,
-                               kTransposesTiles<E> ? kTileRows * kGroup<E> : logit_stride, rows,
-                               int(smaller(kTileRows, end - v)), weight_sums + v * K, K, is_first);
-          }
-        });
-    }
+    add_transposed_product<E>({gradient_rows(), logit_stride}, rows, classes.first_column(first_panel),
+                              smaller(V, classes.first_column(last_panel)), features, 0, features.panels, input_panels,
+                              tiles + share * tile_group_size(), weight_sums, K, is_first);
   }
 
   void scale_row(const E* row, A factor, E* to) const {
@@ -398,19 +378,10 @@ struct Pass {
   }
 
   void add_to_bias(int64_t rows, int64_t first_panel, int64_t last_panel, bool is_first) const {
-    constexpr int64_t kShortChain = 32;
-    const int64_t last = smaller(V, classes.first_column(last_panel));
-    for (int64_t v = classes.first_column(first_panel); v < last; v += kLanes<A>) {
-      double sums[kLanes<A>] = {};
-      for (int64_t first = 0; first < rows; first += kShortChain) {
-        Vector<A> part = {};
-        for (int64_t i = first; i < smaller(rows, first + kShortChain); ++i)
-          part += load(logits + i * logit_stride + v) * scale[i];
-        for (int l = 0; l < kLanes<A>; ++l) sums[l] += double(part[l]);
-      }
-      for (int64_t l = 0; l < smaller(kLanes<A>, last - v); ++l)
-        bias_sums[v + l] = is_first ? sums[l] : bias_sums[v + l] + sums[l];
-    }
+    const auto value = [&](int64_t i, int64_t v)
+                           GENKERNELS_LAMBDA { return load(logits + i * logit_stride + v) * scale[i]; };
+    add_columns<A>(rows, classes.first_column(first_panel), smaller(V, classes.first_column(last_panel)), value,
+                   bias_sums, is_first);
   }
 
   void finish() const {
@@ -425,18 +396,11 @@ struct Pass {
     if (of.grad_linear_weight != nullptr && N > 0 && !__is_same(T, A))
       parallel(runtime, shares, [&](int64_t i) {
         const int64_t first = V * i / shares * K, last = V * (i + 1) / shares * K;
-        narrow(static_cast<T*>(of.grad_linear_weight) + first, weight_sums + first, last - first);
+        narrow<T>(static_cast<T*>(of.grad_linear_weight) + first, weight_sums + first, last - first);
       });
     if (of.grad_linear_bias != nullptr)
       for (int64_t v = 0; v < V; ++v)
         store(static_cast<T*>(of.grad_linear_bias) + v, broadcast(N > 0 ? A(bias_sums[v]) : A(0)), 1);
-  }
-
-  static void narrow(T* to, const A* from, int64_t count) {
-    for (int64_t k = 0; k < count; k += kLanes<A>) {
-      const int lanes = int(smaller(kLanes<A>, count - k));
-      store(to + k, load(from + k, lanes), lanes);
-    }
   }
 };
 

@@ -1,5 +1,6 @@
 // Sigmoid, tanh and e^x on vectors, each to 2.1 units in the last place (results below 2^-126 aside, which may become
-// 0). Saturated values are exactly 0, 1 and -1, and NaN passes through, as in PyTorch.
+// 0), and what the normal distribution is made of, to 5. Saturated values are exactly 0, 1 and -1, and NaN passes
+// through, as in PyTorch.
 #pragma once
 
 #include "simd.h"
@@ -144,6 +145,35 @@ GENKERNELS_INLINE Floats<kCount> tanh(const Floats<kCount>& x) {
   return with_sign(fraction(power * e.p + (power - 1.0f), 2.0f), x);
 }
 
+// What the normal distribution is made of: e^(-x^2/2), and the integral of its density up to x.
+template <class V, int kCount>
+struct Normal {
+  Several<V, kCount> power, integral;
+};
+
+// The integral beyond |x| is e^(-x^2/2) t P(t) with t = 1 / (1 + 0.35 |x|) (the form of Abramowitz and Stegun 1964,
+// 7.1.26); P is the polynomial of least relative error, 3.2e-8, for |x| <= 15 (Lawson's algorithm).
+template <int kCount>
+GENKERNELS_INLINE Normal<Vector<float>, kCount> normal(const Floats<kCount>& x) {
+  const Floats<kCount> absolute = at_most(16.0f, magnitude(x));
+  const Floats<kCount> power = exponential(absolute * absolute * -0.5f);
+  const Floats<kCount> divisor = absolute * 0.35f + 1.0f;
+  const Floats<kCount> estimate = inverse(divisor);
+  const Floats<kCount> error =
+      several<kCount>([&](int i) GENKERNELS_LAMBDA { return 1.0f - divisor[i] * estimate[i]; });
+  const Floats<kCount> t = estimate * error + estimate;
+  Floats<kCount> p = t * -0.0291638006f + 0.144060209f;
+  p = p * t + -0.255900676f;
+  p = p * t + 0.159391606f;
+  p = p * t + -0.0232629777f;
+  p = p * t + 0.105574459f;
+  p = p * t + 0.119815579f;
+  p = p * t + 0.139864326f;
+  p = p * t + 0.139621259f;
+  const Floats<kCount> beyond = p * t * power;
+  return {power, several<kCount>([&](int i) GENKERNELS_LAMBDA { return x[i] < 0.0f ? beyond[i] : 1.0f - beyond[i]; })};
+}
+
 // float64 is for gradcheck and for references: the C library's functions, lane by lane.
 template <int kCount>
 GENKERNELS_INLINE Several<Vector<double>, kCount> exponential(Several<Vector<double>, kCount> x) {
@@ -164,6 +194,15 @@ GENKERNELS_INLINE Several<Vector<double>, kCount> tanh(Several<Vector<double>, k
   for (Vector<double>& each : x.at)
     for (int i = 0; i < kLanes<double>; ++i) each[i] = __builtin_tanh(each[i]);
   return x;
+}
+
+template <int kCount>
+GENKERNELS_INLINE Normal<Vector<double>, kCount> normal(const Several<Vector<double>, kCount>& x) {
+  Normal<Vector<double>, kCount> result = {x * x * -0.5, x};
+  result.power = exponential(result.power);
+  for (Vector<double>& each : result.integral.at)
+    for (int i = 0; i < kLanes<double>; ++i) each[i] = 0.5 * __builtin_erfc(each[i] * -0.70710678118654752440);
+  return result;
 }
 
 }  // namespace genkernels::GENKERNELS_LEVEL

@@ -1,6 +1,7 @@
-// genkernels::linear_forward. Schema and meaning: genkernels/ops/linear.py.
+// genkernels::linear_forward, linear_forward_saving and linear_backward. Schema and meaning: genkernels/ops/linear.py.
 #include <torch/csrc/stable/library.h>
 
+#include <tuple>
 #include <vector>
 
 #include "../dispatch.h"
@@ -12,44 +13,132 @@
 namespace genkernels {
 namespace {
 
-CallCounter forward_calls("linear_forward");
+CallCounter forward_calls("linear_forward"), backward_calls("linear_backward");
 
-Tensor linear_forward(Tensor input_, Tensor weight_, std::optional<Tensor> bias_) {
-  STD_TORCH_CHECK(input_.dim() > 0, "input: expected at least 1 dimension");
-  STD_TORCH_CHECK(weight_.dim() == 2, "weight: expected 2 dimensions, got ", weight_.dim());
-  const int64_t last = input_.dim() - 1, N = weight_.size(0), K = weight_.size(1);
-  STD_TORCH_CHECK(input_.size(last) == K, "input: expected ", K, " columns, got ", input_.size(last));
-  check_like("weight", weight_, input_);
+Tensor with_rows(const Tensor& tensor) {
+  return tensor.dim() == 2 ? with_contiguous_rows(tensor) : as_contiguous(tensor);
+}
+
+int64_t row_stride(const Tensor& tensor) {
+  return tensor.dim() == 2 ? tensor.stride(0) : tensor.size(tensor.dim() - 1);
+}
+
+int64_t row_count(const Tensor& tensor) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < tensor.dim(); ++i) rows *= tensor.size(i);
+  return rows;
+}
+
+std::vector<int64_t> with_columns(const Tensor& tensor, int64_t columns) {
+  std::vector<int64_t> sizes(tensor.sizes().begin(), tensor.sizes().end());
+  sizes.back() = columns;
+  return sizes;
+}
+
+void check_operands(const Tensor& input, const Tensor& weight, int64_t activation) {
+  STD_TORCH_CHECK(input.dim() > 0, "input: expected at least 1 dimension");
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected 2 dimensions, got ", weight.dim());
+  const int64_t columns = input.size(input.dim() - 1);
+  STD_TORCH_CHECK(columns == weight.size(1), "input: expected ", weight.size(1), " columns, got ", columns);
+  check_like("weight", weight, input);
+  STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::silu),
+                  "activation: expected a number from 0 to 4, got ", activation);
+}
+
+// The output; and, where `pre_activation` is given, a tensor of what the activation is taken of.
+Tensor forward(const Tensor& input_, const Tensor& weight_, const std::optional<Tensor>& bias_, int64_t activation,
+               std::optional<Tensor>* pre_activation) {
+  check_operands(input_, weight_, activation);
+  const int64_t N = weight_.size(0);
   if (bias_) {
     check_like("bias", *bias_, input_);
     check_shape("bias", *bias_, {N});
   }
-  const Tensor input = input_.dim() == 2 ? with_contiguous_rows(input_) : as_contiguous(input_);
-  const Tensor weight = as_contiguous(weight_);
+  const Tensor input = with_rows(input_), weight = as_contiguous(weight_);
   const std::optional<Tensor> bias = as_contiguous(bias_);
   Linear linear{};
   linear.dtype = dtype_of(input);
   ++forward_calls.calls;
 
-  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
-  sizes.back() = N;
-  linear.rows = 1;
-  for (int64_t i = 0; i < last; ++i) linear.rows *= sizes[size_t(i)];
-  linear.in_features = K;
+  linear.rows = row_count(input);
+  linear.in_features = weight.size(1);
   linear.out_features = N;
   linear.input = input.const_data_ptr();
-  linear.input_stride = last == 1 ? input.stride(0) : K;
+  linear.input_stride = row_stride(input);
   linear.weight = weight.const_data_ptr();
   linear.bias = data(bias);
-  Tensor output = new_tensor(input, sizes);
+  linear.activation = Activation(activation);
+  const Tensor output = new_kept(input, with_columns(input, N));
   linear.output = output.mutable_data_ptr();
-  CallRuntime runtime(2.0 * double(linear.rows) * double(N) * double(K));
+  if (pre_activation != nullptr) {
+    *pre_activation = new_kept(input, with_columns(input, N));
+    linear.pre_activation = (*pre_activation)->mutable_data_ptr();
+  }
+  CallRuntime runtime(2.0 * double(linear.rows) * double(N) * double(linear.in_features));
   kernels().linear_forward(linear, runtime.get());
   return output;
 }
 
+Tensor linear_forward(Tensor input, Tensor weight, std::optional<Tensor> bias, int64_t activation) {
+  return forward(input, weight, bias, activation, nullptr);
+}
+
+std::tuple<Tensor, Tensor> linear_forward_saving(Tensor input, Tensor weight, std::optional<Tensor> bias,
+                                                 int64_t activation) {
+  std::optional<Tensor> pre_activation;
+  const Tensor output = forward(input, weight, bias, activation, &pre_activation);
+  return {output, *pre_activation};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output_, Tensor input_, Tensor weight_,
+                                                   std::optional<Tensor> saved_, int64_t activation, bool needs_input,
+                                                   bool needs_weight, bool needs_bias) {
+  check_operands(input_, weight_, activation);
+  const int64_t N = weight_.size(0), K = weight_.size(1), M = row_count(input_);
+  check_like("grad_output", grad_output_, input_);
+  STD_TORCH_CHECK(
+      grad_output_.dim() > 0 && grad_output_.size(grad_output_.dim() - 1) == N && row_count(grad_output_) == M,
+      "grad_output: expected ", M, " rows of ", N, " elements, got shape ", shape_string(grad_output_.sizes()));
+  STD_TORCH_CHECK(saved_.has_value() == (activation != int64_t(Activation::none)),
+                  "saved: expected a tensor with an activation, and none without");
+  if (saved_) {
+    check_like("saved", *saved_, input_);
+    STD_TORCH_CHECK(saved_->dim() > 0 && saved_->size(saved_->dim() - 1) == N && row_count(*saved_) == M,
+                    "saved: expected ", M, " rows of ", N, " elements, got shape ", shape_string(saved_->sizes()));
+  }
+  const Tensor input = with_rows(input_), weight = as_contiguous(weight_), grad_output = with_rows(grad_output_);
+  const std::optional<Tensor> saved = as_contiguous(saved_);
+  LinearBackward linear{};
+  linear.dtype = dtype_of(input);
+  ++backward_calls.calls;
+
+  linear.rows = M;
+  linear.in_features = K;
+  linear.out_features = N;
+  linear.input = input.const_data_ptr();
+  linear.input_stride = row_stride(input);
+  linear.weight = weight.const_data_ptr();
+  linear.activation = Activation(activation);
+  linear.saved = data(saved);
+  linear.grad_output = grad_output.const_data_ptr();
+  linear.grad_output_stride = row_stride(grad_output);
+  const Tensor grad_input = new_kept(input, needs_input ? with_columns(input, K) : std::vector<int64_t>{0, K});
+  const Tensor grad_weight = new_kept(input, {needs_weight ? N : 0, K});
+  const Tensor grad_bias = new_kept(input, {needs_bias ? N : 0});
+  if (needs_input) linear.grad_input = grad_input.mutable_data_ptr();
+  if (needs_weight) linear.grad_weight = grad_weight.mutable_data_ptr();
+  if (needs_bias) linear.grad_bias = grad_bias.mutable_data_ptr();
+  CallRuntime runtime(2.0 * double(M) * double(N) * double(K));
+  kernels().linear_backward(linear, runtime.get());
+  return {grad_input, grad_weight, grad_bias};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) { m.impl("linear_forward", TORCH_BOX(&linear_forward)); }
+STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
+  m.impl("linear_forward", TORCH_BOX(&linear_forward));
+  m.impl("linear_forward_saving", TORCH_BOX(&linear_forward_saving));
+  m.impl("linear_backward", TORCH_BOX(&linear_backward));
+}
 
 }  // namespace genkernels

@@ -42,6 +42,13 @@ def autocast(device: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     )
 
 
+def autocast_dtype(input: Tensor) -> torch.dtype:
+    """The dtype that the kernel will be called with."""
+    if is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(input.device.type)
+    return input.dtype
+
+
 def is_autocast_enabled(device: str) -> bool:
     if device != "cpu" and not torch.compiler.is_compiling():
         # Devices without an autocast of their own, such as meta, make torch's question an error.

@@ -1,4 +1,4 @@
-"""The linear map of few rows, as a model that generates token by token applies it."""
+"""The linear map, with the activation that follows it."""
 
 import math
 from typing import Any, NoReturn
@@ -9,65 +9,109 @@ from torch._subclasses import FakeTensor
 from torch.nn import Parameter
 
 from .. import backend, reference
-from .library import autocast, define, is_transformed, needs_autograd
+from .library import (
+    apply,
+    autocast,
+    autocast_dtype,
+    define,
+    is_transformed,
+    needs_autograd,
+)
 
-# Up to here reading the weight is most of what a call costs; from here on a product that packs its
-# operands is faster.
-MOST_ROWS = 32
+ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
+
+# Up to here, without gradients, reading the weight is most of what a call costs.
+MOST_FEW_ROWS = 32
+# From here on the kernel is at least as fast, packing included; measured.
+LEAST_ROWS = 64  # with gradients
+LEAST_PRODUCTS = 2**22
+LEAST_PRODUCTS_BESIDE_MKL = 2**30
 
 # Other subclasses (quantised or distributed weights, for example) have a product of their own.
 _PLAIN = (Tensor, Parameter, FakeTensor)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The linear map of the last dimension, ``input @ weight.T + bias``.
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """The linear map of the last dimension and the activation that follows it.
 
-    Equivalent to: ``torch.nn.functional.linear(input, weight, bias)``.
+    Equivalent to: ``activate(torch.nn.functional.linear(input, weight, bias))``, where activate is
+    ``F.relu`` for "relu", ``F.gelu`` for "gelu", ``F.gelu(.., approximate="tanh")`` for
+    "gelu_tanh", ``F.silu`` for "silu", and nothing for None.
 
-    The compiled CPU kernel runs where no gradient is recorded and input has at most 32 rows: there
-    a call is the reading of the weight, which the kernel shares out over the threads. Everything
-    else (gradients, more rows, torch.func, other devices and dtypes, tensor subclasses) is handed
-    over to PyTorch's own, without a warning; ``explain("linear", input, weight)`` says so, and
-    ``stats()`` counts it as ``("linear", "reference")``.
+    The compiled CPU kernel shares out the reading of the weight where no gradient is recorded and
+    input has at most 32 rows. Larger products pack the weight at each call and take the activation
+    while its argument is in registers; the backward pass takes its derivative while it reads
+    grad_output. bfloat16 is summed in float32, and rounded once, after the activation.
+
+    What PyTorch does as fast is handed over to it, without a warning: gradients of fewer than 64
+    rows; products of fewer than 2^22 elements of more than 32 rows; in float32 and float64 of fewer
+    than 2^30, with gradients or without an activation, where PyTorch multiplies with MKL on an
+    Intel CPU. So are torch.func, other devices and dtypes, and tensor subclasses.
+    ``explain("linear", input, weight)`` says so, and ``stats()`` counts it as
+    ``("linear", "reference")``.
 
     Args:
         input: [.., K], any strides and any number of leading dimensions, whose product is the
             number of rows. float32, bfloat16 or float64 in the compiled CPU kernel.
         weight: [N, K]. One that is not contiguous is copied by the kernel at every call.
         bias: [N]. Default None.
+        activation: None, "relu", "gelu" (Hendrycks and Gimpel 2016,
+            https://arxiv.org/abs/1606.08415, x times the normal distribution's integral up to x),
+            "gelu_tanh" (the approximation of its section 2), or "silu" (x sigmoid(x)). Default
+            None.
 
     Returns:
-        [.., N], in input's dtype; under autocast in autocast's dtype.
+        [.., N], in input's dtype; under autocast in autocast's dtype. From 1 MiB on its storage
+        cannot be resized.
 
-    Gradients are PyTorch's own, to any order and in forward mode too.
+    The result can be differentiated twice; the second time runs plain PyTorch. Forward-mode
+    differentiation is PyTorch's own.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; where the kernel was to run, the
             message names the argument and both shapes.
+        ValueError: an unknown activation.
     """
+    check_activation(activation)
     tensors: Any = (input, weight, bias)
-    handover = _handover(*tensors)
+    handover = _handover(*tensors, activation=activation)
     if handover is None:
         tensors = autocast(input.device.type, *tensors)
     if backend.select("linear", input.device, tensors[0].dtype, handover) == "reference":
         backend.count("linear", "reference")
-        return reference.linear(input, weight, bias)
+        return reference.linear(input, weight, bias, activation)
     try:
-        return _linear_forward(*tensors)
+        if needs_autograd(*tensors):
+            return apply(_Linear, *tensors, activation)[0]
+        return _linear_forward(*tensors, ACTIVATIONS.index(activation))
     except RuntimeError:  # the compiled op checks faster, and the check says it better
         _check(*tensors)
         raise
 
 
+def check_activation(activation: str | None) -> None:
+    if activation not in ACTIVATIONS:
+        names = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"activation: expected one of {names}, got {activation!r}")
+
+
 @backend.hands_over("linear")
 def _handover(
-    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
 ) -> str | None:
     tensors = [t for t in (input, weight, bias) if t is not None]
     if any(type(t) not in _PLAIN for t in tensors):
         return "an argument is of a tensor subclass"
-    if needs_autograd(*tensors):
-        return "gradients are recorded, and PyTorch's own products are as fast there"
     if is_transformed():
         return "a torch.func transform or forward-mode differentiation is under way"
     if any(t.layout is not torch.strided for t in tensors):
@@ -77,9 +121,22 @@ def _handover(
     rows = math.prod(input.shape[:-1])
     if not isinstance(rows, int) and torch.compiler.is_exporting():
         return "the number of rows is not known yet: an exported program is for any"
-    if rows > MOST_ROWS:
+    is_recorded = needs_autograd(*tensors)
+    if weight is None or (rows <= MOST_FEW_ROWS and not is_recorded):
+        return None
+    if is_recorded and rows < LEAST_ROWS:
         return (
-            f"input has {rows} rows, and from {MOST_ROWS + 1} on PyTorch's own product is as fast"
+            f"gradients are recorded and input has {rows} rows, and below {LEAST_ROWS} PyTorch's "
+            "own are as fast"
+        )
+    least = LEAST_PRODUCTS
+    if (is_recorded or activation is None) and autocast_dtype(input) != torch.bfloat16:
+        least = LEAST_PRODUCTS_BESIDE_MKL if backend.MKL_IS_AT_ITS_BEST else least
+    products = rows * weight.size(0) * weight.size(1)
+    if products < least:
+        return (
+            f"there are {products} products of elements of {rows} rows, and below {least} "
+            "PyTorch's own are as fast"
         )
     return None
 
@@ -107,13 +164,121 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             reject(name, f"input's device {input.device}", tensor.device)
 
 
-def _fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+class _Linear(torch.autograd.Function):
+    """Arguments of `linear`; the second output is what the activation was taken of, if the backward
+    pass needs it."""
+
+    @staticmethod
+    def forward(
+        input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+    ) -> tuple[Tensor, Tensor | None]:
+        index = ACTIVATIONS.index(activation)
+        if activation in (None, "relu"):
+            return _linear_forward(input, weight, bias, index), None
+        return _linear_forward_saving(input, weight, bias, index)
+
+    @staticmethod
+    def setup_context(
+        ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]
+    ) -> None:
+        *tensors, ctx.activation = args
+        result, saved = output
+        if saved is not None:
+            ctx.mark_non_differentiable(saved)
+        ctx.set_materialize_grads(False)  # zeros as large as what is saved
+        ctx.save_for_backward(*tensors, result if ctx.activation == "relu" else saved)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 4
+        input, weight, bias, saved = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        gradients: tuple[Tensor, ...]
+        if torch.is_grad_enabled() or is_transformed():
+            if saved is not None:  # as a function of the arguments
+                inner = "relu" if ctx.activation == "relu" else None
+                saved = reference.linear(input, weight, bias, inner)
+            gradients = reference.linear_backward(grad_output, input, weight, saved, ctx.activation)
+        else:
+            index = ACTIVATIONS.index(ctx.activation)
+            gradients = _linear_backward(grad_output, input, weight, saved, index, *needs)
+        return *(g if n else None for g, n in zip(gradients, needs, strict=True)), None
+
+
+def _fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
     _check(input, weight, bias)
     return input.new_empty((*input.shape[:-1], weight.size(0)))
 
 
+def _fake_forward_saving(*args: Any) -> tuple[Tensor, Tensor]:
+    return _fake_forward(*args), _fake_forward(*args)
+
+
+def _reference_forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: int
+) -> Tensor:
+    return reference.linear(input, weight, bias, ACTIVATIONS[activation])
+
+
+def _reference_forward_saving(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: int
+) -> tuple[Tensor, Tensor]:
+    x = reference.linear(input, weight, bias)
+    return reference.activate(x, ACTIVATIONS[activation]), x
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    saved: Tensor | None,
+    activation: int,
+    needs_input: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, K = weight.shape
+    return (
+        input.new_empty(input.shape if needs_input else (0, K)),
+        input.new_empty((N if needs_weight else 0, K)),
+        input.new_empty(N if needs_bias else 0),
+    )
+
+
+def _reference_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    saved: Tensor | None,
+    activation: int,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    gradients = reference.linear_backward(
+        grad_output, input, weight, saved, ACTIVATIONS[activation]
+    )
+    empty = ((0, weight.size(1)), (0, weight.size(1)), (0,))
+    return tuple(
+        gradient.contiguous() if needed else gradient.new_empty(size)
+        for gradient, needed, size in zip(gradients, needs, empty, strict=True)
+    )
+
+
 _linear_forward = define(
-    "linear_forward(Tensor input, Tensor weight, Tensor? bias) -> Tensor",
-    reference.linear,
+    "linear_forward(Tensor input, Tensor weight, Tensor? bias, int activation) -> Tensor",
+    _reference_forward,
     _fake_forward,
+)
+_linear_forward_saving = define(
+    "linear_forward_saving(Tensor input, Tensor weight, Tensor? bias, int activation) "
+    "-> (Tensor, Tensor)",
+    _reference_forward_saving,
+    _fake_forward_saving,
+)
+_linear_backward = define(
+    "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? saved, "
+    "int activation, bool needs_input, bool needs_weight, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    _reference_backward,
+    _fake_backward,
 )

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import backend, reference
-from .library import apply, autocast, define, is_autocast_enabled, is_transformed, needs_autograd
+from .library import (
+    apply,
+    autocast,
+    autocast_dtype,
+    define,
+    is_autocast_enabled,
+    is_transformed,
+    needs_autograd,
+)
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -80,7 +88,7 @@ def linear_cross_entropy(
     tensors = _checked(input, linear_weight, target, linear_bias, weight)
     target = tensors[2]
     handover = _handover(input, linear_weight, target, linear_bias=linear_bias, weight=weight)
-    chosen = backend.select("linear_cross_entropy", input.device, _dtype(input), handover)
+    chosen = backend.select("linear_cross_entropy", input.device, autocast_dtype(input), handover)
     if chosen == "reference":
         backend.count("linear_cross_entropy", "reference")
         arguments: tuple[Any, ...] = (*tensors, *settings)
@@ -105,7 +113,7 @@ def linear_log_prob(
     tensors = _checked(input, linear_weight, target, linear_bias, None)
     target = tensors[2]
     handover = _handover(input, linear_weight, target, linear_bias=linear_bias)
-    chosen = backend.select("linear_log_prob", input.device, _dtype(input), handover)
+    chosen = backend.select("linear_log_prob", input.device, autocast_dtype(input), handover)
     if chosen == "reference":
         backend.count("linear_log_prob", "reference")
         return LinearLogProb(*reference.linear_log_prob(input, linear_weight, target, linear_bias))
@@ -143,13 +151,6 @@ def _handover(
 
 
 backend.hands_over("linear_log_prob")(_handover)
-
-
-def _dtype(input: Tensor) -> torch.dtype:
-    """The dtype that the kernel will be called with."""
-    if is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
-        return torch.get_autocast_dtype(input.device.type)
-    return input.dtype
 
 
 def _sum_dtype(input: Tensor) -> torch.dtype:
@@ -265,10 +266,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         _, prediction, *gradients = output
         ctx.settings, ctx.needs, ctx.has_given = args[5:9], args[9:], False
         ctx.mark_non_differentiable(prediction, *gradients)
+        ctx.set_materialize_grads(False)  # zeros as large as the gradients
         ctx.save_for_backward(*args[:5], *gradients)
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * 12
         saved = ctx.saved_tensors  # once: under checkpointing each time computes them anew
         tensors: tuple[Any, ...] = saved[:5]
         gradients: Any = saved[5:]

@@ -1,7 +1,7 @@
 """Every op's definition in plain PyTorch, short enough to read as its specification."""
 
 from .gru import gru, gru_cell
-from .linear import linear
+from .linear import activate, linear, linear_backward
 from .linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_pass,
@@ -9,9 +9,11 @@ from .linear_cross_entropy import (
 )
 
 __all__ = [
+    "activate",
     "gru",
     "gru_cell",
     "linear",
+    "linear_backward",
     "linear_cross_entropy",
     "linear_cross_entropy_pass",
     "linear_log_prob",

@@ -18,14 +18,7 @@ def linear_cross_entropy(
     shape = linear_weight.shape[:-1]  # [V], or of several losses for each row [V, ..]
     bias = None if linear_bias is None else linear_bias.flatten()
     logits = F.linear(input, linear_weight.flatten(0, -2), bias).unflatten(-1, shape)
-    return F.cross_entropy(
-        logits,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    return _cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing)
 
 
 def linear_log_prob(
@@ -53,14 +46,7 @@ def linear_cross_entropy_pass(
     if logits.dtype == torch.bfloat16:
         logits = logits.float()
         weight = None if weight is None else weight.float()
-    loss = F.cross_entropy(
-        logits,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    loss = _cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing)
     kept = target != ignore_index  # [N]
     classes = torch.where(kept, target, 0)
     weights = logits.new_ones(logits.size(1)) if weight is None else weight  # [V]
@@ -81,4 +67,22 @@ def linear_cross_entropy_pass(
         gradient @ linear_weight,
         gradient.mT @ input,
         gradient.sum(0),
+    )
+
+
+def _cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    return F.cross_entropy(
+        logits,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
     )
