@@ -15,7 +15,7 @@ FIND_TORCH := from importlib import metadata, util; \
   print(util.find_spec("torch").origin.rsplit("/torch/", 1)[0])
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench bench-compare bench-gru peers build lint format abi-check clean torch-requirement
+.PHONY: help train test bench bench-compare bench-gru bench-linear bench-models convergence peers build lint format abi-check clean torch-requirement
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,15 @@ bench-compare: .venv/built .venv/installed  ## compare this tree with another re
 # it is. Asleep within a call they would be timed waking up: between a forward and a backward pass 100 us can go by.
 bench-gru: .venv/built .venv/installed  ## the GRU beside its peers and its bars (make peers; ARGS='--only B=16')
 	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.bars $(ARGS)
+
+bench-linear: .venv/built .venv/installed  ## linear and linear_cross_entropy beside PyTorch's and their bars
+	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.linear_bars $(ARGS)
+
+bench-models: .venv/built .venv/installed  ## a whole training step beside PyTorch's and Keras's (make peers)
+	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.models $(ARGS)
+
+convergence: .venv/built .venv/installed  ## train on real text with genkernels and in plain PyTorch, and compare
+	$(PY) -m benchmarks.convergence $(ARGS)
 
 peers: .venv-peers/installed  ## install the libraries the GRU is compared with, into .venv-peers
 

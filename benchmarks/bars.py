@@ -330,7 +330,7 @@ def draw_chart(path: Path, rows: Sequence[Row]) -> None:
     figure.tight_layout(rect=(0, 0, 1, 0.94))
     handles, texts = axes[0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="upper center", ncols=len(texts), fontsize=9)
-    _replace(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     pyplot.close(figure)
 
 
@@ -386,7 +386,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write beside `path`, then rename: an interrupted run leaves what was there."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         temporary = Path(folder, path.name)
@@ -412,6 +412,31 @@ def grid_plan(options: argparse.Namespace) -> Iterator[tuple[str, Callable[[], R
         yield sequence_name(*case), functools.partial(grid_row, *case, options)
 
 
+def run_plan(plan: Sequence[tuple[str, Callable[[], Row]]], only: str) -> list[Row]:
+    """The rows of the cases whose name contains `only`, each reported when it is done."""
+    chosen = [(name, make) for name, make in plan if only in name]
+    if not chosen:
+        raise Failure(f"--only {only}: no case is named so; the first is {plan[0][0]}")
+    rows = []
+    start = time.perf_counter()
+    for index, (name, make) in enumerate(chosen, 1):
+        rows.append(make())
+        missed = [bar.name for bar in rows[-1].bars if not bar.is_met]
+        print(
+            f"[{index}/{len(chosen)}, {time.perf_counter() - start:.0f} s] {name}: "
+            f"{rows[-1].share:.0%} of peak{', missed: ' if missed else ''}{', '.join(missed)}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return rows
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    print("\n".join(table(rows)))
+    count = sum(not bar.is_met for row in rows for bar in row.bars)
+    print(f"\n{count} of {sum(len(row.bars) for row in rows)} bars missed")
+
+
 def run(options: argparse.Namespace) -> int:
     settings = machine()
     print(", ".join(f"{key} {value}" for key, value in settings.items()), file=sys.stderr)
@@ -424,32 +449,19 @@ def run(options: argparse.Namespace) -> int:
             else:
                 peers[name] = stack.enter_context(Peer(name, settings["threads"]))
         plan = list(grid_plan(options) if options.grid else bars_plan(peers, options))
-        chosen = [(name, make) for name, make in plan if options.only in name]
-        if not chosen:
-            raise Failure(f"--only {options.only}: no case is named so; the first is {plan[0][0]}")
-        rows = []
-        start = time.perf_counter()
-        for index, (name, make) in enumerate(chosen, 1):
-            rows.append(make())
-            missed = [bar.name for bar in rows[-1].bars if not bar.is_met]
-            print(
-                f"[{index}/{len(chosen)}, {time.perf_counter() - start:.0f} s] {name}: "
-                f"{rows[-1].share:.0%} of peak{', missed: ' if missed else ''}{', '.join(missed)}",
-                file=sys.stderr,
-                flush=True,
-            )
+        rows = run_plan(plan, options.only)
         settings["peers"] = {
             peer.name: {"version": peer.version, **peer.settings} for peer in peers.values()
         }
     for name, facts in settings["peers"].items():
         print(f"- {name}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
-    print("\n".join(table(rows)))
-    count = sum(not bar.is_met for row in rows for bar in row.bars)
-    print(f"\n{count} of {sum(len(row.bars) for row in rows)} bars missed")
+    print_rows(rows)
     if options.save:
         folder = Path(options.save)
         text = json.dumps(report(rows, settings), indent=1)
-        _replace(folder / "gru.json", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+        replace_file(
+            folder / "gru.json", lambda path: path.write_text(text + "\n", encoding="utf-8")
+        )
         draw_chart(folder / "gru.png", rows)
         with open(folder / "history.jsonl", "a", encoding="utf-8") as file:
             file.write(history_line(rows, settings) + "\n")

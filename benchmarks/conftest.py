@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import genkernels
 from benchmarks import limits
+from benchmarks.steps import Step, expected
 from genkernels import backend
 from tests.parity import assert_parity
-
-Step = Callable[[], Sequence[Tensor]]
 
 
 @pytest.fixture
@@ -24,22 +22,25 @@ def contest(benchmark: Any) -> Callable[..., None]:
     """Check one contestant's results, then measure it and record what its row needs."""
 
     def run(
-        step: Step,
-        *,
+        make_step: Callable[..., Step],
+        contestants: Mapping[str, Callable[..., Any]],
         contestant: str,
-        shape: str,
+        shape: tuple[int, ...],
         direction: str,
         dtype: torch.dtype,
+        *,
+        label: str,
         flops: float,
         names: Sequence[str],
-        baseline: Step,
-        exact: Sequence[Tensor],
     ) -> None:
-        """Measure `step`, which returns the tensors `names`, beside `baseline`, plain PyTorch.
+        """Measure a contestant's step, which returns the tensors `names`, beside plain PyTorch's,
+        which the contestants call "torch".
 
-        `exact` are the same tensors in float64. A step that breaks the parity rule fails the test
-        before it is timed, so that a wrong result has no row.
+        A step that breaks the parity rule fails the test before it is timed, so that a wrong result
+        has no row.
         """
+        baseline, exact = expected(make_step, contestants["torch"], shape, direction, dtype)
+        step = make_step(contestants[contestant], shape, direction, dtype)
         genkernels.stats(reset=True)
         results = step()
         backends = {name for _, name in genkernels.stats(reset=True)} or {contestant}
@@ -49,10 +50,10 @@ def contest(benchmark: Any) -> Callable[..., None]:
         }
         threads = torch.get_num_threads()
         dtype_name = str(dtype).removeprefix("torch.")
-        benchmark.group = f"{shape}, {direction}, {dtype_name}"
+        benchmark.group = f"{label}, {direction}, {dtype_name}"
         benchmark.extra_info.update(
             contestant=contestant,
-            shape=shape,
+            shape=label,
             direction=direction,
             dtype=dtype_name,
             threads=threads,

@@ -9,13 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -75,6 +77,52 @@ def requests() -> tuple[Iterator[Any], Callable[[Any], None]]:
         print(json.dumps(value), file=answers, flush=True)
 
     return map(json.loads, sys.stdin), answer
+
+
+class Program(Protocol):
+    """What is trained: `step` does one step and returns its loss."""
+
+    version: str
+
+    def step(self) -> float: ...
+
+    def report(self) -> dict[str, Any]: ...
+
+
+def serve_program(build: Callable[[dict[str, Any]], Program]) -> None:
+    """Answer requests until stdin ends:
+
+    {"setup": options} with {"losses", "version"} of options["steps"] steps, or with {"error"},
+    {"time": calls} with the median seconds of a step,
+    {"report": null} with what the program reports and "memory", the process's peak in bytes.
+    """
+    asked, answer = requests()
+    program: Program | None = None
+    for request in asked:
+        if "setup" in request:
+            try:
+                program = build(request["setup"])
+                losses = [program.step() for _ in range(request["setup"]["steps"])]
+            except Exception as error:
+                traceback.print_exc()
+                answer({"error": " ".join(f"{type(error).__name__}: {error}".split())})
+            else:
+                answer({"losses": losses, "version": program.version})
+            continue
+        assert program is not None, "a setup comes first"
+        if "time" in request:
+            answer(median_seconds(program.step, request["time"]))
+        else:
+            memory = peak_memory()  # before the report, which may take memory of its own
+            answer({**program.report(), "memory": memory})
+
+
+def peak_memory() -> int:
+    """Bytes. getrusage() would begin at the peak of the process that this one was forked from."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(r"VmHWM:\s*(\d+)", status)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def median_seconds(step: Callable[[], object], calls: int) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench_gru import GRADIENTS, OUTPUTS, expected
+from benchmarks.bench_gru import GRADIENTS, OUTPUTS, make_step
 from benchmarks.peers import check, peer
 from benchmarks.workers import Failure
 
@@ -63,7 +63,9 @@ def test_setup_replaces_the_case_before(contestant: peer.Peer) -> None:
 def plain_results(direction: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """PyTorch's own results, as a contestant hands them over."""
     names = OUTPUTS if direction == "forward" else (*OUTPUTS, *(f"grad of {n}" for n in GRADIENTS))
-    tensors = (tensor.detach().float() for tensor in expected(SHAPE, direction, dtype)[0]())
+    tensors = (
+        tensor.detach().float() for tensor in make_step(torch.nn.GRU, SHAPE, direction, dtype)()
+    )
     return {
         name: tensor.squeeze(0) if name in check.STATES else tensor
         for name, tensor in zip(names, tensors, strict=True)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.bench_gru import GRADIENTS, OUTPUTS, expected
+from benchmarks.bench_gru import GRADIENTS, OUTPUTS, make_step
+from benchmarks.steps import expected
 from benchmarks.workers import Failure
 from tests.parity import assert_parity
 
@@ -42,7 +43,7 @@ def check(
     dtype: torch.dtype,
 ) -> Verdict:
     """Hold the float32 results of a contestant to the float64 reference; raises Wrong."""
-    baseline, exact = expected(shape, direction, dtype)
+    baseline, exact = expected(make_step, torch.nn.GRU, shape, direction, dtype)
     names = list(OUTPUTS)
     if direction != "forward":
         names += [f"grad of {argument}" for argument in GRADIENTS]

@@ -1,0 +1,244 @@
+"""linear and linear_cross_entropy beside PyTorch's, and the bars they are held to: `make
+bench-linear`. Turns, medians and the peak are those of benchmarks.bars.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import bench_linear, bench_linear_cross_entropy
+from benchmarks.bars import (
+    CAPS,
+    FORWARD,
+    GRID_RATIO,
+    TRAINING,
+    Bar,
+    Local,
+    Peer,
+    Row,
+    machine,
+    measure,
+    print_rows,
+    replace_file,
+    report,
+    run_plan,
+)
+from benchmarks.workers import ROOT, Failure
+
+Shape = tuple[int, int, int]
+Plan = Iterator[tuple[str, Callable[[], Row]]]
+
+# The share of the machine's FMA peak that float32 has to reach.
+LINEAR_SHARES = {FORWARD: 0.85, TRAINING: 0.80}
+LOSS_SHARES = {FORWARD: 0.80, TRAINING: 0.78}
+LOSS_RATIOS = {(6400, 512, 10000): 3.0, (2048, 768, 50257): 2.5}  # of torch, training
+BFLOAT16_RATIO = 0.97  # linear, of torch's bfloat16
+BFLOAT16_LOSS_RATIO = 1.7  # of its own float32
+# Bytes of a training step beyond the gradients that it returns.
+LOSS_MEMORY = {(6400, 512, 10000): 64e6, (2048, 768, 50257): 128e6}
+GRID = ROOT / "benchmarks" / "linear_grid.csv"
+
+
+def linear_row(
+    shape: Shape, activation: str | None, direction: str, dtype: torch.dtype, rounds: int
+) -> Row:
+    contestants: dict[str, Local | Peer] = {
+        name: Local(bench_linear.make_step(function, shape, direction, dtype))
+        for name, function in bench_linear.CONTESTANTS[activation].items()
+    }
+    gflops, peak = measure(contestants, bench_linear.flops(shape, direction), rounds, dtype)
+    own, torch_s = gflops["genkernels"], gflops["torch"]
+    bars = [Bar("0.97x torch", BFLOAT16_RATIO * torch_s, own)]
+    if dtype == torch.float32:
+        bars = [Bar("1x torch", min(torch_s, CAPS[direction] * peak), own)]
+        if activation is None:
+            share = LINEAR_SHARES[direction]
+            bars.append(Bar(f"{share:.0%} of peak", share * peak, own))
+    return Row(linear_name(shape, activation, direction, dtype), gflops, peak, bars)
+
+
+def linear_name(shape: Shape, activation: str | None, direction: str, dtype: torch.dtype) -> str:
+    return f"{bench_linear.label(shape, activation)}, {direction}, {_name(dtype)}"
+
+
+def loss_row(shape: Shape, direction: str, dtype: torch.dtype, rounds: int) -> Row:
+    bench = bench_linear_cross_entropy
+    contestants: dict[str, Local | Peer] = {
+        name: Local(bench.make_step(function, shape, direction, dtype))
+        for name, function in bench.CONTESTANTS.items()
+    }
+    own_float32 = Local(
+        bench.make_step(bench.CONTESTANTS["genkernels"], shape, direction, torch.float32)
+    )
+    if dtype == torch.bfloat16:
+        contestants["own float32"] = own_float32
+    gflops, peak = measure(contestants, bench.flops(shape, direction), rounds, dtype)
+    own = gflops["genkernels"]
+    if dtype == torch.bfloat16:
+        ratio = BFLOAT16_LOSS_RATIO
+        bars = [Bar(f"{ratio:g}x own float32", ratio * gflops["own float32"], own)]
+    else:
+        share = LOSS_SHARES[direction]
+        bars = [Bar(f"{share:.0%} of peak", share * peak, own)]
+        if direction == TRAINING:
+            cap = CAPS[direction] * peak
+            ratio = LOSS_RATIOS[shape]
+            bars += [
+                Bar(f"{ratio:g}x {name}", min(ratio * rate, cap), own)
+                for name, rate in gflops.items()
+                if name.startswith("torch")
+            ]
+    return Row(loss_name(shape, direction, dtype), gflops, peak, bars)
+
+
+def loss_name(shape: Shape, direction: str, dtype: torch.dtype) -> str:
+    return f"{bench_linear_cross_entropy.label(shape)}, {direction}, {_name(dtype)}"
+
+
+def grid_row(
+    shape: Shape, activation: str | None, direction: str, dtype: torch.dtype, rounds: int
+) -> Row:
+    """Beside torch alone, which no point of the grid may lose to; 3% are noise."""
+    row = linear_row(shape, activation, direction, dtype, rounds)
+    asked = min(GRID_RATIO * row.gflops["torch"], CAPS[direction] * row.peak)
+    row.bars = [Bar(f"{GRID_RATIO:g}x torch", asked, row.gflops["genkernels"])]
+    return row
+
+
+def read_grid() -> Iterator[tuple[Shape, str | None, str, torch.dtype]]:
+    with open(GRID, encoding="utf-8", newline="") as file:
+        for line in csv.DictReader(file):
+            M, K, N = (int(line[name]) for name in "MKN")
+            dtype = getattr(torch, line["dtype"])
+            yield (M, K, N), line["activation"] or None, line["direction"], dtype
+
+
+def memory_lines() -> Iterator[str]:
+    """What a training step takes at its peak beyond its gradients, each in a process of its own."""
+    for shape, allowed in LOSS_MEMORY.items():
+        for name in bench_linear_cross_entropy.CONTESTANTS:
+            extra = extra_memory(shape, name)
+            verdict = ""
+            if name == "genkernels":
+                verdict = (
+                    f", {'met' if extra <= allowed else 'MISSED'}: at most {allowed / 1e6:g} MB"
+                )
+            label = bench_linear_cross_entropy.label(shape)
+            yield f"- memory, {label}, {name}: {extra / 1e6:.0f} MB{verdict}"
+
+
+def extra_memory(shape: Shape, contestant: str) -> float:
+    """Bytes, from the peak of the process's resident memory before the step to that after it."""
+    program = (
+        "import json, sys, torch\n"
+        "from benchmarks.workers import peak_memory\n"
+        "from benchmarks import bench_linear_cross_entropy as bench\n"
+        "name, *shape = json.loads(sys.argv[1])\n"
+        "warm = bench.make_step(bench.CONTESTANTS[name], (512, 64, 1000), 'forward+backward',"
+        " torch.float32)\n"
+        "warm()\n"
+        "step = bench.make_step(bench.CONTESTANTS[name], tuple(shape), 'forward+backward',"
+        " torch.float32)\n"
+        "before = peak_memory()\n"
+        "_, *gradients = step()\n"
+        "print(peak_memory() - before - sum(4 * g.numel() for g in gradients))\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, json.dumps([contestant, *shape])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return float(run.stdout)
+
+
+def bars_plan(rounds: int) -> Plan:
+    dtypes = (torch.float32, torch.bfloat16)
+    shapes = bench_linear.SHAPES
+    activations = bench_linear.CONTESTANTS
+    for case in itertools.product(shapes, activations, (FORWARD, TRAINING), dtypes):
+        yield linear_name(*case), functools.partial(linear_row, *case, rounds)
+    for loss_case in itertools.product(
+        bench_linear_cross_entropy.SHAPES, (FORWARD, TRAINING), dtypes
+    ):
+        yield loss_name(*loss_case), functools.partial(loss_row, *loss_case, rounds)
+
+
+def grid_plan(rounds: int) -> Plan:
+    for case in read_grid():
+        yield linear_name(*case), functools.partial(grid_row, *case, rounds)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run(options: argparse.Namespace) -> int:
+    settings = machine()
+    print(", ".join(f"{key} {value}" for key, value in settings.items()), file=sys.stderr)
+    plan = list((grid_plan if options.grid else bars_plan)(options.rounds))
+    rows = run_plan(plan, options.only)
+    memory = [] if options.grid or options.only else list(memory_lines())
+    print_rows(rows)
+    for line in memory:
+        print(line)
+    if options.save:
+        text = json.dumps(report(rows, {**settings, "memory": memory}), indent=1) + "\n"
+        replace_file(
+            Path(options.save) / "linear.json", lambda path: path.write_text(text, encoding="utf-8")
+        )
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.linear_bars",
+        description="Time linear and linear_cross_entropy in turns with PyTorch's and print "
+        "GFLOP/s, the share of the machine's measured FMA peak, and which bars are missed.",
+        epilog="Exit code: 0 when everything ran, bars missed or not; 2 when it could not. "
+        "Example: python -m benchmarks.linear_bars --only 'V=10000, forward+backward'",
+    )
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="cases whose name contains this (default: all)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="turns per case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--grid",
+        action="store_true",
+        help="the points of benchmarks/linear_grid.csv: small, odd and large sizes, of which none "
+        "may lose to PyTorch",
+    )
+    parser.add_argument(
+        "--save", metavar="FOLDER", help="write linear.json there (default: print only)"
+    )
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        parser.error(f"argument --rounds: expected at least 1, got {options.rounds}")
+    if options.save and options.grid:
+        parser.error("argument --save: not with --grid")
+    if options.save and not Path(options.save).is_dir():
+        parser.error(f"argument --save: {options.save}: expected an existing folder")
+    try:
+        return run(options)
+    except Failure as failure:
+        print(f"linear_bars: {failure}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
