@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "PyTorch from the same seed, and compare the losses on the text held out. Takes about two "
         "seconds a step.",
         epilog="Exit code: 0 when the last held-out losses are within 0.5% of each other, else 1; "
-        "2 for bad arguments. Example: python -m benchmarks.convergence --steps 100",
+        "2 when it could not be found out. Example: python -m benchmarks.convergence --steps 100",
     )
     parser.add_argument(
         "--steps", type=int, default=500, metavar="N", help="of each (default: %(default)s)"
@@ -104,10 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"argument --steps: expected at least 1, got {options.steps}")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"argument --seed: expected 0 to 2^63 - 1, got {options.seed}")
     if options.save and not Path(options.save).is_dir():
         parser.error(f"argument --save: {options.save}: expected an existing folder")
     try:
         found = curves(options.steps, options.seed)
+    except FloatingPointError as error:
+        print(f"convergence: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     last = {name: curve["held_out"][-1] for name, curve in found.items()}

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+import genkernels
 from benchmarks import bench_linear, bench_linear_cross_entropy
 from benchmarks.bars import (
     CAPS,
@@ -49,6 +50,14 @@ LOSS_MEMORY = {(6400, 512, 10000): 64e6, (2048, 768, 50257): 128e6}
 GRID = ROOT / "benchmarks" / "linear_grid.csv"
 
 
+def ratio_bar(name: str, ratio: float, rate: float, direction: str, peak: float, own: float) -> Bar:
+    """`ratio` times another's rate, or the share of the peak beyond which no ratio is asked for."""
+    cap = CAPS[direction] * peak
+    if ratio * rate <= cap:
+        return Bar(f"{ratio:g}x {name}", ratio * rate, own)
+    return Bar(f"{ratio:g}x {name}, within {CAPS[direction]:.0%} of peak", cap, own)
+
+
 def linear_row(
     shape: Shape, activation: str | None, direction: str, dtype: torch.dtype, rounds: int
 ) -> Row:
@@ -58,9 +67,9 @@ def linear_row(
     }
     gflops, peak = measure(contestants, bench_linear.flops(shape, direction), rounds, dtype)
     own, torch_s = gflops["genkernels"], gflops["torch"]
-    bars = [Bar("0.97x torch", BFLOAT16_RATIO * torch_s, own)]
+    bars = [Bar(f"{BFLOAT16_RATIO:g}x torch", BFLOAT16_RATIO * torch_s, own)]
     if dtype == torch.float32:
-        bars = [Bar("1x torch", min(torch_s, CAPS[direction] * peak), own)]
+        bars = [ratio_bar("torch", 1.0, torch_s, direction, peak, own)]
         if activation is None:
             share = LINEAR_SHARES[direction]
             bars.append(Bar(f"{share:.0%} of peak", share * peak, own))
@@ -77,11 +86,10 @@ def loss_row(shape: Shape, direction: str, dtype: torch.dtype, rounds: int) -> R
         name: Local(bench.make_step(function, shape, direction, dtype))
         for name, function in bench.CONTESTANTS.items()
     }
-    own_float32 = Local(
-        bench.make_step(bench.CONTESTANTS["genkernels"], shape, direction, torch.float32)
-    )
     if dtype == torch.bfloat16:
-        contestants["own float32"] = own_float32
+        contestants["own float32"] = Local(
+            bench.make_step(bench.CONTESTANTS["genkernels"], shape, direction, torch.float32)
+        )
     gflops, peak = measure(contestants, bench.flops(shape, direction), rounds, dtype)
     own = gflops["genkernels"]
     if dtype == torch.bfloat16:
@@ -91,10 +99,8 @@ def loss_row(shape: Shape, direction: str, dtype: torch.dtype, rounds: int) -> R
         share = LOSS_SHARES[direction]
         bars = [Bar(f"{share:.0%} of peak", share * peak, own)]
         if direction == TRAINING:
-            cap = CAPS[direction] * peak
-            ratio = LOSS_RATIOS[shape]
             bars += [
-                Bar(f"{ratio:g}x {name}", min(ratio * rate, cap), own)
+                ratio_bar(name, LOSS_RATIOS[shape], rate, direction, peak, own)
                 for name, rate in gflops.items()
                 if name.startswith("torch")
             ]
@@ -108,11 +114,24 @@ def loss_name(shape: Shape, direction: str, dtype: torch.dtype) -> str:
 def grid_row(
     shape: Shape, activation: str | None, direction: str, dtype: torch.dtype, rounds: int
 ) -> Row:
-    """Beside torch alone, which no point of the grid may lose to; 3% are noise."""
+    """Beside torch alone, which no point of the grid may lose to; 3% are noise. What is handed over
+    is torch's own, and has no bar."""
     row = linear_row(shape, activation, direction, dtype, rounds)
-    asked = min(GRID_RATIO * row.gflops["torch"], CAPS[direction] * row.peak)
-    row.bars = [Bar(f"{GRID_RATIO:g}x torch", asked, row.gflops["genkernels"])]
+    torch_s, own = row.gflops["torch"], row.gflops["genkernels"]
+    row.bars = [ratio_bar("torch", GRID_RATIO, torch_s, direction, row.peak, own)]
+    if is_handed_over(shape, activation, direction, dtype):
+        row.case, row.bars = f"{row.case} (handed over)", []
     return row
+
+
+def is_handed_over(
+    shape: Shape, activation: str | None, direction: str, dtype: torch.dtype
+) -> bool:
+    M, K, N = shape
+    input, weight = torch.empty(M, K, dtype=dtype), torch.empty(N, K, dtype=dtype)
+    weight.requires_grad_(direction == TRAINING)
+    explanation = genkernels.explain("linear", input, weight, activation=activation)
+    return explanation.backend == "reference"
 
 
 def read_grid() -> Iterator[tuple[Shape, str | None, str, torch.dtype]]:
@@ -158,8 +177,10 @@ def extra_memory(shape: Shape, contestant: str) -> float:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        check=True,
     )
+    if run.returncode != 0:
+        reason = (run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1]
+        raise Failure(f"the memory of {contestant} at {shape} could not be measured: {reason}")
     return float(run.stdout)
 
 
@@ -189,10 +210,11 @@ def run(options: argparse.Namespace) -> int:
     print(", ".join(f"{key} {value}" for key, value in settings.items()), file=sys.stderr)
     plan = list((grid_plan if options.grid else bars_plan)(options.rounds))
     rows = run_plan(plan, options.only)
-    memory = [] if options.grid or options.only else list(memory_lines())
     print_rows(rows)
-    for line in memory:
-        print(line)
+    memory = []
+    for line in () if options.grid or options.only else memory_lines():
+        print(line, flush=True)
+        memory.append(line)
     if options.save:
         text = json.dumps(report(rows, {**settings, "memory": memory}), indent=1) + "\n"
         replace_file(
@@ -227,8 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"argument --rounds: expected at least 1, got {options.rounds}")
-    if options.save and options.grid:
-        parser.error("argument --save: not with --grid")
+    if options.save and (options.grid or options.only):
+        parser.error("argument --save: not with --grid or --only")
     if options.save and not Path(options.save).is_dir():
         parser.error(f"argument --save: {options.save}: expected an existing folder")
     try:

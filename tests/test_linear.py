@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.utils.checkpoint
 from parity import ExactSums, assert_op_parity, assert_parity
 from test_gru import DTYPES, assert_bitwise_equal, dtype_id, each_dtype, relaid, with_gradients
@@ -389,10 +390,15 @@ class TestHandover:
             assert torch.equal(actual, plain(activation)(**values))
         assert set(genkernels.stats()) == set(HANDED_OVER)
 
+    @pytest.mark.parametrize("shape", [(), (1,), (4, 6), (1, 6)], ids=str)
+    def test_bias_of_another_shape(self, shape: tuple[int, ...]) -> None:
+        """Which torch.nn.functional.linear adds all the same."""
+        self.check({**arguments(4, 5, 6, bias=False), "bias": torch.randn(shape)}, "bias")
+
     def test_weight_of_one_dimension(self) -> None:
         values = arguments(4, 5, 6, bias=False)
         values["weight"] = values["weight"][0]
-        self.check(values, "one dimension")
+        self.check(values, "1 dimensions")
 
     def test_meta(self) -> None:
         values = {name: value.to("meta") for name, value in arguments(4, 5, 6).items()}
@@ -452,8 +458,11 @@ def test_opcheck(leading: tuple[int, ...], bias: bool) -> None:
         torch.library.opcheck(ops.linear_forward.default, (*tensors, index))
         torch.library.opcheck(ops.linear_forward_saving.default, (*tensors, index))
         saved = None if activation is None else torch.randn(*leading, 6)
-        for needs in ((True, True, True), (False, True, False), (True, False, True)):
-            gradient = (torch.randn(*leading, 6), *tensors[:2], saved, index, *needs)
+        for given in ((True, True), (False, True), (True, False)):
+            operands = (
+                t if is_given else None for t, is_given in zip(tensors, given, strict=False)
+            )
+            gradient = (torch.randn(*leading, 6), *operands, saved, index, given[0])
             torch.library.opcheck(ops.linear_backward.default, gradient)
 
 
@@ -513,6 +522,28 @@ class TestDifferentiation:
         with torch.profiler.profile() as profile:
             torch.autograd.grad(output, leaves, torch.ones(70, 33))
         assert not {"aten::zeros", "aten::zero_"} & {event.key for event in profile.key_averages()}
+
+    @each_activation
+    @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3))[1:], ids=str)
+    def test_changed_in_place(self, needs: tuple[bool, ...], activation: str | None) -> None:
+        """What no gradient needs may change before the backward pass, as with PyTorch's own."""
+        values = arguments(70, 17, 33)
+        leaves = [v.requires_grad_() for v, n in zip(values.values(), needs, strict=True) if n]
+        for name, tensor in values.items():
+            outcomes = []
+            for function in (
+                functools.partial(genkernels.linear, activation=activation),
+                plain(activation),
+            ):
+                output = function(**values).sum()
+                with torch.no_grad():
+                    tensor.add_(0)
+                try:
+                    torch.autograd.grad(output, leaves)
+                    outcomes.append(None)
+                except RuntimeError as error:
+                    outcomes.append("modified by an inplace operation" in str(error))
+            assert outcomes[0] == outcomes[1], f"{name}: {outcomes}"
 
     def test_checkpoint(self) -> None:
         values = arguments(70, 17, 33)
@@ -615,6 +646,17 @@ class TestCompile:
         )
         assert_bitwise_equal(actual, expected)
 
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_graphs_are_for_any_number_of_rows(self, requires_grad: bool) -> None:
+        """Of those that are handed over too: the reason must not write the number down."""
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(genkernels.linear, backend=counter, fullgraph=True)
+        weight = torch.randn(16, 16, requires_grad=requires_grad)
+        for rows in range(33, 45):
+            compiled(torch.randn(rows, 16), weight)
+        assert counter.frame_count <= 2
+
     @pytest.mark.usefixtures("nothing_handed_over")
     @each_activation
     def test_compiled_gradients(self, activation: str | None) -> None:
@@ -715,6 +757,7 @@ class TestErrors:
             ("grad_output", lambda t: t.double()),
             ("input", lambda t: t[:3]),
             ("input", lambda t: t[:, :4]),
+            ("input", lambda t: t.double()),
             ("weight", lambda t: t[0]),
             ("weight", lambda t: t[:5]),
             ("weight", lambda t: t.double()),
@@ -733,10 +776,10 @@ class TestErrors:
             **arguments(4, 5, 6, bias=False),
         }
         values |= {"saved": torch.randn(4, 6), "activation": 2}
-        torch.ops.genkernels.linear_backward(*values.values(), True, True, True)
+        torch.ops.genkernels.linear_backward(*values.values(), True)
         values[name] = change(values[name])
         with pytest.raises(RuntimeError, match=r": expected "):
-            torch.ops.genkernels.linear_backward(*values.values(), True, True, True)
+            torch.ops.genkernels.linear_backward(*values.values(), True)
 
     def test_activation(self) -> None:
         with pytest.raises(
@@ -765,6 +808,13 @@ class TestModule:
         with torch.no_grad():
             torch.testing.assert_close(module(input), twin(input))
         assert genkernels.stats() == HANDED_OVER | COMPILED
+
+    def test_made_without_init(self) -> None:
+        """A module that was made torch's own, or saved before there were activations."""
+        layer = torch.nn.Linear(17, 33)
+        layer.__class__ = genkernels.nn.Linear
+        assert repr(layer) == repr(torch.nn.Linear(17, 33))
+        assert layer(torch.randn(4, 17)).shape == (4, 33)
 
     @each_activation
     def test_activation(self, activation: str | None) -> None:

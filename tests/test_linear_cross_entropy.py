@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.utils.checkpoint
 from parity import assert_op_parity
 from test_gru import DTYPES, assert_bitwise_equal, dtype_id, each_dtype, relaid
@@ -533,6 +534,16 @@ def test_compile(reduction: str) -> None:
         results.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+def test_graphs_are_for_any_number_of_rows() -> None:
+    """Of those that are handed over too: the reason must not write the number down."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(genkernels.linear_cross_entropy, backend=counter, fullgraph=True)
+    for rows in range(20, 32):
+        compiled(**arguments(rows, 9, 30))
+    assert counter.frame_count <= 2
 
 
 class TestModule:

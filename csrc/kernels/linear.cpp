@@ -55,12 +55,15 @@ GENKERNELS_INLINE Several<V, kCount> through_activation(Activation activation, c
 // How a call is shared out: each share has a part of the panels of the result's columns, and a part of its rows. As few
 // parts of the rows as keep all threads busy, because each of them packs the panels for itself.
 struct Shares {
+  static constexpr int64_t kMostCopied = 256 << 10;  // bytes of panels that each part of the rows has for itself
+
   int64_t columns, rows;
 
   template <class E>
-  Shares(const Columns<E>& of, int64_t row_count, int64_t threads) {
-    // Narrow panels wait for the adder; where there are rows enough, they are shared out instead.
-    const bool is_narrow = of.vectors < 2 * kPanelVectors * threads && row_count >= 4 * kRunRows * threads;
+  Shares(const Columns<E>& of, int64_t K, int64_t row_count, int64_t threads) {
+    // Panels of one vector wait for the adder: where there are rows enough, and little to pack, these are shared out.
+    const bool is_narrow = of.vectors < 2 * threads && row_count >= 4 * kRunRows * threads &&
+                           of.packed_size(K) * int64_t(sizeof(E)) <= kMostCopied;
     columns = is_narrow ? 1 : larger(1, smaller(threads, of.panels));
     rows = larger(1, smaller(threads / columns, ceil_div(row_count, kRunRows)));
   }
@@ -119,7 +122,7 @@ struct Pass {
         K(of.in_features),
         N(of.out_features),
         columns(N, r.threads),
-        shares(columns, M, r.threads),
+        shares(columns, K, M, r.threads),
         block_rows(rows_of_block(r.cache / 2)),
         input_stride(staged_stride<E>(K)),
         reads_input(__is_same(T, E) && !collides<E>(of.input_stride)),
@@ -223,7 +226,7 @@ void forward_outputs(const Linear& linear, int64_t first, int64_t last) {
     A sums[kFewRows][kUnits];
     multiply_units_of_rows(static_cast<const T*>(linear.weight) + n * K, K, count, input, linear.rows, sums[0], kUnits);
     for (int64_t i = 0; i < linear.rows; ++i) {
-      const auto x = several<1>([&](int) { return load(sums[i]) + added; });
+      const auto x = several<1>([&](int) { return load(sums[i], count) + added; });
       if (linear.pre_activation) store(static_cast<T*>(linear.pre_activation) + i * N + n, x[0], count);
       store(static_cast<T*>(linear.output) + i * N + n, activate(linear.activation, x)[0], count);
     }

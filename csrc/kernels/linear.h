@@ -23,9 +23,9 @@ struct Linear {
 struct LinearBackward {
   DType dtype;
   int64_t rows, in_features, out_features;
-  const void* input;  // [M, K]
+  const void* input;  // [M, K], for grad_weight
   int64_t input_stride;
-  const void* weight;  // [N, K]
+  const void* weight;  // [N, K], for grad_input
   Activation activation;
   const void* saved;        // [M, N] what the activation is taken of; for relu the output; null without activation
   const void* grad_output;  // [M, N]

@@ -35,12 +35,12 @@ std::vector<int64_t> with_columns(const Tensor& tensor, int64_t columns) {
   return sizes;
 }
 
-void check_operands(const Tensor& input, const Tensor& weight, int64_t activation) {
-  STD_TORCH_CHECK(input.dim() > 0, "input: expected at least 1 dimension");
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: expected 2 dimensions, got ", weight.dim());
-  const int64_t columns = input.size(input.dim() - 1);
-  STD_TORCH_CHECK(columns == weight.size(1), "input: expected ", weight.size(1), " columns, got ", columns);
-  check_like("weight", weight, input);
+void check_rows(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(tensor.dim() > 0 && tensor.size(tensor.dim() - 1) == columns && row_count(tensor) == rows, name,
+                  ": expected ", rows, " rows of ", columns, " columns, got shape ", shape_string(tensor.sizes()));
+}
+
+void check_activation(int64_t activation) {
   STD_TORCH_CHECK(activation >= 0 && activation <= int64_t(Activation::silu),
                   "activation: expected a number from 0 to 4, got ", activation);
 }
@@ -48,7 +48,11 @@ void check_operands(const Tensor& input, const Tensor& weight, int64_t activatio
 // The output; and, where `pre_activation` is given, a tensor of what the activation is taken of.
 Tensor forward(const Tensor& input_, const Tensor& weight_, const std::optional<Tensor>& bias_, int64_t activation,
                std::optional<Tensor>* pre_activation) {
-  check_operands(input_, weight_, activation);
+  STD_TORCH_CHECK(input_.dim() > 0, "input: expected at least 1 dimension");
+  STD_TORCH_CHECK(weight_.dim() == 2, "weight: expected 2 dimensions, got ", weight_.dim());
+  check_rows("input", input_, row_count(input_), weight_.size(1));
+  check_like("weight", weight_, input_);
+  check_activation(activation);
   const int64_t N = weight_.size(0);
   if (bias_) {
     check_like("bias", *bias_, input_);
@@ -90,43 +94,54 @@ std::tuple<Tensor, Tensor> linear_forward_saving(Tensor input, Tensor weight, st
   return {output, *pre_activation};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output_, Tensor input_, Tensor weight_,
-                                                   std::optional<Tensor> saved_, int64_t activation, bool needs_input,
-                                                   bool needs_weight, bool needs_bias) {
-  check_operands(input_, weight_, activation);
-  const int64_t N = weight_.size(0), K = weight_.size(1), M = row_count(input_);
-  check_like("grad_output", grad_output_, input_);
-  STD_TORCH_CHECK(
-      grad_output_.dim() > 0 && grad_output_.size(grad_output_.dim() - 1) == N && row_count(grad_output_) == M,
-      "grad_output: expected ", M, " rows of ", N, " elements, got shape ", shape_string(grad_output_.sizes()));
+// The gradient of the input where there is a weight, of the weight where there is an input.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output_, std::optional<Tensor> input_,
+                                                   std::optional<Tensor> weight_, std::optional<Tensor> saved_,
+                                                   int64_t activation, bool needs_bias) {
+  STD_TORCH_CHECK(grad_output_.dim() > 0, "grad_output: expected at least 1 dimension");
+  const int64_t M = row_count(grad_output_), N = grad_output_.size(grad_output_.dim() - 1);
+  int64_t K = 0;
+  if (weight_) {
+    STD_TORCH_CHECK(weight_->dim() == 2 && weight_->size(0) == N, "weight: expected ", N, " rows, got shape ",
+                    shape_string(weight_->sizes()));
+    check_like("weight", *weight_, grad_output_);
+    K = weight_->size(1);
+  }
+  if (input_) {
+    STD_TORCH_CHECK(input_->dim() > 0, "input: expected at least 1 dimension");
+    if (!weight_) K = input_->size(input_->dim() - 1);
+    check_rows("input", *input_, M, K);
+    check_like("input", *input_, grad_output_);
+  }
+  check_activation(activation);
   STD_TORCH_CHECK(saved_.has_value() == (activation != int64_t(Activation::none)),
                   "saved: expected a tensor with an activation, and none without");
   if (saved_) {
-    check_like("saved", *saved_, input_);
-    STD_TORCH_CHECK(saved_->dim() > 0 && saved_->size(saved_->dim() - 1) == N && row_count(*saved_) == M,
-                    "saved: expected ", M, " rows of ", N, " elements, got shape ", shape_string(saved_->sizes()));
+    check_rows("saved", *saved_, M, N);
+    check_like("saved", *saved_, grad_output_);
   }
-  const Tensor input = with_rows(input_), weight = as_contiguous(weight_), grad_output = with_rows(grad_output_);
-  const std::optional<Tensor> saved = as_contiguous(saved_);
+  const Tensor grad_output = with_rows(grad_output_);
+  const std::optional<Tensor> weight = as_contiguous(weight_), saved = as_contiguous(saved_);
+  const std::optional<Tensor> input = input_ ? std::optional<Tensor>(with_rows(*input_)) : std::nullopt;
   LinearBackward linear{};
-  linear.dtype = dtype_of(input);
+  linear.dtype = dtype_of(grad_output);
   ++backward_calls.calls;
 
   linear.rows = M;
   linear.in_features = K;
   linear.out_features = N;
-  linear.input = input.const_data_ptr();
-  linear.input_stride = row_stride(input);
-  linear.weight = weight.const_data_ptr();
+  linear.input = data(input);
+  linear.input_stride = input ? row_stride(*input) : 0;
+  linear.weight = data(weight);
   linear.activation = Activation(activation);
   linear.saved = data(saved);
   linear.grad_output = grad_output.const_data_ptr();
   linear.grad_output_stride = row_stride(grad_output);
-  const Tensor grad_input = new_kept(input, needs_input ? with_columns(input, K) : std::vector<int64_t>{0, K});
-  const Tensor grad_weight = new_kept(input, {needs_weight ? N : 0, K});
-  const Tensor grad_bias = new_kept(input, {needs_bias ? N : 0});
-  if (needs_input) linear.grad_input = grad_input.mutable_data_ptr();
-  if (needs_weight) linear.grad_weight = grad_weight.mutable_data_ptr();
+  const Tensor grad_input = new_kept(grad_output, weight ? with_columns(grad_output, K) : std::vector<int64_t>{0, K});
+  const Tensor grad_weight = new_kept(grad_output, {input ? N : 0, K});
+  const Tensor grad_bias = new_kept(grad_output, {needs_bias ? N : 0});
+  if (weight) linear.grad_input = grad_input.mutable_data_ptr();
+  if (input) linear.grad_weight = grad_weight.mutable_data_ptr();
   if (needs_bias) linear.grad_bias = grad_bias.mutable_data_ptr();
   CallRuntime runtime(2.0 * double(M) * double(N) * double(K));
   kernels().linear_backward(linear, runtime.get());

@@ -32,6 +32,8 @@ class Linear(torch.nn.Linear):
         RuntimeError: a shape or dtype that does not fit.
     """
 
+    activation: str | None = None  # of instances that were made without __init__ as well
+
     def __init__(
         self,
         in_features: int,

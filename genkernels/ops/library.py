@@ -49,6 +49,12 @@ def autocast_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
+def described(reason: Callable[[], str]) -> str:
+    """The reason for handing over. Within torch.compile without its numbers: to write one down
+    makes a graph for that number alone."""
+    return "PyTorch's own is as fast" if torch.compiler.is_compiling() else reason()
+
+
 def is_autocast_enabled(device: str) -> bool:
     if device != "cpu" and not torch.compiler.is_compiling():
         # Devices without an autocast of their own, such as meta, make torch's question an error.

@@ -14,13 +14,14 @@ from .library import (
     autocast,
     autocast_dtype,
     define,
+    described,
     is_transformed,
     needs_autograd,
 )
 
 ACTIVATIONS = (None, "relu", "gelu", "gelu_tanh", "silu")
 
-# Up to here, without gradients, reading the weight is most of what a call costs.
+# Up to here, without gradients, the kernel is at least as fast whatever the size.
 MOST_FEW_ROWS = 32
 # From here on the kernel is at least as fast, packing included; measured.
 LEAST_ROWS = 64  # with gradients
@@ -44,10 +45,11 @@ def linear(
     ``F.relu`` for "relu", ``F.gelu`` for "gelu", ``F.gelu(.., approximate="tanh")`` for
     "gelu_tanh", ``F.silu`` for "silu", and nothing for None.
 
-    The compiled CPU kernel shares out the reading of the weight where no gradient is recorded and
-    input has at most 32 rows. Larger products pack the weight at each call and take the activation
-    while its argument is in registers; the backward pass takes its derivative while it reads
-    grad_output. bfloat16 is summed in float32, and rounded once, after the activation.
+    The compiled CPU kernel reads the weight as it lies, shared out over the threads, where input
+    has few rows: at most 32, and 6 of bfloat16 that has to be widened. Larger products pack the
+    weight at each call and take the activation while its argument is in registers; the backward
+    pass takes its derivative while it reads grad_output. bfloat16 is summed in float32, and rounded
+    once, after the activation.
 
     What PyTorch does as fast is handed over to it, without a warning: gradients of fewer than 64
     rows; products of fewer than 2^22 elements of more than 32 rows; in float32 and float64 of fewer
@@ -70,15 +72,15 @@ def linear(
         [.., N], in input's dtype; under autocast in autocast's dtype. From 1 MiB on its storage
         cannot be resized.
 
-    The result can be differentiated twice; the second time runs plain PyTorch. Forward-mode
-    differentiation is PyTorch's own.
+    The result can be differentiated to any order, from the second on by plain PyTorch. Forward-mode
+    differentiation is PyTorch's own. Of the arguments, those are kept for the backward pass that
+    PyTorch's own keeps: input for weight's gradient, weight for input's.
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit; where the kernel was to run, the
             message names the argument and both shapes.
         ValueError: an unknown activation.
     """
-    check_activation(activation)
     tensors: Any = (input, weight, bias)
     handover = _handover(*tensors, activation=activation)
     if handover is None:
@@ -88,7 +90,7 @@ def linear(
         return reference.linear(input, weight, bias, activation)
     try:
         if needs_autograd(*tensors):
-            return apply(_Linear, *tensors, activation)[0]
+            return apply(_Linear, *tensors, activation, *map(needs_autograd, tensors))[0]
         return _linear_forward(*tensors, ACTIVATIONS.index(activation))
     except RuntimeError:  # the compiled op checks faster, and the check says it better
         _check(*tensors)
@@ -109,6 +111,7 @@ def _handover(
     *,
     activation: str | None = None,
 ) -> str | None:
+    check_activation(activation)
     tensors = [t for t in (input, weight, bias) if t is not None]
     if any(type(t) not in _PLAIN for t in tensors):
         return "an argument is of a tensor subclass"
@@ -116,8 +119,11 @@ def _handover(
         return "a torch.func transform or forward-mode differentiation is under way"
     if any(t.layout is not torch.strided for t in tensors):
         return "an argument is sparse"
-    if weight is not None and weight.dim() == 1:
-        return "weight has one dimension"
+    if weight is not None and weight.dim() < 2:
+        return f"weight has {weight.dim()} dimensions"
+    columns = None if weight is None else weight.size(0)
+    if bias is not None and (bias.dim() != 1 or bias.size(0) == 1 != columns):
+        return f"bias has shape {list(bias.shape)}, which is broadcast"
     rows = math.prod(input.shape[:-1])
     if not isinstance(rows, int) and torch.compiler.is_exporting():
         return "the number of rows is not known yet: an exported program is for any"
@@ -125,18 +131,22 @@ def _handover(
     if weight is None or (rows <= MOST_FEW_ROWS and not is_recorded):
         return None
     if is_recorded and rows < LEAST_ROWS:
-        return (
-            f"gradients are recorded and input has {rows} rows, and below {LEAST_ROWS} PyTorch's "
-            "own are as fast"
+        return described(
+            lambda: (
+                f"gradients are recorded and input has {rows} rows, and below {LEAST_ROWS} "
+                "PyTorch's own are as fast"
+            )
         )
     least = LEAST_PRODUCTS
     if (is_recorded or activation is None) and autocast_dtype(input) != torch.bfloat16:
         least = LEAST_PRODUCTS_BESIDE_MKL if backend.MKL_IS_AT_ITS_BEST else least
     products = rows * weight.size(0) * weight.size(1)
     if products < least:
-        return (
-            f"there are {products} products of elements of {rows} rows, and below {least} "
-            "PyTorch's own are as fast"
+        return described(
+            lambda: (
+                f"there are {products} products of elements of {rows} rows, and below {least} "
+                "PyTorch's own are as fast"
+            )
         )
     return None
 
@@ -165,12 +175,13 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 class _Linear(torch.autograd.Function):
-    """Arguments of `linear`; the second output is what the activation was taken of, if the backward
-    pass needs it."""
+    """Arguments of `linear`, and whether each tensor's gradient is wanted; nothing else is saved
+    than what those need. The second output is what the activation was taken of: an output, so that
+    the backward pass is a function of it that can be differentiated."""
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+        input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, *needs: bool
     ) -> tuple[Tensor, Tensor | None]:
         index = ACTIVATIONS.index(activation)
         if activation in (None, "relu"):
@@ -181,29 +192,41 @@ class _Linear(torch.autograd.Function):
     def setup_context(
         ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]
     ) -> None:
-        *tensors, ctx.activation = args
-        result, saved = output
-        if saved is not None:
-            ctx.mark_non_differentiable(saved)
+        input, weight, _, ctx.activation, needs_input, needs_weight, ctx.needs_bias = args
         ctx.set_materialize_grads(False)  # zeros as large as what is saved
-        ctx.save_for_backward(*tensors, result if ctx.activation == "relu" else saved)
+        ctx.save_for_backward(
+            input if needs_weight else None,
+            weight if needs_input else None,
+            output[0] if ctx.activation == "relu" else output[1],
+        )
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_output: Tensor | None, grad_saved: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        input, weight, saved = ctx.saved_tensors
+        activation = ctx.activation
+        # Given where a backward pass was differentiated; torch.compile, which can't, gives zeros.
+        if grad_saved is not None and not torch.compiler.is_compiling():
+            if grad_output is not None:
+                through = reference.through_activation(grad_output, saved, activation)
+                grad_saved = grad_saved + through
+            grad_output, saved, activation = grad_saved, None, None
         if grad_output is None:
-            return (None,) * 4
-        input, weight, bias, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        gradients: tuple[Tensor, ...]
+            return (None,) * 7
+        gradients: tuple[Tensor | None, ...]
         if torch.is_grad_enabled() or is_transformed():
-            if saved is not None:  # as a function of the arguments
-                inner = "relu" if ctx.activation == "relu" else None
-                saved = reference.linear(input, weight, bias, inner)
-            gradients = reference.linear_backward(grad_output, input, weight, saved, ctx.activation)
+            gradients = reference.linear_backward(grad_output, input, weight, saved, activation)
         else:
-            index = ACTIVATIONS.index(ctx.activation)
-            gradients = _linear_backward(grad_output, input, weight, saved, index, *needs)
-        return *(g if n else None for g, n in zip(gradients, needs, strict=True)), None
+            index = ACTIVATIONS.index(activation)
+            gradients = _linear_backward(grad_output, input, weight, saved, index, ctx.needs_bias)
+        grad_input, grad_weight, grad_bias = gradients
+        return (
+            None if weight is None else grad_input,
+            None if input is None else grad_weight,
+            grad_bias if ctx.needs_bias else None,
+            *(None,) * 4,
+        )
 
 
 def _fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
@@ -230,37 +253,30 @@ def _reference_forward_saving(
 
 def _fake_backward(
     grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
     saved: Tensor | None,
     activation: int,
-    needs_input: bool,
-    needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    N, K = weight.shape
+    N = grad_output.size(-1)
+    K = weight.size(1) if weight is not None else input.size(-1) if input is not None else 0
+    leading = grad_output.shape[:-1] if weight is not None else (0,)
     return (
-        input.new_empty(input.shape if needs_input else (0, K)),
-        input.new_empty((N if needs_weight else 0, K)),
-        input.new_empty(N if needs_bias else 0),
+        grad_output.new_empty((*leading, K)),
+        grad_output.new_empty((0 if input is None else N, K)),
+        grad_output.new_empty(N if needs_bias else 0),
     )
 
 
-def _reference_backward(
-    grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    saved: Tensor | None,
-    activation: int,
-    *needs: bool,
-) -> tuple[Tensor, ...]:
+def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
+    grad_output, input, weight, saved, activation, _ = args
     gradients = reference.linear_backward(
         grad_output, input, weight, saved, ACTIVATIONS[activation]
     )
-    empty = ((0, weight.size(1)), (0, weight.size(1)), (0,))
     return tuple(
-        gradient.contiguous() if needed else gradient.new_empty(size)
-        for gradient, needed, size in zip(gradients, needs, empty, strict=True)
+        empty if empty.numel() == 0 or gradient is None else gradient.contiguous()
+        for gradient, empty in zip(gradients, _fake_backward(*args), strict=True)
     )
 
 
@@ -276,9 +292,8 @@ _linear_forward_saving = define(
     _fake_forward_saving,
 )
 _linear_backward = define(
-    "linear_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? saved, "
-    "int activation, bool needs_input, bool needs_weight, bool needs_bias) "
-    "-> (Tensor, Tensor, Tensor)",
+    "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? saved, "
+    "int activation, bool needs_bias) -> (Tensor, Tensor, Tensor)",
     _reference_backward,
     _fake_backward,
 )

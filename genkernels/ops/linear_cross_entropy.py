@@ -11,6 +11,7 @@ from .library import (
     autocast,
     autocast_dtype,
     define,
+    described,
     is_autocast_enabled,
     is_transformed,
     needs_autograd,
@@ -141,9 +142,11 @@ def _handover(
         return "there are no classes"
     rows, products = target.numel(), target.numel() * linear_weight.numel()
     if rows < LEAST_ROWS or products < LEAST_PRODUCTS:
-        return (
-            f"there are {rows} rows and {products} products of elements, and below {LEAST_ROWS} "
-            f"and {LEAST_PRODUCTS} PyTorch's own is as fast"
+        return described(
+            lambda: (
+                f"there are {rows} rows and {products} products of elements, and below "
+                f"{LEAST_ROWS} and {LEAST_PRODUCTS} PyTorch's own is as fast"
+            )
         )
     if needs_autograd(weight):
         return "the gradient of the classes' weight is asked for"

@@ -1,7 +1,7 @@
 """Every op's definition in plain PyTorch, short enough to read as its specification."""
 
 from .gru import gru, gru_cell
-from .linear import activate, linear, linear_backward
+from .linear import activate, linear, linear_backward, through_activation
 from .linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_pass,
@@ -17,4 +17,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_pass",
     "linear_log_prob",
+    "through_activation",
 ]

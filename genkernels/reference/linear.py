@@ -27,22 +27,27 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
 
 def linear_backward(
     grad_output: Tensor,
-    input: Tensor,
-    weight: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
     saved: Tensor | None,
     activation: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of input, weight and bias, as functions that can be differentiated themselves.
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The gradients of input (where weight is given), weight (where input is given) and bias, as
+    functions that can be differentiated themselves.
 
     `saved` is what the activation was taken of, of "relu" what it gave; None without activation.
     """
-    delta = grad_output if saved is None else _through(grad_output, saved, activation)
-    rows = delta.reshape(-1, weight.size(0))
-    grad_weight = rows.T @ input.reshape(-1, weight.size(1))
-    return delta @ weight, grad_weight, rows.sum(0)
+    delta = grad_output if saved is None else through_activation(grad_output, saved, activation)
+    rows = delta.reshape(delta.shape[:-1].numel(), delta.size(-1))  # [M, N]
+    grad_input = grad_weight = None
+    if weight is not None:
+        grad_input = delta @ weight
+    if input is not None:
+        grad_weight = rows.T @ input.reshape(len(rows), input.size(-1))
+    return grad_input, grad_weight, rows.sum(0)
 
 
-def _through(grad_output: Tensor, saved: Tensor, activation: str | None) -> Tensor:
+def through_activation(grad_output: Tensor, saved: Tensor, activation: str | None) -> Tensor:
     if activation == "relu":
         return aten.threshold_backward(grad_output, saved, 0)
     if activation == "silu":  # aten.silu_backward has no derivative

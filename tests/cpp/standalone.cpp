@@ -1,5 +1,6 @@
 // Runs the kernels without PyTorch, at every SIMD level of this CPU or at the one named as argument: the forward pass
-// against a plain loop, the gradients against central differences of that loop. Exit code 0 if all agree.
+// against a plain loop; the GRU's gradients against central differences of that loop, the others' against plain loops
+// too. Exit code 0 if all agree.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -265,6 +266,126 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
   return agrees;
 }
 
+// [m, n] = a b, or with the second operand transposed; a(i, k) and b(k, j) give the elements.
+template <class A, class B2>
+Values product(int64_t m, int64_t n, int64_t k, const A& a, const B2& b) {
+  Values result(m * n);
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t l = 0; l < k; ++l) result[i * n + j] += a(i, l) * b(l, j);
+  return result;
+}
+
+// What a linear map of M rows gets and gives.
+template <class S>
+struct LinearCase {
+  static constexpr int64_t M = 301, K = 19, N = 37;  // more rows than a block has
+
+  std::mt19937 random{2};
+  const Values input = random_values(M * K, 1, random), weight = random_values(N * K, 0.3, random);
+  const Values bias = random_values(N, 0.3, random), grad_output = random_values(M * N, 1, random);
+  const std::vector<S> x = as<S>(input), w = as<S>(weight), b = as<S>(bias), g = as<S>(grad_output);
+  std::vector<S> grad_input = std::vector<S>(M * K, S(NAN)), grad_weight = std::vector<S>(N * K, S(NAN));
+  std::vector<S> grad_bias = std::vector<S>(N, S(NAN));
+
+  Values pre_activation() const {
+    Values result = product(
+        M, N, K, [&](int64_t i, int64_t k) { return input[i * K + k]; },
+        [&](int64_t k, int64_t n) { return weight[n * K + k]; });
+    for (int64_t i = 0; i < M * N; ++i) result[i] += bias[i % N];
+    return result;
+  }
+
+  // The largest error of the three gradients, of which `delta` is the one of pre_activation().
+  double gradient_error(const Values& delta) const {
+    const auto of_x = product(
+        M, K, N, [&](int64_t i, int64_t n) { return delta[i * N + n]; },
+        [&](int64_t n, int64_t k) { return weight[n * K + k]; });
+    const auto of_w = product(
+        N, K, M, [&](int64_t n, int64_t i) { return delta[i * N + n]; },
+        [&](int64_t i, int64_t k) { return input[i * K + k]; });
+    Values of_b(N);
+    for (int64_t i = 0; i < M * N; ++i) of_b[i % N] += delta[i];
+    return std::fmax(largest_difference({grad_input.begin(), grad_input.end()}, of_x),
+                     std::fmax(largest_difference({grad_weight.begin(), grad_weight.end()}, of_w),
+                               largest_difference({grad_bias.begin(), grad_bias.end()}, of_b)));
+  }
+};
+
+template <class S>
+bool check_linear(const genkernels::Kernels& kernels, const genkernels::Runtime& runtime, genkernels::DType dtype,
+                  double tolerance) {
+  LinearCase<S> c;
+  constexpr int64_t M = c.M, K = c.K, N = c.N;
+  std::vector<S> output(M * N, S(NAN)), saved(M * N, S(NAN));
+  constexpr auto kSilu = genkernels::Activation::silu;
+  kernels.linear_forward({dtype, M, K, N, c.x.data(), K, c.w.data(), c.b.data(), kSilu, output.data(), saved.data()},
+                         runtime);
+  kernels.linear_backward({dtype, M, K, N, c.x.data(), K, c.w.data(), kSilu, saved.data(), c.g.data(), N,
+                           c.grad_input.data(), c.grad_weight.data(), c.grad_bias.data()},
+                          runtime);
+  Values expected = c.pre_activation(), delta = c.grad_output;
+  for (int64_t i = 0; i < M * N; ++i) {
+    const double s = sigmoid(expected[i]);
+    delta[i] *= s * (1 + expected[i] * (1 - s));
+    expected[i] *= s;
+  }
+  const double error = largest_difference({output.begin(), output.end()}, expected);
+  const double gradients = c.gradient_error(delta);
+  std::printf("%-12s linear forward %.1e backward %.1e\n", kernels.level, error, gradients);
+  return error <= tolerance && gradients <= 100 * tolerance;  // sums of 300 rows
+}
+
+template <class S>
+bool check_loss(const genkernels::Kernels& kernels, const genkernels::Runtime& runtime, genkernels::DType dtype,
+                double tolerance) {
+  LinearCase<S> c;
+  constexpr int64_t M = c.M, K = c.K, N = c.N;
+  std::vector<int64_t> target(M);
+  for (int64_t i = 0; i < M; ++i) target[i] = i % 5 == 0 ? -100 : i % N;
+  S loss = S(NAN);
+  genkernels::LinearCrossEntropy arguments{};
+  arguments.dtype = dtype;
+  arguments.rows = M;
+  arguments.in_features = K;
+  arguments.classes = N;
+  arguments.input = c.x.data();
+  arguments.input_stride = K;
+  arguments.linear_weight = c.w.data();
+  arguments.linear_bias = c.b.data();
+  arguments.target = target.data();
+  arguments.ignore_index = -100;
+  arguments.reduction = genkernels::Reduction::sum;
+  arguments.loss = &loss;
+  arguments.grad_input = c.grad_input.data();
+  arguments.grad_linear_weight = c.grad_weight.data();
+  arguments.grad_linear_bias = c.grad_bias.data();
+  kernels.linear_cross_entropy(arguments, runtime);
+
+  Values delta = c.pre_activation();
+  double expected = 0;
+  for (int64_t i = 0; i < M; ++i) {
+    double* const row = &delta[i * N];
+    double sum = 0;
+    for (int64_t n = 0; n < N; ++n) sum += std::exp(row[n]);
+    if (target[i] >= 0) expected += std::log(sum) - row[target[i]];
+    for (int64_t n = 0; n < N; ++n) row[n] = target[i] < 0 ? 0 : std::exp(row[n]) / sum - (n == target[i]);
+  }
+  const double error = std::fabs(double(loss) - expected) / expected, gradients = c.gradient_error(delta);
+  std::printf("%-12s loss forward %.1e backward %.1e\n", kernels.level, error, gradients);
+  return error <= tolerance && gradients <= 100 * tolerance;
+}
+
+template <class S>
+bool check_linear_and_loss(const genkernels::Kernels& kernels, const Threads& threads, int64_t cache,
+                           genkernels::DType dtype, double tolerance) {
+  most_ranges = threads.count;
+  Memory memory;
+  const genkernels::Runtime runtime{threads.count,    cache,           threads.parallel, std::this_thread::yield,
+                                    Memory::allocate, Memory::release, &memory};
+  return check_linear<S>(kernels, runtime, dtype, tolerance) && check_loss<S>(kernels, runtime, dtype, tolerance);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -272,6 +393,11 @@ int main(int argc, char** argv) {
   for (const genkernels::Kernels* const* level = genkernels::supported_levels(); *level != nullptr; ++level) {
     if (argc > 1 && std::strcmp(argv[1], (*level)->level) != 0) continue;
     found = true;
+    for (const Threads& threads : kThreads)
+      for (const int64_t cache : {kTiny, kUsual}) {
+        agrees &= check_linear_and_loss<float>(**level, threads, cache, genkernels::DType::float32, 1e-5);
+        agrees &= check_linear_and_loss<double>(**level, threads, cache, genkernels::DType::float64, 1e-12);
+      }
     for (const Sizes& each : kSizes) {
       T = each.T, B = each.B, I = each.I, H = each.H;
       for (const Threads& threads : kThreads)
