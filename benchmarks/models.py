@@ -221,7 +221,7 @@ def draw_chart(path: Path, measured: Mapping[str, Measured]) -> None:
     axis.set_xlim(0, 1.25 * max(row.seconds for row in measured.values()))
     axis.set_xlabel("seconds of a training step; peak memory of the process")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(PARTS))]
-    axis.legend(handles, PARTS, loc="lower right")
+    axis.legend(handles, PARTS, loc="upper right")
     axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
