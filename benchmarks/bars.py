@@ -13,12 +13,10 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
@@ -30,7 +28,7 @@ import torch
 from torch import Tensor
 
 import genkernels
-from benchmarks import limits
+from benchmarks import command, limits
 from benchmarks.bench_gru import CONTESTANTS, DIRECTIONS, SHAPES, flops, make_step
 from benchmarks.peers.check import Wrong
 from benchmarks.peers.peer import NAMES, Peer, Unsupported, missing
@@ -330,7 +328,7 @@ def draw_chart(path: Path, rows: Sequence[Row]) -> None:
     figure.tight_layout(rect=(0, 0, 1, 0.94))
     handles, texts = axes[0].get_legend_handles_labels()
     figure.legend(handles, texts, loc="upper center", ncols=len(texts), fontsize=9)
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    command.replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     pyplot.close(figure)
 
 
@@ -384,14 +382,6 @@ def _cpu() -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside `path`, then rename: an interrupted run leaves what was there."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        temporary = Path(folder, path.name)
-        write(temporary)
-        os.replace(temporary, path)
 
 
 def bars_plan(
@@ -458,10 +448,7 @@ def run(options: argparse.Namespace) -> int:
     print_rows(rows)
     if options.save:
         folder = Path(options.save)
-        text = json.dumps(report(rows, settings), indent=1)
-        replace_file(
-            folder / "gru.json", lambda path: path.write_text(text + "\n", encoding="utf-8")
-        )
+        command.write_json(folder / "gru.json", report(rows, settings))
         draw_chart(folder / "gru.png", rows)
         with open(folder / "history.jsonl", "a", encoding="utf-8") as file:
             file.write(history_line(rows, settings) + "\n")
@@ -480,9 +467,7 @@ def main() -> int:
     parser.add_argument(
         "--only", metavar="TEXT", default="", help="cases whose name contains this (default: all)"
     )
-    parser.add_argument(
-        "--rounds", type=int, default=7, metavar="N", help="turns per case (default: %(default)s)"
-    )
+    command.add_rounds(parser, "turns per case")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile(torch.nn.GRU) too; takes minutes"
     )
@@ -492,26 +477,12 @@ def main() -> int:
         help="the points of benchmarks/gru_grid.csv beside torch.nn.GRU alone: small, odd and "
         "large sizes, of which none may lose",
     )
-    parser.add_argument(
-        "--save",
-        metavar="FOLDER",
-        help="write gru.json and gru.png there and add a line to its history.jsonl "
-        "(default: print only)",
-    )
+    command.add_save(parser, "write gru.json and gru.png and add a line to history.jsonl")
     options = parser.parse_args()
-    if options.rounds < 1:
-        parser.error(f"argument --rounds: expected at least 1, got {options.rounds}")
     if options.save and options.grid:
         parser.error("argument --save: not with --grid")
-    if options.save and not Path(options.save).is_dir():
-        parser.error(f"argument --save: {options.save}: expected an existing folder")
-    try:
-        return run(options)
-    except Failure as failure:
-        print(f"bars: {failure}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    command.check(parser, options)
+    return command.run("bars", lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import command
 from benchmarks.workers import ROOT, Failure, Worker, median_seconds, requests
 
 LIMIT = 0.95
@@ -209,13 +210,7 @@ def main() -> int:
         return 0
     if not options.base:
         parser.error("argument --base: expected a revision, such as main or HEAD~1")
-    try:
-        return run(options)
-    except Failure as failure:
-        print(f"compare: {failure}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return command.run("compare", lambda: run(options))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,9 @@ from typing import Any
 import torch
 
 import genkernels
-from benchmarks.bars import machine, replace_file
+from benchmarks import command
+from benchmarks.bars import machine
+from benchmarks.workers import Failure
 from genkernels.data import load_text, sequence_batches, split_text, train_tokenizer
 from genkernels.models import RNNLanguageModel
 from genkernels.training import RNN_PRESETS, evaluate, train
@@ -79,8 +80,27 @@ def draw_chart(path: Path, found: dict[str, dict[str, list[float]]]) -> None:
     axis.legend()
     axis.grid(alpha=0.3)
     figure.tight_layout()
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    command.replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     pyplot.close(figure)
+
+
+def run(options: argparse.Namespace) -> int:
+    try:
+        found = curves(options.steps, options.seed)
+    except FloatingPointError as error:
+        raise Failure(str(error)) from None
+    last = {name: curve["held_out"][-1] for name, curve in found.items()}
+    difference = abs(last["genkernels"] - last["torch"]) / last["torch"]
+    print(
+        f"held-out loss after {options.steps} steps: genkernels {last['genkernels']:.4f}, plain "
+        f"PyTorch {last['torch']:.4f} nats per token: {difference:.2%} apart"
+    )
+    if options.save:
+        folder = Path(options.save)
+        report = {**machine(), "seed": options.seed, "curves": found}
+        command.write_json(folder / "convergence.json", report)
+        draw_chart(folder / "convergence.png", found)
+    return 0 if difference <= ALLOWED else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,39 +116,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--steps", type=int, default=500, metavar="N", help="of each (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    parser.add_argument(
-        "--save",
-        metavar="FOLDER",
-        help="write convergence.json and convergence.png there (default: print only)",
-    )
+    command.add_save(parser, "write convergence.json and convergence.png")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"argument --steps: expected at least 1, got {options.steps}")
     if not 0 <= options.seed < 2**63:
         parser.error(f"argument --seed: expected 0 to 2^63 - 1, got {options.seed}")
-    if options.save and not Path(options.save).is_dir():
-        parser.error(f"argument --save: {options.save}: expected an existing folder")
-    try:
-        found = curves(options.steps, options.seed)
-    except FloatingPointError as error:
-        print(f"convergence: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    last = {name: curve["held_out"][-1] for name, curve in found.items()}
-    difference = abs(last["genkernels"] - last["torch"]) / last["torch"]
-    print(
-        f"held-out loss after {options.steps} steps: genkernels {last['genkernels']:.4f}, plain "
-        f"PyTorch {last['torch']:.4f} nats per token: {difference:.2%} apart"
-    )
-    if options.save:
-        text = json.dumps({**machine(), "seed": options.seed, "curves": found}, indent=1) + "\n"
-        replace_file(
-            Path(options.save) / "convergence.json",
-            lambda path: path.write_text(text, encoding="utf-8"),
-        )
-        draw_chart(Path(options.save) / "convergence.png", found)
-    return 0 if difference <= ALLOWED else 1
+    command.check(parser, options)
+    return command.run("convergence", lambda: run(options))
 
 
 if __name__ == "__main__":

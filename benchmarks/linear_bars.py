@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import genkernels
-from benchmarks import bench_linear, bench_linear_cross_entropy
+from benchmarks import bench_linear, bench_linear_cross_entropy, command
 from benchmarks.bars import (
     CAPS,
     FORWARD,
@@ -30,7 +30,6 @@ from benchmarks.bars import (
     machine,
     measure,
     print_rows,
-    replace_file,
     report,
     run_plan,
 )
@@ -216,9 +215,8 @@ def run(options: argparse.Namespace) -> int:
         print(line, flush=True)
         memory.append(line)
     if options.save:
-        text = json.dumps(report(rows, {**settings, "memory": memory}), indent=1) + "\n"
-        replace_file(
-            Path(options.save) / "linear.json", lambda path: path.write_text(text, encoding="utf-8")
+        command.write_json(
+            Path(options.save) / "linear.json", report(rows, {**settings, "memory": memory})
         )
     return 0
 
@@ -234,32 +232,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", metavar="TEXT", default="", help="cases whose name contains this (default: all)"
     )
-    parser.add_argument(
-        "--rounds", type=int, default=7, metavar="N", help="turns per case (default: %(default)s)"
-    )
+    command.add_rounds(parser, "turns per case")
     parser.add_argument(
         "--grid",
         action="store_true",
         help="the points of benchmarks/linear_grid.csv: small, odd and large sizes, of which none "
         "may lose to PyTorch",
     )
-    parser.add_argument(
-        "--save", metavar="FOLDER", help="write linear.json there (default: print only)"
-    )
+    command.add_save(parser, "write linear.json")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"argument --rounds: expected at least 1, got {options.rounds}")
     if options.save and (options.grid or options.only):
         parser.error("argument --save: not with --grid or --only")
-    if options.save and not Path(options.save).is_dir():
-        parser.error(f"argument --save: {options.save}: expected an existing folder")
-    try:
-        return run(options)
-    except Failure as failure:
-        print(f"linear_bars: {failure}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    command.check(parser, options)
+    return command.run("linear_bars", lambda: run(options))
 
 
 if __name__ == "__main__":

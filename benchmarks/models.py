@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -22,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from benchmarks import bench_gru, bench_linear_cross_entropy, limits
-from benchmarks.bars import machine, replace_file
+from benchmarks import bench_gru, bench_linear_cross_entropy, command, limits
+from benchmarks.bars import machine
 from benchmarks.model_worker import CONFIG, OPTIMIZER, SHAPE, TorchProgram, initial_arrays
 from benchmarks.peers.peer import PYTHON, missing
 from benchmarks.workers import Failure, Worker
@@ -224,7 +223,7 @@ def draw_chart(path: Path, measured: Mapping[str, Measured]) -> None:
     axis.legend(handles, PARTS, loc="upper right")
     axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
-    replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    command.replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     pyplot.close(figure)
 
 
@@ -244,10 +243,8 @@ def run(options: argparse.Namespace) -> int:
     if options.save:
         folder = Path(options.save)
         rows = {name: row._asdict() for name, row in measured.items()}
-        text = json.dumps({**settings, "peak": peak, "flops": flops(), "rows": rows}, indent=1)
-        replace_file(
-            folder / "models.json", lambda path: path.write_text(text + "\n", encoding="utf-8")
-        )
+        report = {**settings, "peak": peak, "flops": flops(), "rows": rows}
+        command.write_json(folder / "models.json", report)
         draw_chart(folder / "models.png", measured)
     return 0
 
@@ -262,27 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit code: 0 when everything ran, bars missed or not; 2 when it could not. "
         "Example: python -m benchmarks.models --rounds 3",
     )
-    parser.add_argument(
-        "--rounds", type=int, default=7, metavar="N", help="turns (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--save",
-        metavar="FOLDER",
-        help="write models.json and models.png there (default: print only)",
-    )
+    command.add_rounds(parser, "turns")
+    command.add_save(parser, "write models.json and models.png")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"argument --rounds: expected at least 1, got {options.rounds}")
-    if options.save and not Path(options.save).is_dir():
-        parser.error(f"argument --save: {options.save}: expected an existing folder")
+    command.check(parser, options)
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
-    try:
-        return run(options)
-    except Failure as failure:
-        print(f"models: {failure}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return command.run("models", lambda: run(options))
 
 
 if __name__ == "__main__":
