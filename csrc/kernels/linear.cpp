@@ -1,5 +1,7 @@
 #include "linear.h"
 
+#include <type_traits>
+
 #include "gemv.h"
 #include "math.h"
 #include "parallel.h"
@@ -99,12 +101,12 @@ struct Part {
 };
 
 template <class T>
-struct Pass {
+struct Forward {
   using E = Operand<T>;
   using A = Accumulator<T>;
-  // Rows of the left operand that stay in the L2 cache, of which they may take half, while the panels pass by.
+  // A block of rows takes half of the L2 cache, and stays there while the panels pass by.
   static constexpr int64_t kLeastBlockRows = 64;
-  // Rows that are multiplied with the weight as it lies: all of them, and while a block of it is in the cache.
+  // So few rows are multiplied with the weight as it lies; what has to be widened is packed earlier.
   static constexpr int64_t kFewRows = __is_same(T, E) ? 32 : 6;
 
   const Linear& of;
@@ -116,7 +118,7 @@ struct Pass {
   E* packed;  // [shares.rows] times the panels of weight^T, or a panel for each share
   E* inputs;  // [shares][block_rows, input_stride], unless the input is read as it lies
 
-  Pass(const Linear& linear, const Runtime& r)
+  Forward(const Linear& linear, const Runtime& r)
       : of(linear),
         M(of.rows),
         K(of.in_features),
@@ -215,7 +217,7 @@ template <class T>
 void forward_outputs(const Linear& linear, int64_t first, int64_t last) {
   using A = Accumulator<T>;
   constexpr int kUnits = kLanes<A>;
-  constexpr int64_t kFewRows = Pass<T>::kFewRows;
+  constexpr int64_t kFewRows = Forward<T>::kFewRows;
   const int64_t K = linear.in_features, N = linear.out_features;
   const T* bias = static_cast<const T*>(linear.bias);
   for (int64_t n = first; n < last; n += kUnits) {
@@ -235,7 +237,7 @@ void forward_outputs(const Linear& linear, int64_t first, int64_t last) {
 
 template <class T>
 void forward(const Linear& linear, const Runtime& runtime) {
-  if (linear.rows > Pass<T>::kFewRows) return Pass<T>(linear, runtime).run(runtime);
+  if (linear.rows > Forward<T>::kFewRows) return Forward<T>(linear, runtime).run(runtime);
   // Each thread reads a part of the weight from its first element to its last: that is what the call costs.
   constexpr int kUnits = kLanes<Accumulator<T>>;
   const int64_t N = linear.out_features, shares = smaller(runtime.threads, ceil_div(N, kUnits));
