@@ -22,6 +22,7 @@ import torch
 
 BACKENDS = ("cpp", "triton", "reference")
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_CPU = torch.device("cpu")
 
 _python_calls: Counter[tuple[str, str]] = Counter()
 _warned: set[tuple[str, str]] = set()
@@ -110,6 +111,9 @@ def select(op: str, device: torch.device, dtype: torch.dtype, handover: str | No
         RuntimeError: the requested backend cannot run it, or it would fall back and
             GENKERNELS_STRICT is set.
     """
+    if _requested is None and handover is None and device == _CPU and _extension is not None:
+        if dtype in CPP_DTYPES:  # found without asking further, which takes a microsecond
+            return "cpp"
     if _requested is not None:
         obstacle = _obstacle(_requested, device, dtype)
         if _requested == "cpp" and _is_handed_over(device, handover):

@@ -84,7 +84,8 @@ def linear(
     tensors: Any = (input, weight, bias)
     handover = _handover(*tensors, activation=activation)
     if handover is None:
-        tensors = autocast(input.device.type, *tensors)
+        device = "cpu" if input.is_cpu else input.device.type  # whose text has to be made
+        tensors = autocast(device, *tensors)
     if backend.select("linear", input.device, tensors[0].dtype, handover) == "reference":
         backend.count("linear", "reference")
         return reference.linear(input, weight, bias, activation)
@@ -113,18 +114,20 @@ def _handover(
 ) -> str | None:
     check_activation(activation)
     tensors = [t for t in (input, weight, bias) if t is not None]
-    if any(type(t) not in _PLAIN for t in tensors):
-        return "an argument is of a tensor subclass"
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN:
+            return "an argument is of a tensor subclass"
+        if tensor.layout is not torch.strided:
+            return "an argument is sparse"
     if is_transformed():
         return "a torch.func transform or forward-mode differentiation is under way"
-    if any(t.layout is not torch.strided for t in tensors):
-        return "an argument is sparse"
     if weight is not None and weight.dim() < 2:
         return f"weight has {weight.dim()} dimensions"
-    columns = None if weight is None else weight.size(0)
-    if bias is not None and (bias.dim() != 1 or bias.size(0) == 1 != columns):
+    if bias is not None and (
+        bias.dim() != 1 or (bias.numel() == 1 and weight is not None and weight.size(0) != 1)
+    ):
         return f"bias has shape {list(bias.shape)}, which is broadcast"
-    rows = math.prod(input.shape[:-1])
+    rows = input.size(0) if input.dim() == 2 else math.prod(input.shape[:-1])
     if not isinstance(rows, int) and torch.compiler.is_exporting():
         return "the number of rows is not known yet: an exported program is for any"
     is_recorded = needs_autograd(*tensors)
