@@ -254,7 +254,7 @@ template <class T>
 struct Backward {
   using E = Operand<T>;
   using A = Accumulator<T>;
-  static constexpr int64_t kBlockRows = 256, kLeastBlockRows = 64, kBlockBytes = 32 << 20;
+  static constexpr int64_t kBlockRows = 512, kLeastBlockRows = 64, kBlockBytes = 32 << 20;
 
   const LinearBackward& of;
   const Runtime& runtime;
