@@ -15,10 +15,10 @@ FIND_TORCH := from importlib import metadata, util; \
   print(util.find_spec("torch").origin.rsplit("/torch/", 1)[0])
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench bench-compare bench-gru bench-linear bench-models convergence peers build lint format abi-check clean torch-requirement
+.PHONY: help train test bench bench-compare bench-gru bench-linear bench-attention bench-models convergence peers build lint format abi-check clean torch-requirement
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 	@echo "Variables: PYTHON=python3.12 (makes .venv), TORCH='torch==2.13.0 --index-url URL', ARGS='...' (added to the command)"
 
 train: .venv/built .venv/installed  ## train a GRU language model on real text (DATA=notes.txt: on your own)
@@ -41,13 +41,16 @@ bench-gru: .venv/built .venv/installed  ## the GRU beside its peers and its bars
 bench-linear: .venv/built .venv/installed  ## linear and linear_cross_entropy beside PyTorch's and their bars
 	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.linear_bars $(ARGS)
 
+bench-attention: .venv/built .venv/installed  ## attention beside its peers and its bars (make peers)
+	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.attention_bars $(ARGS)
+
 bench-models: .venv/built .venv/installed  ## a whole training step beside PyTorch's and Keras's (make peers)
 	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.models $(ARGS)
 
 convergence: .venv/built .venv/installed  ## train on real text with genkernels and in plain PyTorch, and compare
 	$(PY) -m benchmarks.convergence $(ARGS)
 
-peers: .venv-peers/installed  ## install the libraries the GRU is compared with, into .venv-peers
+peers: .venv-peers/installed  ## install the libraries that ops are compared with, into .venv-peers
 
 build: .venv/built .venv/installed  ## build the extension into the source tree; quick after an edit in csrc
 

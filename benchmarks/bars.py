@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from operator import itemgetter
 from pathlib import Path
@@ -31,7 +31,8 @@ import genkernels
 from benchmarks import command, limits
 from benchmarks.bench_gru import CONTESTANTS, DIRECTIONS, SHAPES, flops, make_step
 from benchmarks.peers.check import Wrong
-from benchmarks.peers.peer import NAMES, Peer, Unsupported, missing
+from benchmarks.peers.op import GRU, Op
+from benchmarks.peers.peer import Peer, Unsupported, missing
 from benchmarks.workers import ROOT, Failure, median_seconds
 from genkernels import backend
 from genkernels.models.rnn import RNNLanguageModel
@@ -138,6 +139,30 @@ def measure(
     return gflops, statistics.median(peaks) / 1e9
 
 
+def admitted(
+    peers: Mapping[str, Peer], shape: Any, direction: str, dtype: torch.dtype
+) -> dict[str, Peer]:
+    """The peers that have such a case, set up with it."""
+    taking_part = {}
+    for name, peer in peers.items():
+        try:
+            peer.setup(shape, direction, dtype)
+        except Unsupported:
+            continue
+        except Wrong as error:  # never timed
+            print(f"bars: {error}", file=sys.stderr)
+            continue
+        taking_part[name] = peer
+    return taking_part
+
+
+def ratio_bar(name: str, ratio: float, rate: float, cap: float, peak: float, own: float) -> Bar:
+    """`ratio` times another's rate, or the share `cap` of the peak where that is less."""
+    if ratio * rate <= cap * peak:
+        return Bar(f"{ratio:g}x {name}", ratio * rate, own)
+    return Bar(f"{ratio:g}x {name}, within {cap:.0%} of peak", cap * peak, own)
+
+
 def sequence_name(shape: Shape, direction: str, dtype: torch.dtype) -> str:
     return "T={} B={} I={} H={}, {}, {}".format(*shape, direction, _name(dtype))
 
@@ -178,15 +203,7 @@ def sequence_row(
         contestants["own float32"] = Local(
             make_step(CONTESTANTS["genkernels"], shape, direction, torch.float32)
         )
-    for name, peer in peers.items():
-        try:
-            peer.setup(shape, direction, dtype)
-        except Unsupported:
-            continue
-        except Wrong as error:  # never timed
-            print(f"bars: {error}", file=sys.stderr)
-            continue
-        contestants[name] = peer
+    contestants |= admitted(peers, shape, direction, dtype)
     gflops, peak = measure(contestants, flops(shape, direction), options.rounds, dtype)
     bars = sequence_bars(shape, direction, dtype, gflops, peak)
     return Row(sequence_name(shape, direction, dtype), gflops, peak, bars)
@@ -304,14 +321,14 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {row.case} | {own} | {row.share:.0%} | {' | '.join(cells)} | {'; '.join(bars)} |"
 
 
-def draw_chart(path: Path, rows: Sequence[Row]) -> None:
-    """Share of the measured peak, sequence cases in float32, each contestant a colour."""
+def draw_chart(path: Path, rows: Sequence[Row], prefix: str) -> None:
+    """Share of the measured peak, each contestant a colour: float32 cases named `prefix`.."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [row for row in rows if row.case.startswith("T=") and row.case.endswith("float32")]
+    shown = [row for row in rows if row.case.startswith(prefix) and row.case.endswith("float32")]
     names = ["genkernels", *sorted({n for row in shown for n in row.gflops} - {"genkernels"})]
     figure, axes = pyplot.subplots(1, len(DIRECTIONS), figsize=(13, 5), sharey=True)
     for axis, direction in zip(axes, DIRECTIONS, strict=True):
@@ -330,6 +347,16 @@ def draw_chart(path: Path, rows: Sequence[Row]) -> None:
     figure.legend(handles, texts, loc="upper center", ncols=len(texts), fontsize=9)
     command.replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     pyplot.close(figure)
+
+
+def save(
+    folder: Path, name: str, rows: Sequence[Row], settings: dict[str, Any], prefix: str
+) -> None:
+    """Write NAME.json and NAME.png, see draw_chart, and add a line to history.jsonl."""
+    command.write_json(folder / f"{name}.json", report(rows, settings))
+    draw_chart(folder / f"{name}.png", rows, prefix)
+    with open(folder / "history.jsonl", "a", encoding="utf-8") as file:
+        file.write(history_line(rows, settings) + "\n")
 
 
 def report(rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
@@ -427,31 +454,48 @@ def print_rows(rows: Sequence[Row]) -> None:
     print(f"\n{count} of {sum(len(row.bars) for row in rows)} bars missed")
 
 
+def print_lines(lines: Iterable[str]) -> list[str]:
+    """Print each line when it is there."""
+    printed = []
+    for line in lines:
+        print(line, flush=True)
+        printed.append(line)
+    return printed
+
+
+def start_peers(op: Op, threads: int, stack: contextlib.ExitStack) -> dict[str, Peer]:
+    """The peers of an op that are installed; those that are not are named."""
+    peers = {}
+    for name in op.peers:
+        reason = missing(name)
+        if reason:
+            print(f"bars: without {name}: {reason}", file=sys.stderr)
+        else:
+            peers[name] = stack.enter_context(Peer(name, threads, op))
+    return peers
+
+
+def described(peers: Mapping[str, Peer]) -> dict[str, dict[str, str]]:
+    return {name: {"version": peer.version, **peer.settings} for name, peer in peers.items()}
+
+
+def peer_lines(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, facts in settings["peers"].items():
+        yield f"- {name}: " + ", ".join(f"{key} {value}" for key, value in facts.items())
+
+
 def run(options: argparse.Namespace) -> int:
     settings = machine()
     print(", ".join(f"{key} {value}" for key, value in settings.items()), file=sys.stderr)
     with contextlib.ExitStack() as stack:
-        peers: dict[str, Peer] = {}
-        for name in () if options.grid else NAMES:
-            reason = missing(name)
-            if reason:
-                print(f"bars: without {name}: {reason}", file=sys.stderr)
-            else:
-                peers[name] = stack.enter_context(Peer(name, settings["threads"]))
+        peers = {} if options.grid else start_peers(GRU, settings["threads"], stack)
         plan = list(grid_plan(options) if options.grid else bars_plan(peers, options))
         rows = run_plan(plan, options.only)
-        settings["peers"] = {
-            peer.name: {"version": peer.version, **peer.settings} for peer in peers.values()
-        }
-    for name, facts in settings["peers"].items():
-        print(f"- {name}: " + ", ".join(f"{key} {value}" for key, value in facts.items()))
+        settings["peers"] = described(peers)
+    print_lines(peer_lines(settings))
     print_rows(rows)
     if options.save:
-        folder = Path(options.save)
-        command.write_json(folder / "gru.json", report(rows, settings))
-        draw_chart(folder / "gru.png", rows)
-        with open(folder / "history.jsonl", "a", encoding="utf-8") as file:
-            file.write(history_line(rows, settings) + "\n")
+        save(Path(options.save), "gru", rows, settings, "T=")
     return 0
 
 
@@ -464,9 +508,7 @@ def main() -> int:
         epilog="Exit code: 0 when everything ran, bars missed or not; 2 when it could not. "
         "Example: python -m benchmarks.bars --only 'B=16 I=256'",
     )
-    parser.add_argument(
-        "--only", metavar="TEXT", default="", help="cases whose name contains this (default: all)"
-    )
+    command.add_only(parser)
     command.add_rounds(parser, "turns per case")
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile(torch.nn.GRU) too; takes minutes"

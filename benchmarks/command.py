@@ -14,6 +14,12 @@ from typing import Any
 from benchmarks.workers import Failure
 
 
+def add_only(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--only", metavar="TEXT", default="", help="cases whose name contains this (default: all)"
+    )
+
+
 def add_rounds(parser: argparse.ArgumentParser, help: str) -> None:
     parser.add_argument(
         "--rounds", type=int, default=7, metavar="N", help=f"{help} (default: %(default)s)"

@@ -73,6 +73,20 @@ EXPORT __attribute__((target("avx512f,avx512bf16"))) float dot_avx512_bf16(long 
 }
 #endif
 
+// Writes `size` bytes back and drops them from every cache of the machine.
+EXPORT void flush(const char* data, size_t size) {
+#if defined(__x86_64__)
+  for (size_t i = 0; i < size; i += 64) _mm_clflush(data + i);
+  if (size > 0) _mm_clflush(data + size - 1);
+  _mm_mfence();
+#else
+  // Memory beyond what caches hold takes their place.
+  constexpr size_t large = size_t(1) << 29;
+  static volatile char* other = new char[large];
+  for (size_t i = 0; i < large; i += 64) other[i] = other[i] + 1;
+#endif
+}
+
 // The highest level of this CPU: 0 baseline, 1 avx2, 2 avx512, 3 avx512_bf16.
 EXPORT int highest_level() {
 #if defined(__x86_64__)

@@ -11,11 +11,13 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import native
 
@@ -59,8 +61,7 @@ def measure_peak(level: str, dtype: torch.dtype, threads: int, repeats: int) -> 
 @functools.cache
 def read_bandwidth(size: int, threads: int = 1) -> float:
     """Bytes per second that `threads` threads read, each from `size` bytes of its own."""
-    level = levels()[-1]
-    run = getattr(_library(), f"read_{'avx512' if level == 'avx512_bf16' else level}")
+    run = _reader()
     count = size // 4 // 128 * 128
     # Written, not just allocated: untouched pages are all one page of zeros, read from L1.
     buffers = [torch.ones(count) for _ in range(threads)]
@@ -74,6 +75,36 @@ def read_bandwidth(size: int, threads: int = 1) -> float:
         queue = [buffer.data_ptr() for buffer in buffers]
         best = min(best, _seconds(read, threads))
     return threads * count * 4 * repeats / best
+
+
+def read_seconds(tensors: Sequence[Tensor], threads: int) -> float:
+    """Wall time in which `threads` threads read contiguous tensors once, each its share of them.
+
+    What is left of a tensor after shares of whole blocks of 512 bytes is not read.
+    """
+    run = _reader()
+    spans = []  # address and floats of a thread's share
+    for tensor in tensors:
+        size = tensor.nbytes // threads // 512 * 512
+        spans.append([(tensor.data_ptr() + i * size, size // 4) for i in range(threads)])
+    queue = list(zip(*spans, strict=True))
+
+    def read() -> None:
+        for address, count in queue.pop():
+            run(ctypes.c_void_p(address), ctypes.c_size_t(count), 1)
+
+    return _seconds(read, threads)
+
+
+def flush(tensors: Sequence[Tensor]) -> None:
+    """Write contiguous tensors back and drop them from every cache."""
+    for tensor in tensors:
+        _library().flush(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes))
+
+
+def _reader() -> Any:
+    level = levels()[-1]
+    return getattr(_library(), f"read_{'avx512' if level == 'avx512_bf16' else level}")
 
 
 def _seconds(work: Callable[[], object], threads: int) -> float:

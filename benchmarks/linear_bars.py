@@ -8,8 +8,6 @@ import argparse
 import csv
 import functools
 import itertools
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,11 +27,13 @@ from benchmarks.bars import (
     Row,
     machine,
     measure,
+    print_lines,
     print_rows,
+    ratio_bar,
     report,
     run_plan,
 )
-from benchmarks.workers import ROOT, Failure
+from benchmarks.workers import ROOT, number_of
 
 Shape = tuple[int, int, int]
 Plan = Iterator[tuple[str, Callable[[], Row]]]
@@ -49,14 +49,6 @@ LOSS_MEMORY = {(6400, 512, 10000): 64e6, (2048, 768, 50257): 128e6}
 GRID = ROOT / "benchmarks" / "linear_grid.csv"
 
 
-def ratio_bar(name: str, ratio: float, rate: float, direction: str, peak: float, own: float) -> Bar:
-    """`ratio` times another's rate, or the share of the peak beyond which no ratio is asked for."""
-    cap = CAPS[direction] * peak
-    if ratio * rate <= cap:
-        return Bar(f"{ratio:g}x {name}", ratio * rate, own)
-    return Bar(f"{ratio:g}x {name}, within {CAPS[direction]:.0%} of peak", cap, own)
-
-
 def linear_row(
     shape: Shape, activation: str | None, direction: str, dtype: torch.dtype, rounds: int
 ) -> Row:
@@ -68,7 +60,7 @@ def linear_row(
     own, torch_s = gflops["genkernels"], gflops["torch"]
     bars = [Bar(f"{BFLOAT16_RATIO:g}x torch", BFLOAT16_RATIO * torch_s, own)]
     if dtype == torch.float32:
-        bars = [ratio_bar("torch", 1.0, torch_s, direction, peak, own)]
+        bars = [ratio_bar("torch", 1.0, torch_s, CAPS[direction], peak, own)]
         if activation is None:
             share = LINEAR_SHARES[direction]
             bars.append(Bar(f"{share:.0%} of peak", share * peak, own))
@@ -99,7 +91,7 @@ def loss_row(shape: Shape, direction: str, dtype: torch.dtype, rounds: int) -> R
         bars = [Bar(f"{share:.0%} of peak", share * peak, own)]
         if direction == TRAINING:
             bars += [
-                ratio_bar(name, LOSS_RATIOS[shape], rate, direction, peak, own)
+                ratio_bar(name, LOSS_RATIOS[shape], rate, CAPS[direction], peak, own)
                 for name, rate in gflops.items()
                 if name.startswith("torch")
             ]
@@ -117,7 +109,7 @@ def grid_row(
     is torch's own, and has no bar."""
     row = linear_row(shape, activation, direction, dtype, rounds)
     torch_s, own = row.gflops["torch"], row.gflops["genkernels"]
-    row.bars = [ratio_bar("torch", GRID_RATIO, torch_s, direction, row.peak, own)]
+    row.bars = [ratio_bar("torch", GRID_RATIO, torch_s, CAPS[direction], row.peak, own)]
     if is_handed_over(shape, activation, direction, dtype):
         row.case, row.bars = f"{row.case} (handed over)", []
     return row
@@ -171,16 +163,7 @@ def extra_memory(shape: Shape, contestant: str) -> float:
         "_, *gradients = step()\n"
         "print(peak_memory() - before - sum(4 * g.numel() for g in gradients))\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", program, json.dumps([contestant, *shape])],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if run.returncode != 0:
-        reason = (run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1]
-        raise Failure(f"the memory of {contestant} at {shape} could not be measured: {reason}")
-    return float(run.stdout)
+    return number_of(f"the memory of {contestant} at {shape}", program, contestant, *shape)
 
 
 def bars_plan(rounds: int) -> Plan:
@@ -210,10 +193,7 @@ def run(options: argparse.Namespace) -> int:
     plan = list((grid_plan if options.grid else bars_plan)(options.rounds))
     rows = run_plan(plan, options.only)
     print_rows(rows)
-    memory = []
-    for line in () if options.grid or options.only else memory_lines():
-        print(line, flush=True)
-        memory.append(line)
+    memory = print_lines(() if options.grid or options.only else memory_lines())
     if options.save:
         command.write_json(
             Path(options.save) / "linear.json", report(rows, {**settings, "memory": memory})
@@ -229,9 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="Exit code: 0 when everything ran, bars missed or not; 2 when it could not. "
         "Example: python -m benchmarks.linear_bars --only 'V=10000, forward+backward'",
     )
-    parser.add_argument(
-        "--only", metavar="TEXT", default="", help="cases whose name contains this (default: all)"
-    )
+    command.add_only(parser)
     command.add_rounds(parser, "turns per case")
     parser.add_argument(
         "--grid",

@@ -119,17 +119,48 @@ def serve_program(build: Callable[[dict[str, Any]], Program]) -> None:
 
 def peak_memory() -> int:
     """Bytes. getrusage() would begin at the peak of the process that this one was forked from."""
+    return _memory("VmHWM")
+
+
+def resident_memory() -> int:
+    return _memory("VmRSS")
+
+
+def _memory(name: str) -> int:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(r"VmHWM:\s*(\d+)", status)
+    found = re.search(rf"{name}:\s*(\d+)", status)
     assert found is not None
     return 1024 * int(found[1])
 
 
-def median_seconds(step: Callable[[], object], calls: int) -> float:
-    """Time of one call of `step`, the median of `calls` after one that is not counted."""
+def number_of(what: str, program: str, *arguments: Any) -> float:
+    """What a Python program prints in a process of its own; `arguments` are a list in sys.argv[1].
+
+    `what` names the number where it fails.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", program, json.dumps(arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode != 0:
+        reason = (run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1]
+        raise Failure(f"{what} could not be measured: {reason}")
+    return float(run.stdout)
+
+
+def median_seconds(
+    step: Callable[[], object], calls: int, prepare: Callable[[], object] = lambda: None
+) -> float:
+    """Time of one call of `step`, the median of `calls` after one that is not counted.
+
+    `prepare` is called before each, and not timed.
+    """
     step()
     times = []
     for _ in range(calls):
+        prepare()
         start = time.perf_counter()
         step()
         times.append(time.perf_counter() - start)

@@ -4,16 +4,19 @@
 #include <cstring>
 
 #if defined(GENKERNELS_HAVE_AVX2)
+GENKERNELS_DECLARE_ATTENTION(avx2)
 GENKERNELS_DECLARE_GRU(avx2)
 GENKERNELS_DECLARE_LINEAR(avx2)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx2)
 #endif
 #if defined(GENKERNELS_HAVE_AVX512)
+GENKERNELS_DECLARE_ATTENTION(avx512)
 GENKERNELS_DECLARE_GRU(avx512)
 GENKERNELS_DECLARE_LINEAR(avx512)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx512)
 #endif
 #if defined(GENKERNELS_HAVE_AVX512_BF16)
+GENKERNELS_DECLARE_ATTENTION(avx512_bf16)
 GENKERNELS_DECLARE_GRU(avx512_bf16)
 GENKERNELS_DECLARE_LINEAR(avx512_bf16)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx512_bf16)
@@ -25,6 +28,8 @@ namespace {
 #define GENKERNELS_LEVEL_ENTRY(level, condition) \
   {#level,                                       \
    [] { return bool(condition); },               \
+   level::attention_forward,                     \
+   level::attention_backward,                    \
    level::gru_packed_size,                       \
    level::gru_pack,                              \
    level::gru_forward,                           \

@@ -1,10 +1,12 @@
 // Chooses the SIMD level that kernels run at.
 #pragma once
 
+#include "kernels/attention.h"
 #include "kernels/gru.h"
 #include "kernels/linear.h"
 #include "kernels/linear_cross_entropy.h"
 
+GENKERNELS_DECLARE_ATTENTION(baseline)
 GENKERNELS_DECLARE_GRU(baseline)
 GENKERNELS_DECLARE_LINEAR(baseline)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(baseline)
@@ -15,6 +17,8 @@ namespace genkernels {
 struct Kernels {
   const char* level;
   bool (*is_supported)();
+  decltype(&baseline::attention_forward) attention_forward;
+  decltype(&baseline::attention_backward) attention_backward;
   decltype(&baseline::gru_packed_size) gru_packed_size;
   decltype(&baseline::gru_pack) gru_pack;
   decltype(&baseline::gru_forward) gru_forward;

@@ -12,6 +12,7 @@ from .ops import (
     linear,
     linear_cross_entropy,
     linear_log_prob,
+    scaled_dot_product_attention,
 )
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "linear_log_prob",
     "nn",
     "ops",
+    "scaled_dot_product_attention",
     "stats",
     "unfreeze",
     "use_backend",

@@ -111,9 +111,9 @@ def select(op: str, device: torch.device, dtype: torch.dtype, handover: str | No
         RuntimeError: the requested backend cannot run it, or it would fall back and
             GENKERNELS_STRICT is set.
     """
-    if _requested is None and handover is None and device == _CPU and _extension is not None:
-        if dtype in CPP_DTYPES:  # found without asking further, which takes a microsecond
-            return "cpp"
+    is_plain = _requested is None and handover is None and device == _CPU
+    if is_plain and _extension is not None and dtype in CPP_DTYPES:
+        return "cpp"  # found without asking further, which takes a microsecond
     if _requested is not None:
         obstacle = _obstacle(_requested, device, dtype)
         if _requested == "cpp" and _is_handed_over(device, handover):

@@ -1,8 +1,8 @@
 """Is a contestant right? A wrong one is never timed, for it could be fast.
 
 The rule of tests/parity.py comes first: at most twice plain PyTorch's own error. A contestant that
-breaks it may still take part, since other libraries promise less (quicker sigmoids and tanhs, sums
-in another order), unless its largest error exceeds WRONG * max|reference|. A mixed-up gate or a
+breaks it may still take part, since other libraries promise less (quicker exponentials, sums in
+another order), unless its largest error exceeds WRONG * max|reference|. A mixed-up gate or a
 missing bias is far beyond that.
 """
 
@@ -14,13 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.bench_gru import GRADIENTS, OUTPUTS, make_step
-from benchmarks.steps import expected
+from benchmarks.peers.op import Expected
 from benchmarks.workers import Failure
 from tests.parity import assert_parity
 
 WRONG = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
-STATES = ("h_n", "grad of hx")  # [B, H] of a contestant, [1, B, H] of torch
 
 
 class Wrong(Failure):
@@ -36,30 +34,21 @@ class Verdict:
 
 
 def check(
-    name: str,
-    results: Mapping[str, Tensor],
-    shape: tuple[int, int, int, int],
-    direction: str,
-    dtype: torch.dtype,
+    name: str, results: Mapping[str, Tensor], expected: Expected, dtype: torch.dtype
 ) -> Verdict:
-    """Hold the float32 results of a contestant to the float64 reference; raises Wrong."""
-    baseline, exact = expected(make_step, torch.nn.GRU, shape, direction, dtype)
-    names = list(OUTPUTS)
-    if direction != "forward":
-        names += [f"grad of {argument}" for argument in GRADIENTS]
-    if sorted(results) != sorted(names):
-        raise Wrong(f"{name}: gave {sorted(results)}, expected {sorted(names)}")
+    """Hold a contestant's results, computed in `dtype`, to the float64 reference; raises Wrong."""
+    if sorted(results) != sorted(expected):
+        raise Wrong(f"{name}: gave {sorted(results)}, expected {sorted(expected)}")
     errors, parity = {}, True
-    for result, plain, reference in zip(names, baseline(), exact, strict=True):
-        actual, plain, reference = results[result], plain.detach(), reference.detach()
-        if result in STATES:
-            plain, reference = plain.squeeze(0), reference.squeeze(0)
+    for result, (plain, reference) in expected.items():
+        actual, plain, reference = (t.detach() for t in (results[result], plain, reference))
         if actual.shape != reference.shape:
             raise Wrong(
                 f"{name}, {result}: shape {tuple(actual.shape)}, expected {tuple(reference.shape)}"
             )
-        largest = reference.abs().max().item()
-        error = (actual.double() - reference).abs().max().item()
+        # All zeros, as the gradients of a softmax over one score, count as what is drawn does.
+        largest = reference.abs().max().item() or 1.0
+        error = largest_error(actual, reference)
         if not error <= WRONG[dtype] * largest:  # NaN is wrong too
             raise Wrong(
                 f"{name}, {result}: largest error {error:.3e}, allowed "
@@ -71,3 +60,7 @@ def check(
         except AssertionError:
             parity = False
     return Verdict(errors, parity)
+
+
+def largest_error(actual: Tensor, reference: Tensor) -> float:
+    return (actual.double() - reference).abs().max().item()

@@ -6,19 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.worker import Case, Contestant, Unsupported, environment, serve
+from benchmarks.peers.gru import GRUCase
+from benchmarks.peers.libraries import jax_environment
+from benchmarks.peers.worker import Contestant, Unsupported, serve
 
 LEAVES = ("input", "hx", "weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-def build(case: Case) -> Contestant:
+def build(case: GRUCase) -> Contestant:
     if case.dtype != "float32":
         raise Unsupported(f"not written for jax in {case.dtype}")
-    settings = environment(
-        JAX_PLATFORMS="cpu",
-        NPROC=case.threads,  # the size of the CPU client's pool of threads
-        XLA_FLAGS=f"--xla_cpu_multi_thread_eigen={str(case.threads > 1).lower()}",
-    )
+    settings = jax_environment(case)
     import jax
     import jax.numpy as jnp
 
@@ -70,4 +68,4 @@ def build(case: Case) -> Contestant:
 
 
 if __name__ == "__main__":
-    serve(build, "jax")
+    serve(GRUCase, build, "jax")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.peers.worker import Case, Contestant, Unsupported, environment, serve, zrn
+from benchmarks.peers.gru import GRUCase, zrn
+from benchmarks.peers.worker import Contestant, Unsupported, environment, serve
 
 
-def build(case: Case) -> Contestant:
+def build(case: GRUCase) -> Contestant:
     if case.dtype != "float32":
         raise Unsupported(f"not written for keras in {case.dtype}")
     settings = environment(
@@ -78,4 +79,4 @@ def build(case: Case) -> Contestant:
 
 
 if __name__ == "__main__":
-    serve(build, "keras", "tensorflow-cpu")
+    serve(GRUCase, build, "keras", "tensorflow-cpu")

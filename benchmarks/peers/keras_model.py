@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.worker import environment, zrn
+from benchmarks.peers.gru import zrn
+from benchmarks.peers.worker import environment
 from benchmarks.workers import serve_program
 
 

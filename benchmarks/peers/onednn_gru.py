@@ -14,20 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import native
-from benchmarks.peers.worker import (
-    Case,
-    Contestant,
-    Unsupported,
-    environment,
-    merged_bias,
-    serve,
-    zrn,
-)
+from benchmarks.peers.gru import GRUCase, merged_bias, zrn
+from benchmarks.peers.worker import Contestant, Unsupported, environment, serve
 
 POINTER = np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS")
 
 
-def build(case: Case) -> Contestant:
+def build(case: GRUCase) -> Contestant:
     if case.training and case.dtype != "float32":
         raise Unsupported(f"not written for oneDNN's backward pass in {case.dtype}")
     settings = environment(
@@ -109,4 +102,4 @@ def load() -> ctypes.CDLL:
 
 
 if __name__ == "__main__":
-    serve(build, "onednn-cpu-gomp")
+    serve(GRUCase, build, "onednn-cpu-gomp")

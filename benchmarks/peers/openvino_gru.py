@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmarks.peers.worker import Case, Contestant, Unsupported, merged_bias, serve, zrn
+from benchmarks.peers.gru import GRUCase, merged_bias, zrn
+from benchmarks.peers.libraries import openvino_request
+from benchmarks.peers.worker import Contestant, Unsupported, serve
 
 
-def build(case: Case) -> Contestant:
+def build(case: GRUCase) -> Contestant:
     if case.training:
         raise Unsupported("openvino has no gradients")
     import openvino
     from openvino import opset13 as ops
 
-    core = openvino.Core()
-    if case.dtype == "bfloat16" and "BF16" not in core.get_property(
-        "CPU", "OPTIMIZATION_CAPABILITIES"
-    ):
-        raise Unsupported("openvino computes in bfloat16 only on a CPU that has its instructions")
     values = case.values
     # The operator is batch first. Time first between two transposes is what the plugin runs
     # without any; batch first, openvino 2026.4.1 in bfloat16 gives wrong results or crashes for
@@ -38,15 +35,7 @@ def build(case: Case) -> Contestant:
     )
     output = ops.transpose(sequence.output(0), np.array([2, 1, 0, 3]))  # [T, 1, B, H]
     model = openvino.Model([output.output(0), sequence.output(1)], parameters, "gru")
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "NUM_STREAMS": "1",
-        "INFERENCE_NUM_THREADS": str(case.threads),
-        "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[case.dtype],
-    }
-    request = core.compile_model(model, "CPU", settings).create_infer_request()
-    for index, array in enumerate(arguments):
-        request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+    request, settings = openvino_request(model, case, arguments)
 
     def results() -> dict[str, np.ndarray]:
         return {
@@ -58,4 +47,4 @@ def build(case: Case) -> Contestant:
 
 
 if __name__ == "__main__":
-    serve(build, "openvino")
+    serve(GRUCase, build, "openvino")

@@ -1,6 +1,6 @@
 """The parent's side of the contestants: start one, set it up, time it in turns with others.
 
-with Peer("onednn", threads=2) as one, Peer("openvino", threads=2) as other:
+with Peer("onednn", 2, GRU) as one, Peer("openvino", 2, GRU) as other:
     for peer in (one, other):
         peer.setup((128, 16, 256, 256), "forward", torch.float32)  # T, B, I, H; checks too
     turns = [(one.seconds(calls=10), other.seconds(calls=10)) for _ in range(15)]
@@ -14,13 +14,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks import native
-from benchmarks.bench_gru import draw
 from benchmarks.peers.check import Verdict, check
+from benchmarks.peers.op import GRU, Op
 from benchmarks.workers import ROOT, Failure, Worker
 
 PYTHON = ROOT / ".venv-peers" / "bin" / "python"
@@ -31,7 +32,6 @@ DISTRIBUTIONS = {  # what each contestant needs in .venv-peers
     "jax": ("jax",),
     "keras": ("keras", "tensorflow-cpu"),
 }
-NAMES = tuple(DISTRIBUTIONS)
 
 
 class Unsupported(Failure):
@@ -62,39 +62,37 @@ def _installed() -> frozenset[str]:
 
 
 class Peer(Worker):
-    """One library in one process, which computes with `threads` threads.
+    """One library in one process, which computes an op with `threads` threads.
 
     After `setup`, `settings` and `version` say what was measured and `verdict` how right it is.
     """
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name: str, threads: int, op: Op = GRU) -> None:
         reason = missing(name)
         if reason:
             raise Failure(reason)
         self.threads = threads
+        self.op = op
         self.settings: dict[str, str] = {}
         self.version = ""
         self.verdict: Verdict | None = None
         self.folder = tempfile.TemporaryDirectory(prefix="genkernels-peer-")
-        super().__init__(name, [str(PYTHON), "-E", "-m", f"benchmarks.peers.{name}_gru"])
+        super().__init__(name, [str(PYTHON), "-E", "-m", f"benchmarks.peers.{name}_{op.name}"])
 
-    def setup(
-        self, shape: tuple[int, int, int, int], direction: str, dtype: torch.dtype
-    ) -> Verdict:
-        """Build a case of bench_gru, run it once and check what it computed.
+    def setup(self, shape: Any, direction: str, dtype: torch.dtype) -> Verdict:
+        """Build a case of the op's benchmark, run it once and check what it computed.
 
         Raises Unsupported if the library has no such case, check.Wrong if its results are wrong,
         and Failure if it fails; there is then nothing to time.
         """
         self.verdict = None
-        values = {name: value.float().numpy() for name, value in draw(shape, dtype).items()}
-        for name in ("hx", "cotangent_h"):
-            values[name] = values[name][0]
+        drawn = self.op.draw(shape, dtype)
+        values = {name: value.float().numpy() for name, value in drawn.items()}
         case, results = (Path(self.folder.name, f"{part}.npz") for part in ("case", "results"))
         np.savez(case, **values)  # type: ignore[arg-type]
         request = {
             "npz": str(case),
-            **dict(zip("TBIH", shape, strict=True)),
+            **self.op.sizes(shape),
             "direction": direction,
             "dtype": str(dtype).removeprefix("torch."),
             "threads": self.threads,
@@ -108,7 +106,8 @@ class Peer(Worker):
         self.settings, self.version = answer["settings"], answer["version"]
         with np.load(answer["results"]) as archive:
             tensors = {name: torch.from_numpy(archive[name]) for name in archive}
-        self.verdict = check(self.name, tensors, shape, direction, dtype)
+        expected = self.op.expected(shape, direction, dtype)
+        self.verdict = check(self.name, tensors, expected, dtype)
         return self.verdict
 
     def seconds(self, calls: int) -> float:

@@ -1,15 +1,14 @@
-"""What every contestant's process shares: the protocol, and the layouts of weights.
+"""What every contestant's process shares: the protocol.
 
 A request is one of
 
-    {"setup": {"npz", "T", "B", "I", "H", "direction", "dtype", "threads", "results"}}
+    {"setup": {"npz", "direction", "dtype", "threads", "results", and the sizes of the op's case}}
     {"time": calls}
 
-`npz` holds float32 arrays: input [T, B, I], hx [B, H], weight_ih [3H, I], weight_hh [3H, H],
-bias_ih [3H] and bias_hh [3H] as torch.nn.GRU has them, cotangent [T, B, H], cotangent_h [B, H].
-A setup runs once, writes its output, h_n and "grad of NAME" for every argument in the same layouts
-to the file `results`, and is answered with {"results", "settings", "version"},
-{"unsupported": reason} or {"error": message}. A time is answered with the median in seconds.
+`npz` holds the float32 arrays of the op's case, which gru.py and attention.py describe. A setup
+runs once, writes its outputs and "grad of NAME" for every argument in the same layouts to the file
+`results`, and is answered with {"results", "settings", "version"}, {"unsupported": reason} or
+{"error": message}. A time is answered with the median in seconds.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +34,9 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """What a contestant is asked to compute."""
+    """What a contestant is asked to compute; each op adds its sizes."""
 
     values: Mapping[str, Array]
-    T: int
-    B: int
-    I: int
-    H: int
     direction: str
     dtype: str
     threads: int
@@ -53,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Contestant:
-    """A library's GRU, set up.
+    """A library's op, set up.
 
     `step` is what is timed: one call from the library's own arrays to the library's own arrays,
     finished when it returns. `results` gives what the last step computed in torch's layouts.
@@ -64,7 +59,10 @@ class Contestant:
     settings: dict[str, str] = field(default_factory=dict)
 
 
-def serve(build: Callable[[Case], Contestant], *distributions: str) -> None:
+C = TypeVar("C", bound=Case)
+
+
+def serve(case_type: type[C], build: Callable[[C], Contestant], *distributions: str) -> None:
     """Answer requests until stdin ends. The version reported is that of the distributions."""
     asked, answer = requests()
     contestant: Contestant | None = None
@@ -78,7 +76,7 @@ def serve(build: Callable[[Case], Contestant], *distributions: str) -> None:
         results = options.pop("results")
         try:
             with np.load(options.pop("npz")) as archive:
-                case = Case({name: archive[name] for name in archive}, **options)
+                case = case_type({name: archive[name] for name in archive}, **options)
             contestant = build(case)
             contestant.step()
             np.savez(results, **contestant.results())  # type: ignore[arg-type]
@@ -97,17 +95,3 @@ def environment(**variables: Any) -> dict[str, str]:
     settings = {name: str(value) for name, value in variables.items()}
     os.environ.update(settings)
     return settings
-
-
-def zrn(array: Array) -> Array:
-    """Gates from torch's order r, z, n along the first dimension to z, r, n, or back."""
-    r, z, n = np.split(array, 3)
-    return np.concatenate([z, r, n])
-
-
-def merged_bias(case: Case) -> Array:
-    """The four rows of libraries that add the two biases where they can: z, r, n of x, n of h."""
-    both = case.values["bias_ih"] + case.values["bias_hh"]
-    rows = [both[case.H : 2 * case.H], both[: case.H]]
-    rows += [case.values[name][2 * case.H :] for name in ("bias_ih", "bias_hh")]
-    return np.stack(rows)  # [4, H]

@@ -191,15 +191,15 @@ GENKERNELS_INLINE void product_of_few_rows(const E* a, ptrdiff_t row_stride, con
   }
 }
 
-// total[i][v] = a[i][:] b[:][v] for at most kRunRows rows.
-template <class E, int kVectors, class Next = NothingAhead>
+// total[i][v] = a[i][:] b[:][v] for at most kRunRows rows, in chains of at most kLongest.
+template <class E, int kVectors, int64_t kLongest = kChain, class Next = NothingAhead>
 GENKERNELS_INLINE void product_of_rows(const E* a, ptrdiff_t row_stride, int64_t rows, const E* b, int64_t K,
                                        Vector<E> (&total)[kRunRows][kVectors], Next ahead = {}) {
-  for (int64_t k = 0; k < K || k == 0; k += kChain)
+  for (int64_t k = 0; k < K || k == 0; k += kLongest)
     for_row_tiles(rows, [&]<int kRows>(int64_t first) {
       Vector<E> sum[kRows][kVectors] = {};
       multiply<E, kRows, kVectors>(a + first * row_stride + k, row_stride, kGroup<E>,
-                                   b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kChain, K - k), sum,
+                                   b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kLongest, K - k), sum,
                                    ahead.from(k / kGroup<E>));
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
@@ -402,14 +402,14 @@ void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* til
 
 // Calls finish(first, run, sum) with the product of rows [first, first + run) of `a` and a panel, for all `rows` of
 // them. `next` is the panel to come, which is fetched into L2 meanwhile.
-template <class E, int kVectors, class Finish>
+template <class E, int kVectors, int64_t kLongest = kChain, class Finish>
 GENKERNELS_INLINE void multiply_panel(Rows<const E> a, int64_t rows, const E* panel, int64_t K, const E* next,
                                       const Finish& finish) {
   const char* const ahead = reinterpret_cast<const char*>(next);
   for (int64_t first = 0; first < rows; first += kRunRows) {
     const int64_t run = smaller(kRunRows, rows - first), part = first / kRunRows;
     Vector<Accumulator<E>> sum[kRunRows][kVectors];
-    product_of_rows<E, kVectors>(
+    product_of_rows<E, kVectors, kLongest>(
         a[first], a.stride, run, panel, K, sum,
         Ahead<Into::L2>{part < kVectors ? ahead + part * ceil_div(K, kGroup<E>) * kVectorBytes : ahead});
     finish(first, run, sum);

@@ -94,28 +94,27 @@ GENKERNELS_INLINE Floats<kCount> with_sign(const Floats<kCount>& x, const Floats
 }
 
 // e^x = 2^n (1 + p), for |x| < 128. x = n ln 2 + r with ln 2 in two parts, so that r keeps all its bits (Cody and Waite
-// 1980); p is the minimax polynomial of e^r - 1 on |r| <= ln 2 / 2 (Remez' algorithm), which keeps its
+// 1980); p = r + r^2 q is the minimax polynomial of e^r - 1 on |r| <= ln 2 / 2 (Remez' algorithm), which keeps its
 // own digits near zero.
 template <int kCount>
 struct Exponential {
-  Floats<kCount> n, p;
+  Floats<kCount> n, r, q;
 
   GENKERNELS_INLINE explicit Exponential(const Floats<kCount>& x) : n(nearest_integer(x * 1.44269504f)) {
-    const Floats<kCount> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats<kCount> q = r * 1.38888735e-3f + 8.36906792e-3f;
+    r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    q = r * 1.38888735e-3f + 8.36906792e-3f;
     q = q * r + 4.16671336e-2f;
     q = q * r + 1.66665062e-1f;
     q = q * r + 4.99999981e-1f;
-    q = q * r;
-    p = q * r + r;
   }
+  GENKERNELS_INLINE Floats<kCount> p() const { return q * r * r + r; }
+  GENKERNELS_INLINE Floats<kCount> power() const { return scale((q * r + 1.0f) * r + 1.0f, n); }
 };
 
 // e^x for x <= 0, 0 where float32 has nothing smaller.
 template <int kCount>
 GENKERNELS_INLINE Floats<kCount> exponential(const Floats<kCount>& x) {
-  const Exponential<kCount> e(at_least(-104.0f, x));
-  return scale(e.p + 1.0f, e.n);
+  return Exponential<kCount>(at_least(-104.0f, x)).power();
 }
 
 // a / (a + c). One step of Newton's method squares the error of the inverse (it takes half the time of a division), and
@@ -132,7 +131,7 @@ GENKERNELS_INLINE Floats<kCount> fraction(const Floats<kCount>& a, float c) {
 template <int kCount>
 GENKERNELS_INLINE Floats<kCount> sigmoid(const Floats<kCount>& x) {
   const Exponential<kCount> e(at_least(-104.0f, at_most(30.0f, x)));
-  return fraction(scale(e.p + 1.0f, e.n), 1.0f);
+  return fraction(e.power(), 1.0f);
 }
 
 // (e^2|x| - 1) / (e^2|x| + 1) with the sign of x. e^2|x| - 1 is taken as 2^n p + (2^n - 1): near zero n is 0, and
@@ -142,7 +141,7 @@ GENKERNELS_INLINE Floats<kCount> tanh(const Floats<kCount>& x) {
   const Floats<kCount> absolute = magnitude(x);
   const Exponential<kCount> e(at_most(20.0f, absolute + absolute));
   const Floats<kCount> power = several<kCount>([&](int i) GENKERNELS_LAMBDA { return scale(broadcast(1.0f), e.n[i]); });
-  return with_sign(fraction(power * e.p + (power - 1.0f), 2.0f), x);
+  return with_sign(fraction(power * e.p() + (power - 1.0f), 2.0f), x);
 }
 
 // What the normal distribution is made of: e^(-x^2/2), and the integral of its density up to x.

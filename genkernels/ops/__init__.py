@@ -1,5 +1,6 @@
 """Every op's whole wiring: schema, checks, fake, autograd, autocast and the choice of a backend."""
 
+from .attention import scaled_dot_product_attention
 from .gru import bidirectional_gru, gru, gru_cell
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy, linear_log_prob
@@ -11,4 +12,5 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_log_prob",
+    "scaled_dot_product_attention",
 ]

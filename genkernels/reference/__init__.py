@@ -1,5 +1,6 @@
 """Every op's definition in plain PyTorch, short enough to read as its specification."""
 
+from .attention import attention_backward, attention_double_backward, attention_forward
 from .gru import gru, gru_cell
 from .linear import activate, linear, linear_backward, through_activation
 from .linear_cross_entropy import (
@@ -10,6 +11,9 @@ from .linear_cross_entropy import (
 
 __all__ = [
     "activate",
+    "attention_backward",
+    "attention_double_backward",
+    "attention_forward",
     "gru",
     "gru_cell",
     "linear",

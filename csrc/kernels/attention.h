@@ -1,0 +1,72 @@
+// Scaled dot-product attention (torch.nn.functional.scaled_dot_product_attention), whose scores exist for one block of
+// queries and keys at a time.
+// Plain pointers and structs only: this header is what crosses from one SIMD level's code to another's.
+#pragma once
+
+#include "runtime.h"
+
+namespace genkernels {
+
+// A tensor [B, H, rows, columns]: elements between one batch, head and row and the next; a row is contiguous.
+struct HeadsInput {
+  const void* data;
+  int64_t batch, head, row;
+};
+struct HeadsOutput {
+  void* data;
+  int64_t batch, head, row;
+};
+
+enum class MaskType { none, boolean, of_dtype, of_accumulator };
+
+// [B, H, L, S], or broadcast where a stride is 0.
+struct AttentionMask {
+  MaskType type;
+  const void* data;
+  int64_t batch, head, query, key;
+};
+
+// An element is kept where its random number of 32 bits is at least `threshold`.
+struct Dropout {
+  uint64_t threshold;  // 0: no dropout; 2^32: nothing is kept
+  uint64_t seed;
+  double scale;  // of what is kept
+};
+
+struct Attention {
+  DType dtype;
+  int64_t batch, heads, kv_heads, queries, keys, head_size, value_size;
+  HeadsInput query, key, value;
+  AttentionMask mask;
+  Dropout dropout;
+  int64_t diagonal;  // key j takes part for query i where j <= i + diagonal
+  double scale;
+};
+
+// Of each row of scores its logsumexp in two parts, [2, B, H, L], a number near it and the rest: one number alone would
+// leave probabilities no digits where scores are large. A row without keys has -inf and 0. They and the sums of
+// gradients are of the type that sums are kept in: float32 for bfloat16.
+struct AttentionForward {
+  Attention of;
+  HeadsOutput output;
+  void* statistics;
+};
+
+struct AttentionBackward {
+  Attention of;
+  HeadsInput output, grad_output;
+  const void* statistics;
+  const void* grad_logsumexp;  // [B, H, L], contiguous, or null
+  HeadsOutput grad_query, grad_key, grad_value;
+  // Of the mask's shape and dtype, contiguous; null if not wanted. Its strides are 0 where the mask is broadcast.
+  void* grad_mask;
+  int64_t grad_mask_batch, grad_mask_head, grad_mask_query, grad_mask_key, grad_mask_size;
+};
+
+}  // namespace genkernels
+
+#define GENKERNELS_DECLARE_ATTENTION(level)                                            \
+  namespace genkernels::level {                                                        \
+  void attention_forward(const AttentionForward& arguments, const Runtime& runtime);   \
+  void attention_backward(const AttentionBackward& arguments, const Runtime& runtime); \
+  }

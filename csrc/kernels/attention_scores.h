@@ -1,0 +1,210 @@
+// What the forward and the backward pass of attention share: the packed keys, and which of them take part.
+#pragma once
+
+#include "attention.h"
+#include "gemm.h"
+#include "math.h"
+#include "parallel.h"
+#include "random.h"
+
+namespace genkernels::GENKERNELS_LEVEL {
+
+// Keys whose scores are held at a time.
+constexpr int64_t kBlockKeys = 192;
+// Longest chain of products in a score (what it errs by, probabilities err by, and PyTorch adds up several lanes), and
+// in a sum over keys. float64 is for gradcheck and for references: there digits count, and time does not.
+template <class A>
+constexpr int64_t kScoreChain = sizeof(A) == 8 ? 16 : 64;
+template <class A>
+constexpr int64_t kKeyChain = sizeof(A) == 8 ? 16 : kChain;
+static_assert(kBlockKeys <= kChain && kBlockKeys % kRandomKeys == 0);
+
+template <class V, class S>
+GENKERNELS_INLINE bool any_above(V x, S limit) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) return _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 4)
+    return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+#endif
+  bool any = false;
+  for (int l = 0; l < kLanes<S>; ++l) any |= x[l] > limit;
+  return any;
+}
+
+// What `of` makes of all lanes, a half with the other.
+template <class S, class V, class Of>
+GENKERNELS_INLINE S reduce_lanes(V x, const Of& of) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 4) {
+    x = of(x, (V)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)x, (__m512)x, 0x4e));
+    x = of(x, (V)_mm512_maskz_shuffle_f32x4(0xffff, (__m512)x, (__m512)x, 0xb1));
+    x = of(x, (V)_mm512_maskz_permute_ps(0xffff, (__m512)x, 0x4e));
+    x = of(x, (V)_mm512_maskz_permute_ps(0xffff, (__m512)x, 0xb1));
+    return x[0];
+  }
+#endif
+  S lanes[kLanes<S>];
+  store(lanes, x);
+  for (int half = kLanes<S> / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] = of(lanes[l], lanes[l + half]);
+  return lanes[0];
+}
+template <class S, class V>
+GENKERNELS_INLINE S max_of_lanes(V x) {
+  return reduce_lanes<S>(x, [](auto a, auto b) GENKERNELS_LAMBDA { return a > b ? a : b; });
+}
+template <class S, class V>
+GENKERNELS_INLINE S sum_of_lanes(V x) {
+  return reduce_lanes<S>(x, [](auto a, auto b) GENKERNELS_LAMBDA { return a + b; });
+}
+
+// The rows of one head of one batch.
+template <class T>
+Rows<const T> rows_of(const HeadsInput& of, int64_t b, int64_t h) {
+  return {static_cast<const T*>(of.data) + b * of.batch + h * of.head, of.row};
+}
+template <class T>
+Rows<T> rows_of(const HeadsOutput& of, int64_t b, int64_t h) {
+  return {static_cast<T*>(of.data) + b * of.batch + h * of.head, of.row};
+}
+
+// A head's scores: which keys take part for a query, and what is added to them.
+template <class T>
+struct Scores {
+  using A = Accumulator<T>;
+  typedef LaneOf<sizeof(A)> Lane;
+  typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
+
+  const Attention& of;
+  const char* mask;  // of the head
+  int64_t element;   // bytes of the mask's elements
+  uint32_t index;    // of the head among all
+
+  Scores(const Attention& attention, int64_t b, int64_t h)
+      : of(attention),
+        element(of.mask.type == MaskType::boolean    ? 1
+                : of.mask.type == MaskType::of_dtype ? int64_t(sizeof(T))
+                                                     : int64_t(sizeof(A))),
+        index(uint32_t(b * of.heads + h)) {
+    mask = static_cast<const char*>(of.mask.data) + (b * of.mask.batch + h * of.mask.head) * element;
+  }
+
+  // Keys [0, visible(i)) take part for query i as far as the diagonal goes.
+  int64_t visible(int64_t query) const { return larger(0, smaller(of.keys, query + of.diagonal + 1)); }
+
+  // Whether scores of these queries and of keys up to `last_key` need mask().
+  bool needs_mask(int64_t first_query, int64_t last_key) const {
+    return of.mask.type != MaskType::none || last_key > visible(first_query);
+  }
+
+  // sum = scale sum + mask for queries [query, query + run) and keys from `key` on, -inf where a key takes no part.
+  template <int kVectors>
+  void apply_mask(int64_t query, int64_t run, int64_t key, Vector<A> (&sum)[kRunRows][kVectors]) const {
+    const A scale = A(of.scale);
+    Lanes lanes{};
+    for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
+    for (int64_t i = 0; i < run; ++i) {
+      const int64_t end = visible(query + i);
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t first = key + v * kLanes<A>, count = larger(0, smaller(kLanes<A>, end - first));
+        Vector<A> x = sum[i][v] * scale;
+        if (of.mask.type != MaskType::none && count > 0) x += load_mask(query + i, first, int(count));
+        if (count < kLanes<A>) x = lanes < Lane(count) ? x : broadcast(-A(__builtin_inf()));
+        sum[i][v] = x;
+      }
+    }
+  }
+
+  Vector<A> load_mask(int64_t query, int64_t key, int count) const {
+    const char* const at = mask + (query * of.mask.query + key * of.mask.key) * element;
+    if (of.mask.key == 1) {
+      if (of.mask.type == MaskType::of_accumulator) return load(reinterpret_cast<const A*>(at), count);
+      if (of.mask.type == MaskType::of_dtype) return load(reinterpret_cast<const T*>(at), count);
+      typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
+      Bytes bytes{};
+      __builtin_memcpy(&bytes, at, size_t(count));
+      return __builtin_convertvector(bytes, Lanes) != Lane(0) ? Vector<A>{} : broadcast(-A(__builtin_inf()));
+    }
+    Vector<A> x{};
+    for (int l = 0; l < count; ++l) x[l] = mask_at(at + l * of.mask.key * element);
+    return x;
+  }
+  A mask_at(const char* at) const {
+    if (of.mask.type == MaskType::of_accumulator) return *reinterpret_cast<const A*>(at);
+    if (of.mask.type == MaskType::of_dtype) return as<A>(*reinterpret_cast<const T*>(at));
+    return *at ? A(0) : -A(__builtin_inf());
+  }
+
+  // Sets what dropout does not keep to zero: of queries [query, query + run) and keys [key, key + count).
+  template <class E>
+  void drop(int64_t query, int64_t run, int64_t key, int64_t count, Rows<E> probabilities) const {
+    where_dropped<E>(query, run, key, count, probabilities, [](E) GENKERNELS_LAMBDA { return E{}; });
+  }
+  // Marks it with a minus sign.
+  template <class E>
+  void mark_dropped(int64_t query, int64_t run, int64_t key, int64_t count, Rows<E> probabilities) const {
+    where_dropped<E>(query, run, key, count, probabilities, [](E p) GENKERNELS_LAMBDA { return -p; });
+  }
+
+ private:
+  template <class E, class Of>
+  void where_dropped(int64_t query, int64_t run, int64_t key, int64_t most, Rows<E> probabilities,
+                     const Of& of_p) const {
+    uint32_t numbers[kRandomKeys];
+    for (int64_t i = 0; i < run; ++i) {
+      const int64_t count = smaller(most, visible(query + i) - key);
+      for (int64_t first = key; first < key + count; first += kRandomKeys) {
+        random_keys(of.dropout.seed, index, uint32_t(query + i), uint32_t(first / kRandomKeys), numbers);
+        E* const to = probabilities[i] + first - key;
+        for (int64_t k = 0; k < smaller(kRandomKeys, key + count - first); ++k)
+          to[k] = numbers[k] >= of.dropout.threshold ? to[k] : of_p(to[k]);
+      }
+    }
+  }
+};
+
+// The keys of a head, packed as the columns of a right operand, a block of keys after the other; and rows of values (or
+// keys) as they are multiplied with probabilities.
+template <class T, class E>
+struct PackedHead {
+  const int64_t keys, head_size;
+  const Columns<E> values;
+
+  PackedHead(int64_t key_count, int64_t size, int64_t value_size)
+      : keys(key_count), head_size(size), values(value_size) {}
+
+  Columns<E> columns(int64_t first_key) const { return Columns<E>(smaller(kBlockKeys, keys - first_key)); }
+  int64_t depth() const { return ceil_div(head_size, kGroup<E>) * kGroup<E>; }
+  int64_t transposed_size() const { return ceil_div(keys, kLanes<E>) * kLanes<E> * depth(); }
+  int64_t rows_size() const { return values.packed_size(keys); }
+
+  // Keys from first_key on as columns: [D, keys].
+  void pack_transposed(Rows<const T> rows, int64_t first_key, E* to) const {
+    const Columns<E> block = columns(first_key);
+    for (int64_t p = 0; p < block.panels; ++p)
+      block.with_width(p, [&]<int kVectors>() {
+        const int64_t first = block.first_column(p);
+        pack_panel_of_rows<E, T, kVectors>(
+            head_size, [&](int64_t n) { return first + n < block.count ? rows[first_key + first + n] : nullptr; },
+            to + first_key * depth() + block.offset(p, head_size));
+      });
+  }
+  const E* transposed_panel(const E* packed, int64_t first_key, int64_t p) const {
+    return packed + first_key * depth() + columns(first_key).offset(p, head_size);
+  }
+
+  // Values from first_key on as rows: [keys, Dv].
+  void pack_rows(Rows<const T> rows, int64_t first_key, E* to) const {
+    const int64_t count = smaller(kBlockKeys, keys - first_key);
+    for (int64_t p = 0; p < values.panels; ++p)
+      pack_panel<E, T>(
+          values, p, count, [&](int64_t k) { return rows[first_key + k]; },
+          to + values.offset(p, keys) + first_key * values.width(p) * kLanes<E>);
+  }
+  const E* rows_panel(const E* packed, int64_t first_key, int64_t p) const {
+    return packed + values.offset(p, keys) + first_key * values.width(p) * kLanes<E>;
+  }
+};
+
+}  // namespace genkernels::GENKERNELS_LEVEL

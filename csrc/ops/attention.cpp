@@ -1,0 +1,191 @@
+// genkernels::attention_forward and attention_backward. Schema and meaning: genkernels/ops/attention.py.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "../dispatch.h"
+#include "checks.h"
+#include "runtime.h"
+#include "stats.h"
+#include "tensors.h"
+
+namespace genkernels {
+namespace {
+
+CallCounter forward_calls("attention_forward"), backward_calls("attention_backward");
+
+void check_heads(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
+}
+
+HeadsInput heads_of(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+HeadsOutput mutable_heads_of(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// [B, H, rows, columns], which lies in memory as [B, rows, H, columns].
+Tensor new_heads(const Tensor& input, int64_t B, int64_t H, int64_t rows, int64_t columns) {
+  return torch::stable::transpose(new_kept(input, {B, rows, H, columns}), 1, 2);
+}
+
+AttentionMask mask_of(const Tensor& mask, const Tensor& query, std::initializer_list<int64_t> scores) {
+  check_heads("attn_mask", mask);
+  AttentionMask result{};
+  result.data = mask.const_data_ptr();
+  int64_t* const strides[] = {&result.batch, &result.head, &result.query, &result.key};
+  for (int i = 0; i < 4; ++i) {
+    const int64_t full = scores.begin()[i];
+    STD_TORCH_CHECK(mask.size(i) == full || mask.size(i) == 1, "attn_mask: expected a shape that is broadcast to ",
+                    shape_string(scores), ", got ", shape_string(mask.sizes()));
+    *strides[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
+  }
+  const ScalarType dtype = mask.scalar_type();
+  STD_TORCH_CHECK(
+      mask.is_cpu() && (dtype == ScalarType::Bool || dtype == query.scalar_type() || dtype == accumulator_dtype(query)),
+      "attn_mask: expected a CPU tensor of bool, of query's dtype, or of float32 beside bfloat16");
+  result.type = dtype == ScalarType::Bool           ? MaskType::boolean
+                : dtype == accumulator_dtype(query) ? MaskType::of_accumulator
+                                                    : MaskType::of_dtype;
+  return result;
+}
+
+// All arguments but the gradients', with rows that are contiguous.
+struct Arguments {
+  Tensor query, key, value;
+  Attention of{};
+
+  Arguments(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& attn_mask,
+            const std::optional<Tensor>& seed, double dropout_p, int64_t causal, double scale)
+      : query(query_), key(key_), value(value_) {
+    check_heads("query", query);
+    check_heads("key", key);
+    check_heads("value", value);
+    const int64_t B = query.size(0), H = query.size(1), L = query.size(2), D = query.size(3);
+    const int64_t Hk = key.size(1), S = key.size(2);
+    STD_TORCH_CHECK(H == Hk || (Hk > 0 && H % Hk == 0), "key: expected a number of heads that divides query's ", H,
+                    ", got ", Hk);
+    check_like("key", key, query);
+    check_like("value", value, query);
+    check_shape("key", key, {B, Hk, S, D});
+    check_shape("value", value, {B, Hk, S, value.size(3)});
+    STD_TORCH_CHECK(causal >= 0 && causal <= 2, "causal: expected 0, 1 or 2, got ", causal);
+    STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p: expected a number in [0, 1], got ", dropout_p);
+    STD_TORCH_CHECK(seed.has_value() == (dropout_p > 0), "seed: expected a tensor with dropout, and none without");
+    query = with_contiguous_rows(query);
+    key = with_contiguous_rows(key);
+    value = with_contiguous_rows(value);
+    of.dtype = dtype_of(query);
+    of.batch = B;
+    of.heads = H;
+    of.kv_heads = Hk;
+    of.queries = L;
+    of.keys = S;
+    of.head_size = D;
+    of.value_size = value.size(3);
+    of.query = heads_of(query);
+    of.key = heads_of(key);
+    of.value = heads_of(value);
+    if (attn_mask) of.mask = mask_of(*attn_mask, query, {B, H, L, S});
+    of.dropout.scale = 1;
+    if (seed) {
+      STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+                      "seed: expected a CPU tensor of one int64");
+      of.dropout.threshold = uint64_t(dropout_p * 4294967296.0);
+      of.dropout.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
+      of.dropout.scale = dropout_p < 1 ? 1 / (1 - dropout_p) : 0;
+    }
+    of.diagonal = causal == 0 ? S : causal == 1 ? 0 : S - L;
+    of.scale = scale;
+  }
+
+  double products() const { return double(of.batch * of.heads) * double(of.queries) * double(of.keys); }
+};
+
+std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask,
+                                             std::optional<Tensor> seed, double dropout_p, int64_t causal,
+                                             double scale) {
+  const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale);
+  const Attention& of = arguments.of;
+  ++forward_calls.calls;
+  const Tensor output = new_heads(query, of.batch, of.heads, of.queries, of.value_size);
+  const Tensor statistics = new_accumulator(query, {2, of.batch, of.heads, of.queries});
+  if (statistics.numel() > 0) {
+    const AttentionForward forward{of, mutable_heads_of(output), statistics.mutable_data_ptr()};
+    CallRuntime runtime(2 * arguments.products() * double(of.head_size + of.value_size));
+    kernels().attention_forward(forward, runtime.get());
+  }
+  return {output, statistics};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad_output_,
+                                                              std::optional<Tensor> grad_logsumexp_, Tensor query,
+                                                              Tensor key, Tensor value, std::optional<Tensor> attn_mask,
+                                                              std::optional<Tensor> seed, Tensor output_,
+                                                              Tensor statistics_, double dropout_p, int64_t causal,
+                                                              double scale, bool needs_mask) {
+  const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale);
+  const Attention& of = arguments.of;
+  const int64_t B = of.batch, H = of.heads, L = of.queries;
+  const auto check_sums = [&](const char* name, const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulator_dtype(query), name,
+                    ": expected a CPU tensor of query's dtype, or of float32 beside bfloat16");
+  };
+  for (const auto& [name, tensor] : {std::pair("grad_output", &grad_output_), std::pair("output", &output_)}) {
+    check_like(name, *tensor, query);
+    check_shape(name, *tensor, {B, H, L, of.value_size});
+  }
+  check_sums("statistics", statistics_);
+  check_shape("statistics", statistics_, {2, B, H, L});
+  if (grad_logsumexp_) {
+    check_sums("grad_logsumexp", *grad_logsumexp_);
+    check_shape("grad_logsumexp", *grad_logsumexp_, {B, H, L});
+  }
+  STD_TORCH_CHECK(!needs_mask || (attn_mask && of.mask.type != MaskType::boolean),
+                  "needs_mask: there is no floating-point attn_mask");
+  ++backward_calls.calls;
+  const Tensor output = with_contiguous_rows(output_), grad_output = with_contiguous_rows(grad_output_);
+  const Tensor statistics = as_contiguous(statistics_);
+  const std::optional<Tensor> grad_logsumexp = as_contiguous(grad_logsumexp_);
+
+  AttentionBackward backward{};
+  backward.of = of;
+  backward.output = heads_of(output);
+  backward.grad_output = heads_of(grad_output);
+  backward.statistics = statistics.const_data_ptr();
+  backward.grad_logsumexp = data(grad_logsumexp);
+  const Tensor grad_query = new_heads(query, B, H, L, of.head_size);
+  const Tensor grad_key = new_heads(query, B, of.kv_heads, of.keys, of.head_size);
+  const Tensor grad_value = new_heads(query, B, of.kv_heads, of.keys, of.value_size);
+  backward.grad_query = mutable_heads_of(grad_query);
+  backward.grad_key = mutable_heads_of(grad_key);
+  backward.grad_value = mutable_heads_of(grad_value);
+  const Tensor grad_mask =
+      needs_mask
+          ? new_kept(*attn_mask, {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)})
+          : new_kept(query, {0});
+  if (needs_mask) {
+    backward.grad_mask = grad_mask.mutable_data_ptr();
+    backward.grad_mask_size = grad_mask.numel();
+    const auto stride = [&](int64_t i) { return grad_mask.size(i) == 1 ? 0 : grad_mask.stride(i); };
+    backward.grad_mask_batch = stride(0);
+    backward.grad_mask_head = stride(1);
+    backward.grad_mask_query = stride(2);
+    backward.grad_mask_key = stride(3);
+  }
+  CallRuntime runtime(2 * arguments.products() * double(3 * of.head_size + 2 * of.value_size));
+  kernels().attention_backward(backward, runtime.get());
+  return {grad_query, grad_key, grad_value, grad_mask};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+}
+
+}  // namespace genkernels

@@ -1,0 +1,489 @@
+"""Scaled dot-product attention that never holds a matrix of scores."""
+
+import math
+from typing import Any, Literal, NoReturn, overload
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import CausalBias, CausalVariant
+
+from .. import backend, reference
+from ..reference.attention import sum_dtype
+from .library import (
+    apply,
+    autocast,
+    define,
+    is_autocast_enabled,
+    is_transformed,
+    map_slices,
+    needs_autograd,
+)
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of queries to keys, and the mean of the values that it weighs.
+
+    Equivalent to: ``dropout(torch.softmax(scale * query @ key.mT + attn_mask, -1)) @ value``, and
+    with the signature of ``torch.nn.functional.scaled_dot_product_attention`` but for return_lse.
+
+    The compiled CPU kernel holds a block of scores at a time, forward and backward, whatever
+    attn_mask, dropout and gradients are asked for: memory grows with L + S, not with L x S. It
+    reads every argument as it lies: in any order of dimensions, expanded, key and value shared by
+    heads. The backward pass computes the scores again, and so does dropout its random numbers.
+
+    Args:
+        query: [.., H, L, D]; any number of leading dimensions, also none. float32, bfloat16 or
+            float64 in the compiled CPU kernel; bfloat16 is summed in float32.
+        key: [.., H, S, D], in query's dtype.
+        value: [.., H, S, Dv], in query's dtype. Leading dimensions of the three are broadcast; keys
+            and values that heads or batches share are not copied.
+        attn_mask: of any shape that can be broadcast to the scores' [.., H, L, S]. bool (a key
+            takes part where true), or added to the scores: in query's dtype or float32. Or a
+            ``torch.nn.attention.bias.CausalBias``. Default None.
+        dropout_p: the probability with which a weight is dropped; those kept are divided by
+            1 - dropout_p. Whoever calls this in evaluation passes 0. Default 0.
+        is_causal: query i sees keys 0 to i alone, as with ``causal_upper_left``; beside attn_mask
+            those of them that the mask leaves. Default False.
+        scale: Default None: 1 / sqrt(D).
+        enable_gqa: query may have several times as many heads (dimension -3) as key and value;
+            neighbouring heads share one. Default False.
+        return_lse: return the log-sum-exp of the scores as well. Default False.
+
+    Returns:
+        output: [.., H, L, Dv], in query's dtype; under autocast in autocast's dtype. A query
+            without any key gets zeros. It lies in memory as [.., L, H, Dv], so that heads are
+            joined without a copy.
+        logsumexp: with return_lse [.., H, L], the natural logarithm of the sum over the keys of
+            the scores' exponentials, before dropout, in float32 (float64 beside float64); -inf for
+            a query without any key.
+
+    Both can be differentiated to any order, with respect to all floating-point tensors. From the
+    second order on that is plain PyTorch (counted as ``("attention_backward", "reference")`` in
+    ``stats()``), in blocks of scores too. Forward mode raises; ``use_backend("reference")`` has it.
+
+    What is dropped follows from torch's default generator (one number of it at each call with
+    dropout_p > 0) and from an element's place, not from the number of threads.
+
+    Raises:
+        RuntimeError: shapes, dtypes or devices that do not fit, and a dropout_p outside [0, 1]; the
+            message names the argument and the shapes.
+        ValueError: is_causal beside a ``CausalBias``.
+
+    Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135, and Dao 2023,
+    https://arxiv.org/abs/2307.08691; dropout's numbers from Salmon et al. 2011,
+    https://doi.org/10.1145/2063384.2063405.
+    """
+    causal = 1 if is_causal else 0
+    if isinstance(attn_mask, CausalBias):
+        causal = _causal(attn_mask, is_causal, query, key)
+        attn_mask = None
+    device = query.device.type
+    if is_autocast_enabled(device):
+        cast: Any = autocast(device, query, key, value, attn_mask)
+        query, key, value, attn_mask = cast
+    dtype = query.dtype
+    is_wider = (
+        attn_mask is not None and attn_mask.dtype == torch.float32 == sum_dtype(query) != dtype
+    )
+    if is_wider and needs_autograd(attn_mask):
+        # Its gradient has more digits than what a bfloat16 output and gradient are rounded to.
+        query, key, value = query.float(), key.float(), value.float()
+    leading: tuple[int, ...] | None = None  # of the result, where the raw op's are not the same
+    if not _is_raw(query, key, value, attn_mask, enable_gqa):
+        _check(query, key, value, attn_mask, enable_gqa)
+        query, key, value, attn_mask, leading = _as_raw(query, key, value, attn_mask)
+    if scale is None:
+        D = query.size(-1)
+        scale = 1 / math.sqrt(D) if D else 1.0
+    seed = None
+    if dropout_p:
+        _check_dropout(dropout_p)
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).to(query.device)
+    tensors = (query, key, value, attn_mask)
+    arguments: Any = (*tensors, seed, dropout_p, causal, scale)
+    if backend.select("scaled_dot_product_attention", query.device, query.dtype) == "reference":
+        _check(*tensors, enable_gqa=True)
+        backend.count("scaled_dot_product_attention", "reference")
+        output, statistics = reference.attention_forward(*arguments)
+        logsumexp = statistics.sum(0)
+    else:
+        try:
+            if needs_autograd(*tensors) or is_transformed():
+                output, logsumexp, _ = apply(_Attention, *arguments)
+            else:
+                output, statistics = _attention_forward(*arguments)
+                logsumexp = statistics.sum(0) if return_lse else statistics[0]
+        except RuntimeError:  # the compiled op checks faster, and the check says it better
+            _check(*tensors, enable_gqa=True)
+            raise
+    if leading is not None:
+        output = output.reshape(*leading, *output.shape[-2:])
+        logsumexp = logsumexp.reshape(*leading, logsumexp.size(-1))
+    output = output.to(dtype)
+    return (output, logsumexp) if return_lse else output
+
+
+def _causal(bias: CausalBias, is_causal: bool, query: Tensor, key: Tensor) -> int:
+    if is_causal:
+        raise ValueError(
+            f"{_NAME}: is_causal: expected False beside attn_mask, a CausalBias, got True"
+        )
+    got = (bias.seq_len_q, bias.seq_len_kv)
+    if min(query.dim(), key.dim()) >= 2 and got != (query.size(-2), key.size(-2)):
+        expected = f"a CausalBias of shape {[query.size(-2), key.size(-2)]}"
+        _reject("attn_mask", expected, f"{list(got)}")
+    return 1 if bias.variant == CausalVariant.UPPER_LEFT else 2
+
+
+_NAME = "genkernels.scaled_dot_product_attention"
+
+
+def _reject(name: str, expected: str, got: object) -> NoReturn:
+    raise RuntimeError(f"{_NAME}: {name}: expected {expected}, got {got}")
+
+
+def _is_raw(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> bool:
+    """Whether the raw op takes the arguments as they are; what else can be wrong, it sees."""
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return False
+    (B, H, *_), (Bk, Hk, *_), (Bv, Hv, *_) = query.shape, key.shape, value.shape
+    return (
+        B == Bk == Bv
+        and Hk == Hv
+        and (Hk in (1, H) or (enable_gqa and Hk != 0 and H % Hk == 0))
+        and (attn_mask is None or attn_mask.dim() == 4)
+        and (attn_mask is None or attn_mask.dtype in (torch.bool, query.dtype))
+    )
+
+
+def _as_raw(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...] | None]:
+    """Checked arguments with the four dimensions of the raw op, as views where there are any, and
+    the result's leading dimensions if they are others."""
+    n = max(query.dim(), key.dim(), value.dim())
+    query, key, value = (_padded(t, max(n, 4)) for t in (query, key, value))
+    batch = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value)))
+    heads = [t.size(-3) for t in (query, key, value)]
+    H = heads[0] if heads[0] != 1 else max(heads[1:])
+    shared = heads[1] if heads[1] == heads[2] else H
+
+    def four(tensor: Tensor, heads: int) -> Tensor:
+        if tensor.size(-3) not in (1, heads):
+            tensor = tensor.repeat_interleave(heads // tensor.size(-3), -3)
+        return tensor.expand(*batch, heads, -1, -1).flatten(0, -4)
+
+    query, key, value = four(query, H), four(key, shared), four(value, shared)
+    if attn_mask is not None:
+        attn_mask = _padded(attn_mask, max(n, 4))
+        if attn_mask.dtype == torch.float32 and query.dtype == torch.float64:
+            attn_mask = attn_mask.double()
+        if n > 4:
+            is_shared = all(size == 1 for size in attn_mask.shape[:-3])
+            whole = attn_mask.shape[:-3] if is_shared else batch
+            attn_mask = attn_mask.expand(*whole, -1, -1, -1).flatten(0, -4)
+    return query, key, value, attn_mask, (None if n == 4 else (*batch, H)[max(n, 4) - n :])
+
+
+def _padded(tensor: Tensor, n: int) -> Tensor:
+    return tensor[(None,) * (n - tensor.dim())] if tensor.dim() < n else tensor
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    enable_gqa: bool,
+) -> None:
+    others = {"key": key, "value": value}
+    for name, tensor in {"query": query, **others}.items():
+        if tensor.dim() < 2:
+            _reject(name, "2 or more dimensions", f"shape {list(tensor.shape)}")
+    if not query.is_floating_point():
+        _reject("query", "a floating-point dtype", query.dtype)
+    for name, tensor in others.items():
+        if tensor.dtype != query.dtype:
+            _reject(name, f"query's dtype {query.dtype}", tensor.dtype)
+        if tensor.device != query.device:
+            _reject(name, f"query's device {query.device}", tensor.device)
+    if key.size(-1) != query.size(-1):
+        beside = f"beside query of shape {list(query.shape)}"
+        _reject("key", f"head size {query.size(-1)} {beside}", f"shape {list(key.shape)}")
+    if value.size(-2) != key.size(-2):
+        beside = f"beside key of shape {list(key.shape)}"
+        _reject("value", f"length {key.size(-2)} {beside}", f"shape {list(value.shape)}")
+    shapes = [[1] * (3 - t.dim()) + list(t.shape) for t in (query, key, value)]
+    H = shapes[0][-3]
+    leading: list[int] = []
+    for name, tensor, shape in zip(("query", *others), (query, key, value), shapes, strict=True):
+        heads = shape[-3]
+        beside = f"beside query of shape {list(query.shape)}"
+        if enable_gqa and not (heads == H or (heads != 0 and H % heads == 0)):
+            _reject(name, f"a number of heads that divides {H} {beside}", list(tensor.shape))
+        wanted = [*shape[:-3], 1] if enable_gqa else shape[:-2]
+        merged = _merged(leading, wanted)
+        if merged is None:
+            expected = f"leading dimensions that broadcast with {leading} {beside}"
+            _reject(name, expected, f"shape {list(tensor.shape)}")
+        leading = merged
+    if enable_gqa:
+        leading[-1] = H
+    if attn_mask is None:
+        return
+    if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        _reject("attn_mask", f"bool, float32 or query's dtype {query.dtype}", attn_mask.dtype)
+    if attn_mask.device != query.device:
+        _reject("attn_mask", f"query's device {query.device}", attn_mask.device)
+    n = max(query.dim(), key.dim(), value.dim())
+    scores = [*leading, query.size(-2), key.size(-2)][-n:]
+    mask = [1] * (n - attn_mask.dim()) + list(attn_mask.shape)
+    if len(mask) != n or any(m not in (1, size) for m, size in zip(mask, scores, strict=True)):
+        expected = f"a shape that can be broadcast to the scores' {scores}"
+        _reject("attn_mask", expected, f"{list(attn_mask.shape)}")
+
+
+def _merged(a: list[int], b: list[int]) -> list[int] | None:
+    """Two shapes broadcast; None if they cannot be."""
+    n = max(len(a), len(b))
+    pairs = zip([1] * (n - len(a)) + a, [1] * (n - len(b)) + b, strict=True)
+    merged = [y if x == 1 else x if y in (1, x) else None for x, y in pairs]
+    return None if None in merged else merged  # type: ignore[return-value]
+
+
+def _check_dropout(dropout_p: float) -> None:
+    if not 0 <= dropout_p <= 1:
+        _reject("dropout_p", "a probability in [0, 1]", dropout_p)
+
+
+def _check_raw(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    causal: int,
+) -> None:
+    tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dim() != 4:
+            _reject(name, "4 dimensions", f"shape {list(tensor.shape)}")
+    _check(query, key, value, attn_mask, enable_gqa=True)
+    B, Hk = query.size(0), key.size(1)
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape[:2] != (B, Hk):
+            _reject(name, f"{[B, Hk]} batches and heads", f"shape {list(tensor.shape)}")
+    _check_dropout(dropout_p)
+    if (seed is not None) != (dropout_p > 0):
+        _reject("seed", "one beside dropout_p > 0 alone", "one" if dropout_p == 0 else None)
+    if seed is not None and (seed.dtype != torch.int64 or seed.shape != (1,)):
+        _reject("seed", "int64 of shape [1]", f"{seed.dtype} of shape {list(seed.shape)}")
+    if causal not in (0, 1, 2):
+        _reject("causal", "0, 1 or 2", causal)
+
+
+def _rows(like: Tensor, columns: int) -> Tensor:
+    """[B, H, L, columns] that lies in memory as [B, L, H, columns]."""
+    B, H, L, _ = like.shape
+    return like.new_empty((B, L, H, columns)).transpose(1, 2)
+
+
+def _fake_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    causal: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    _check_raw(query, key, value, attn_mask, seed, dropout_p, causal)
+    dtype = sum_dtype(query)
+    return _rows(query, value.size(-1)), query.new_empty((2, *query.shape[:3]), dtype=dtype)
+
+
+def _fake_backward(
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    output: Tensor,
+    statistics: Tensor,
+    dropout_p: float,
+    causal: int,
+    scale: float,
+    needs_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_raw(query, key, value, attn_mask, seed, dropout_p, causal)
+    shape = (*query.shape[:3], value.size(-1))
+    dtype = sum_dtype(query)
+    for name, tensor, expected, of in (
+        ("grad_output", grad_output, shape, query.dtype),
+        ("grad_logsumexp", grad_logsumexp, shape[:3], dtype),
+        ("output", output, shape, query.dtype),
+        ("statistics", statistics, (2, *shape[:3]), dtype),
+    ):
+        if tensor is not None and (tensor.shape != expected or tensor.dtype != of):
+            got = f"{tensor.dtype} of shape {list(tensor.shape)}"
+            _reject(name, f"{of} of shape {list(expected)}", got)
+    if needs_mask and (attn_mask is None or attn_mask.dtype == torch.bool):
+        _reject("attn_mask", "a floating-point mask beside needs_mask", "none")
+    grad_mask = query.new_empty(0)
+    if needs_mask and attn_mask is not None:
+        grad_mask = attn_mask.new_empty(attn_mask.shape)
+    return (
+        _rows(query, query.size(-1)),
+        _rows(key, key.size(-1)),
+        _rows(value, value.size(-1)),
+        grad_mask,
+    )
+
+
+def _reference_forward(*args: Any) -> tuple[Tensor, ...]:
+    return _laid(reference.attention_forward(*args), _fake_forward(*args))
+
+
+def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
+    empty = _fake_backward(*args)
+    return _laid(reference.attention_backward(*args), empty)
+
+
+def _laid(results: tuple[Tensor, ...], empty: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The results in memory as the schema promises it."""
+    return tuple(e.copy_(result) for e, result in zip(empty, results, strict=True))
+
+
+# H is a multiple of Hk, and query head h meets key head h // (H // Hk). attn_mask is not expanded:
+# each of its dimensions is 1 or that of [B, H, L, S], and grad_mask has its shape, or no elements
+# without needs_mask. seed is int64 [1], given where dropout_p > 0. causal: 0 not, 1 upper left,
+# 2 lower right. Of 16-bit tensors statistics, [2, B, H, L], are float32. Output and gradients but
+# for the mask's lie in memory as [B, L, H, D].
+_attention_forward = define(
+    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, "
+    "float dropout_p, int causal, float scale) -> (Tensor output, Tensor statistics)",
+    _reference_forward,
+    _fake_forward,
+)
+_attention_backward = define(
+    "attention_backward(Tensor grad_output, Tensor? grad_logsumexp, Tensor query, Tensor key, "
+    "Tensor value, Tensor? attn_mask, Tensor? seed, Tensor output, Tensor statistics, "
+    "float dropout_p, int causal, float scale, bool needs_mask) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
+    _reference_backward,
+    _fake_backward,
+)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(query, key, value, attn_mask, seed, dropout_p, causal, scale):
+        args = (query, key, value, attn_mask, seed, dropout_p, causal, scale)
+        output, statistics = _attention_forward(*args)
+        return output, statistics.sum(0), statistics
+
+    @staticmethod
+    def setup_context(ctx, inputs, outputs):
+        output, _, statistics = outputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(*inputs[:5], output, statistics)
+        ctx.settings = inputs[5:]
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_logsumexp, _):
+        if grad_output is None and grad_logsumexp is None:
+            return (None,) * 8
+        *inputs, seed, output, statistics = ctx.saved_tensors
+        if grad_output is None:
+            grad_output = output.new_zeros(output.shape)
+        saved = (seed, output, statistics, *ctx.settings, ctx.needs_input_grad[3])
+        args = (grad_output, grad_logsumexp, *inputs, *saved)
+        if needs_autograd(grad_output, grad_logsumexp, *inputs):
+            gradients = apply(_AttentionBackward, *args)
+        else:
+            gradients = _attention_backward(*args)
+        return *_needed(gradients, ctx.needs_input_grad[:4]), *(None,) * 4
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return map_slices(_Attention, info, in_dims, args)
+
+
+class _AttentionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return _attention_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:9])
+        ctx.settings = inputs[9:12]
+        if not inputs[12]:
+            ctx.mark_non_differentiable(output[3])
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        if all(cotangent is None for cotangent in cotangents):
+            return (None,) * 13
+        backend.count("attention_backward", "reference")
+        needed = ctx.needs_input_grad[:6]
+        args: Any = (cotangents, *ctx.saved_tensors, *ctx.settings, needed[5])
+        gradients = reference.attention_double_backward(*args)
+        return *_needed(gradients, needed), *(None,) * 7
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return map_slices(_AttentionBackward, info, in_dims, args)
+
+
+def _needed(gradients: Any, needed: Any) -> list[Tensor | None]:
+    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]

@@ -1,0 +1,248 @@
+"""Every op on CUDA tensors, where plain PyTorch runs it as long as it has no GPU kernel."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from parity import assert_op_parity
+from test_backend import CALL, python
+from test_bidirectional_gru import split, together
+from test_gru import dtype_id, plain_gru
+from test_linear import plain as plain_linear
+from test_linear_cross_entropy import plain as plain_loss
+from test_linear_cross_entropy import plain_log_prob
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import genkernels
+
+DEVICE = "cuda"
+HALF = (torch.bfloat16, torch.float16)
+ATTENTION = "scaled_dot_product_attention"
+# The others' reference is PyTorch's own op, which is no fall back.
+WARNING = ("gru", "gru_cell", "bidirectional_gru", ATTENTION)
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA device: PyTorch sees none here"),
+    pytest.mark.filterwarnings("ignore:genkernels", "ignore:RNN module weights"),
+]
+
+
+class Case(NamedTuple):
+    op: Callable[..., Any]
+    plain: Callable[..., Any]
+    shapes: Mapping[str, tuple[int, ...]]  # of random tensors
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+    def draw(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        values = {name: torch.randn(s, generator=generator) for name, s in self.shapes.items()}
+        return {name: (0.4 * v).to(dtype) for name, v in values.items()} | self.settings
+
+
+def torch_bidirectional_gru(**values: Tensor) -> tuple[Tensor, ...]:
+    (weights, weights_reverse), x = split(values), values["input"]
+    hx = torch.stack([values["hx"], values["hx_reverse"]])
+    return torch.gru(x, hx, weights + weights_reverse, True, 1, 0.0, False, True, False)
+
+
+GRU = {
+    "input": (6, 19, 17), "hx": (19, 33),
+    "weight_ih": (99, 17), "weight_hh": (99, 33), "bias_ih": (99,), "bias_hh": (99,),
+}  # fmt: skip
+CELL = GRU | {"input": (19, 17)}
+BOTH = GRU | {f"{name}_reverse": shape for name, shape in GRU.items() if name != "input"}
+PACKED = GRU | {"input": (29, 17), "hx": (9, 33)}
+LINEAR = {"input": (5, 17), "weight": (33, 17), "bias": (33,)}
+LARGE = {"input": (300, 130), "weight": (140, 130), "bias": (140,)}
+LOSS = {"input": (40, 33), "linear_weight": (65, 33), "linear_bias": (65,)}
+TARGET = {"target": torch.where(torch.arange(40) % 3 == 0, -100, torch.arange(40) * 7 % 65)}
+QKV = {"query": (2, 4, 33, 24), "key": (2, 4, 40, 24), "value": (2, 4, 40, 16)}
+GROUPED = QKV | {"key": (2, 2, 40, 24), "value": (2, 2, 40, 16)}
+MASK = {"attn_mask": torch.arange(33 * 40).view(33, 40) % 7 < 5}
+
+gru, loss, log_prob = genkernels.gru, genkernels.linear_cross_entropy, genkernels.linear_log_prob
+# What follows a dash in a name tells the cases of one op apart.
+CASES = {
+    "gru": Case(gru, plain_gru, GRU),
+    "gru-reverse": Case(gru, plain_gru, GRU, {"reverse": True}),
+    "gru-packed": Case(gru, plain_gru, PACKED, {"batch_sizes": torch.tensor([9, 9, 5, 5, 1])}),
+    "gru-resets": Case(gru, plain_gru, GRU, {"resets": torch.arange(114).view(6, 19) % 5 == 0}),
+    "gru_cell": Case(genkernels.gru_cell, lambda **v: torch.gru_cell(*v.values()), CELL),
+    "bidirectional_gru": Case(together, torch_bidirectional_gru, BOTH),
+    "linear": Case(partial(genkernels.linear, activation="gelu"), plain_linear("gelu"), LINEAR),
+    "linear-large": Case(genkernels.linear, plain_linear(None), LARGE),
+    "linear_cross_entropy": Case(loss, plain_loss, LOSS, TARGET | {"label_smoothing": 0.1}),
+    "linear_cross_entropy-none": Case(loss, plain_loss, LOSS, TARGET | {"reduction": "none"}),
+    "linear_log_prob": Case(log_prob, plain_log_prob, LOSS, TARGET),
+}
+if hasattr(genkernels, ATTENTION):
+    attention = getattr(genkernels, ATTENTION)
+    sdpa = partial(Case, attention, F.scaled_dot_product_attention)
+    CASES |= {
+        ATTENTION: sdpa(QKV),
+        f"{ATTENTION}-causal": sdpa(QKV, {"is_causal": True, "scale": 1.5}),
+        f"{ATTENTION}-added": sdpa(QKV | {"attn_mask": (2, 1, 33, 40)}),
+        f"{ATTENTION}-grouped": sdpa(GROUPED, MASK | {"enable_gqa": True, "scale": 1.5}),
+    }
+each_op = pytest.mark.parametrize("name", genkernels.ops.__all__)
+
+
+@pytest.fixture(autouse=True)
+def set_up() -> Iterator[None]:
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.allow_tf32, cudnn.allow_tf32, cudnn.enabled
+    cuda.allow_tf32 = cudnn.allow_tf32 = False
+    genkernels.stats(reset=True)
+    genkernels.backend._warned.clear()
+    yield
+    cuda.allow_tf32, cudnn.allow_tf32, cudnn.enabled = before
+
+
+def on_device(values: dict[str, Any]) -> dict[str, Any]:
+    moved = {name for name, v in values.items() if isinstance(v, Tensor)} - {"batch_sizes"}
+    return {name: v.to(DEVICE) if name in moved else v for name, v in values.items()}
+
+
+def run(function: Callable[..., Any], values: dict[str, Any]) -> tuple[Tensor, ...]:
+    """What can be differentiated of the results, which are all where the arguments are."""
+    results = function(**values)
+    results = (results,) if isinstance(results, Tensor) else results
+    assert {result.device.type for result in results} == {DEVICE}
+    return tuple(result for result in results if result.is_floating_point())
+
+
+def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
+    """The one rule, of three draws. They and the cotangents are made on the CPU."""
+    torch.backends.cudnn.enabled = False  # its GRU has no second derivative, in evaluation no first
+    op, plain = (
+        lambda function=function, **values: tuple(r.cpu() for r in run(function, on_device(values)))
+        for function in (case.op, case.plain)
+    )
+    draws = [case.draw(dtype, seed) for seed in range(3)]
+    names = [f"output {i}" for i, _ in enumerate(plain(**draws[0]))]
+    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's one with every gradient
+        assert_op_parity(op, plain, plain, names, *draws)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
+def test_parity(name: str, dtype: torch.dtype) -> None:
+    check(CASES[name], dtype)
+    assert genkernels.stats() == {(name.partition("-")[0], "reference"): 3}
+
+
+@each_op
+def test_says_what_runs(name: str) -> None:
+    op, values = CASES[name].op, on_device(CASES[name].draw())
+    explanation = genkernels.explain(name, **values)
+    assert explanation.backend == "reference"
+    assert f"these are on {DEVICE}" in explanation.reasons["cpp"]
+    assert "no Triton kernel" in explanation.reasons["triton"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        op(**values)
+        op(**values)
+    messages = [m for m in (str(w.message) for w in caught) if m.startswith("genkernels.")]
+    said = f"genkernels.{name} runs the plain PyTorch reference: {explanation.reasons['triton']}"
+    assert messages == [said] * (name in WARNING)
+    assert genkernels.stats() == {(name, "reference"): 2}
+    for other in ("cpp", "triton"):
+        refusal = f"genkernels.{name}: backend '{other}' was asked for, but"
+        with genkernels.use_backend(other), pytest.raises(RuntimeError, match=refusal):
+            op(**values)
+
+
+def test_strict() -> None:
+    """It is about kernels that are missed, not about PyTorch's own op."""
+    code = CALL.replace("torch.ones(s)", f"torch.ones(s, device='{DEVICE}')")
+    code = code.replace("output", "print(genkernels.linear(values[0], values[2]).size())\noutput")
+    result = python(code, GENKERNELS_STRICT="1", GENKERNELS_BACKEND="")
+    assert "[3, 4, 18]" in result.stdout, result.stderr
+    assert "genkernels.gru: GENKERNELS_STRICT is set, and backend 'triton'" in result.stderr
+
+
+def test_prediction() -> None:
+    values = on_device(CASES["linear_log_prob"].draw())
+    assert torch.equal(log_prob(**values).prediction, plain_log_prob(**values)[1])
+
+
+@pytest.mark.skipif(ATTENTION not in CASES, reason=f"{ATTENTION}: not in this version")
+def test_dropout() -> None:
+    """What is dropped follows from the default generator, wherever the tensors are."""
+    values = CASES[ATTENTION].draw(torch.float64)
+    torch.manual_seed(0)
+    expected = attention(**values, dropout_p=0.4)
+    torch.manual_seed(0)
+    actual = attention(**on_device(values), dropout_p=0.4)
+    torch.testing.assert_close(actual.cpu(), expected)
+
+
+@each_op
+@pytest.mark.parametrize("dtype", HALF, ids=dtype_id)
+def test_autocast(name: str, dtype: torch.dtype) -> None:
+    """Dtypes as PyTorch's own op has them; the GRU's are its input's, as on the CPU."""
+    case = CASES[name]
+    values = on_device(case.draw())
+    leaves = [values[name].requires_grad_() for name in case.shapes]
+    with torch.autocast(DEVICE, dtype):
+        outputs = run(case.op, values)
+        expected = values["input"] if "gru" in name else run(case.plain, values)[0]
+        wide = run(case.op, on_device(case.draw(torch.float64)))
+    assert {output.dtype for output in outputs} == {expected.dtype}
+    assert {output.dtype for output in wide} == {torch.float64}
+    gradients = torch.autograd.grad(sum(o.float().square().sum() for o in outputs), leaves)
+    assert {gradient.dtype for gradient in gradients} == {torch.float32}
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_modules_train_as_torch_s() -> None:
+    torch.manual_seed(0)
+    models = []
+    for nn in (torch.nn, genkernels.nn):
+        parts = (nn.GRU(5, 8, 2, bidirectional=True), nn.GRUCell(16, 8), nn.Linear(8, 6))
+        models.append(torch.nn.Sequential(*parts, torch.nn.Linear(6, 7)).to(DEVICE))
+    models[1].load_state_dict(models[0].state_dict())
+    fused = genkernels.nn.LinearCrossEntropyLoss(6, 7, bias=True)
+    fused.linear = models[1][3]
+    criteria = (lambda rows, classes: F.cross_entropy(models[0][3](rows), classes), fused)
+    x, target = torch.randn(6, 4, 5).to(DEVICE), torch.tensor([1, 6, -100, 0] * 6).to(DEVICE)
+    packed = pack_padded_sequence(x, torch.tensor([3, 6, 1, 4]), enforce_sorted=False)
+    losses = []
+    for model, criterion in zip(models, criteria, strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for input in (x, packed, x):
+            output = model[0](input)[0]
+            rows = model[2](model[1](output.flatten(0, 1) if input is x else output.data))
+            losses.append(criterion(rows, target[: len(rows)]))
+            optimizer.zero_grad()
+            losses[-1].backward()
+            optimizer.step()
+    assert losses[5] < losses[3]
+    torch.testing.assert_close(losses[3:], losses[:3])
+    torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())
+
+
+@pytest.mark.parametrize("name", ["gru-reverse", "linear"])
+def test_compile(name: str) -> None:
+    pytest.importorskip("triton", reason="triton: not installed")
+    torch._dynamo.reset()
+    check(CASES[name]._replace(op=torch.compile(CASES[name].op, fullgraph=True)))
+
+
+@pytest.mark.parametrize("name", ["gru", "linear"])
+def test_double_backward(name: str) -> None:
+    def gradients(function: Callable[..., Any], **values: Tensor) -> tuple[Tensor, ...]:
+        leaves = [value.requires_grad_() for value in values.values()]
+        total = sum(output.square().sum() for output in run(function, values))
+        return torch.autograd.grad(total, leaves, create_graph=True)
+
+    op, plain, *_ = CASES[name]
+    check(CASES[name]._replace(op=partial(gradients, op), plain=partial(gradients, plain)))
