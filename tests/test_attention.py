@@ -437,7 +437,7 @@ class TestParity:
         self, kernel: str, boolean: bool, dtype: torch.dtype, request: pytest.FixtureRequest
     ) -> None:
         """Of 1e4 and more, in pairs about 1 apart, so that no row is a single one."""
-        if kernel == "baseline" and boolean:
+        if kernel == "baseline" and boolean and dtype != torch.bfloat16:
             reason = "without a fused multiply-add scores err by 3 times PyTorch's error, not 2"
             request.node.add_marker(pytest.mark.xfail(reason=reason, strict=False))
 

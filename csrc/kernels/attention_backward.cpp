@@ -457,15 +457,14 @@ struct Backward {
          block += is_one_row ? 1 : count_of_blocks)
       for (int64_t i = 0; i < smaller(kBlockQueries, of.queries - block * kBlockQueries); ++i) {
         const int64_t query = block * kBlockQueries + i;
-        double sum = 0;
         for (int64_t n = 0; n < count_of_blocks && first_key_block + n < key_blocks; ++n) {
           const int64_t key = (first_key_block + n) * kBlockKeys;
           const int64_t seen = smaller(smaller(kBlockKeys, of.keys - key), scores.visible(query) - key);
           const E* const from = members[n].grad_scores + ((block - first_block) * kBlockQueries + i) * kScoreStride;
+          double sum = 0;
           for (int64_t k = 0; k < seen; ++k) sum += double(from[k]);
           A* const to = mask_row(b, h, query);
           *to = A(double(*to) + sum);
-          sum = 0;
         }
       }
   }

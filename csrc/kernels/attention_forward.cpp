@@ -131,7 +131,7 @@ struct Forward {
     for (int64_t key = 0; key < end; key += kBlockKeys) {
       const Columns<E> columns = packed.columns(key);
       for (int64_t p = 0; p < columns.panels; ++p) {
-        const int64_t column = columns.first_column(p), last = smaller(of.keys, key + columns.first_column(p + 1));
+        const int64_t column = columns.first_column(p);
         if (key + column >= end) break;
         // The first run of rows that sees a key of the panel.
         int64_t skipped = 0;
@@ -151,7 +151,6 @@ struct Forward {
                 exponentiate<kVectors>(block, skipped + at, run, column, scale, sum);
               });
         });
-        (void)last;
       }
       if (of.dropout.threshold)
         scores.template drop<E>(query, rows, key, columns.count, Rows<E>{block.scores, kScoreStride});
