@@ -204,9 +204,9 @@ struct Backward {
       const Rows<const T> output = rows_of<T>(arguments.output, b, hq);
       const Rows<const T> grad_output = rows_of<T>(arguments.grad_output, b, hq);
       for (int64_t i = query; i < smaller(query + kBlockQueries, of.queries); ++i) {
-        const A shift = statistics[i];
-        head.shift[g * of.queries + i] = shift == -A(__builtin_inf()) ? A(0) : shift;
-        head.rest[g * of.queries + i] = statistics[all + i];
+        const Shift<A> shift = shift_of(statistics[i], statistics[all + i]);
+        head.shift[g * of.queries + i] = shift.near;
+        head.rest[g * of.queries + i] = shift.rest;
         double sum = 0;
         for (int64_t n = 0; n < of.value_size && !sums_delta(); n += kLanes<A>) {
           const int count = int(smaller(kLanes<A>, of.value_size - n));
@@ -247,24 +247,24 @@ struct Backward {
       const int64_t column = columns.first_column(p);
       columns.with_width(p, [&]<int kVectors>() {
         const E* const panel = keys.transposed_panel(head.keys, key, p);
-        for (int64_t first = 0; first < rows; first += kRunRows) {
-          const int64_t run = smaller(kRunRows, rows - first);
-          if (scores.visible(query + first + run - 1) <= key + tile_start(column)) continue;
-          Vector<A> sum[kRunRows][kVectors];
-          product_of_rows<E, kVectors, kScoreChain<A>>(queries[first], queries.stride, run, panel, of.head_size, sum);
-          A scale = A(of.scale);
+        for_row_tiles(rows, [&]<int kRows>(int64_t first) {
+          if (scores.visible(query + first + kRows - 1) <= key + tile_start(column)) return;
+          Vector<A> sum[kRows][kVectors];
+          multiply_in_chains<kScoreChain<A>, kVectors>(queries[first], queries.stride, panel, of.head_size, sum);
+          A scale = scores.scale;
           if (scores.needs_mask(query + first, key + column + kVectors * kLanes<A>)) {
-            scores.template apply_mask<kVectors>(query + first, run, key + column, sum);
+            scores.apply_mask(query + first, key + column, sum);
             scale = 1;
           }
-          for (int64_t i = 0; i < run; ++i) {
-            const A shift = head.shift[statistics + first + i];
-            const A rest = head.rest[statistics + first + i];
-            const auto e = exponential(
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i) {
+            const A shift = head.shift[statistics + first + i], rest = head.rest[statistics + first + i];
+            const auto p = power_of_base(
                 several<kVectors>([&](int v) GENKERNELS_LAMBDA { return (sum[i][v] * scale - shift) - rest; }));
-            for (int v = 0; v < kVectors; ++v) store(probabilities[first + i] + column + v * kLanes<A>, e[v]);
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v) store(probabilities[first + i] + column + v * kLanes<A>, p[v]);
           }
-        }
+        });
       });
     }
     if (of.dropout.threshold) scores.template mark_dropped<E>(query, rows, key, columns.count, probabilities);
@@ -273,16 +273,16 @@ struct Backward {
       const int64_t column = columns.first_column(p);
       columns.with_width(p, [&]<int kVectors>() {
         const E* const panel = values.transposed_panel(head.values, key, p);
-        for (int64_t first = 0; first < rows; first += kRunRows) {
-          const int64_t run = smaller(kRunRows, rows - first);
-          if (scores.visible(query + first + run - 1) <= key + tile_start(column)) continue;
-          Vector<A> sum[kRunRows][kVectors];
-          product_of_rows<E, kVectors, kScoreChain<A>>(grad_outputs[first], grad_outputs.stride, run, panel,
-                                                       of.value_size, sum);
-          for (int64_t i = 0; i < run; ++i)
+        for_row_tiles(rows, [&]<int kRows>(int64_t first) {
+          if (scores.visible(query + first + kRows - 1) <= key + tile_start(column)) return;
+          Vector<A> sum[kRows][kVectors];
+          multiply_in_chains<kScoreChain<A>, kVectors>(grad_outputs[first], grad_outputs.stride, panel, of.value_size,
+                                                       sum);
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i)
             form_grad_scores<kVectors>(sum[i], delta_of(first + i), probabilities[first + i] + column,
                                        grad_scores[first + i] + column);
-        }
+        });
       });
     }
     if (sums_delta())
@@ -382,23 +382,20 @@ struct Backward {
       for (int64_t p = 0; p < query_columns.panels; ++p)
         query_columns.with_width(p, [&]<int kVectors>() {
           const int64_t column = query_columns.first_column(p);
-          for (int64_t first = 0; first < rows; first += kRunRows) {
-            const int64_t run = smaller(kRunRows, rows - first);
-            const int64_t count = larger(0, smaller(most, scores.visible(query + first + run - 1) - key));
-            if (count == 0 && key > 0) continue;
-            Vector<A> sum[kRunRows][kVectors];
-            product_of_rows<E, kVectors, kKeyChain<A>>(from + first * kScoreStride, kScoreStride, run,
+          for_row_tiles(rows, [&]<int kRows>(int64_t first) {
+            const int64_t count = larger(0, smaller(most, scores.visible(query + first + kRows - 1) - key));
+            if (count == 0 && key > 0) return;
+            Vector<A> sum[kRows][kVectors];
+            multiply_in_chains<kKeyChain<A>, kVectors>(from + first * kScoreStride, kScoreStride,
                                                        keys.rows_panel(head.key_rows, key, p), count, sum);
-            for (int64_t i = 0; i < run; ++i)
-#pragma GCC unroll 3
-              for (int v = 0; v < kVectors; ++v) {
-                A* const at = to + (first + i) * stride + column + v * kLanes<A>;
-                const int lanes =
-                    adds_in_place() ? int(smaller(kLanes<A>, of.head_size - column - v * kLanes<A>)) : kLanes<A>;
-                const Vector<A> x = sum[i][v] * A(of.scale);
-                store(at, key == 0 ? x : load(at, lanes) + x, lanes);
-              }
-          }
+            for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+              A* const at = to + (first + i) * stride + column + v * kLanes<A>;
+              const int lanes =
+                  adds_in_place() ? int(smaller(kLanes<A>, of.head_size - column - v * kLanes<A>)) : kLanes<A>;
+              const Vector<A> x = sum[i][v] * A(of.scale);
+              store(at, key == 0 ? x : load(at, lanes) + x, lanes);
+            });
+          });
         });
     }
   }

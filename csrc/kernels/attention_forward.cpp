@@ -6,8 +6,8 @@ namespace genkernels::GENKERNELS_LEVEL {
 namespace {
 
 // Blocks of queries go through the keys in blocks (Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 1). A
-// row's maximum is that of the first block; it is raised only where a score exceeds it by kSlack, so that most tiles
-// need no reduction, and sums are kept by lanes until the end.
+// row's exponents are relative to `most`: 0, or the first scores' maximum if that is farther than kSlack from 0, or a
+// later one that exceeds it by kSlack. So most tiles need no reduction, and sums are kept by lanes until the end.
 //
 // Where there are heads enough, each thread has heads of its own, which it packs for itself. The heads left over are
 // packed by all threads, which then take blocks of queries in turns, the longest first.
@@ -17,17 +17,17 @@ struct Forward {
   using A = Accumulator<T>;
   static constexpr int64_t kBlockQueries = 48;
   static constexpr int64_t kScoreStride = kBlockKeys + 64 / int64_t(sizeof(E));
-  static constexpr A kSlack = 5;
+  static constexpr A kSlack = sizeof(A) == 8 ? 0 : 16;  // digits count in float64
 
   // A thread's own block.
   struct Block {
     E* queries;       // [kBlockQueries, query_stride]
-    E* scores;        // [kBlockQueries, kScoreStride], later e^(score - most)
+    E* scores;        // [kBlockQueries, kScoreStride], later base^(score - most)
     A* outputs;       // [kBlockQueries, output_stride]
     A* totals;        // [kBlockQueries, lanes] sums of the scores' exponentials
     A* most;          // [kBlockQueries]
     bool* has_most;   // [kBlockQueries] whether a key took part so far
-    bool* have_most;  // [kBlockQueries / kRunRows] whether that holds for all rows of a run
+    bool* have_most;  // [kBlockQueries / kTileRows] whether that holds for all rows of a tile
     E* keys;          // of a head of its own
     E* values;
   };
@@ -69,7 +69,7 @@ struct Forward {
                        allocate<A>(r, kBlockQueries * kLanes<A>),
                        allocate<A>(r, kBlockQueries),
                        allocate<bool>(r, kBlockQueries),
-                       allocate<bool>(r, kBlockQueries / kRunRows),
+                       allocate<bool>(r, kBlockQueries / kTileRows),
                        own_heads ? allocate<E>(r, packed.transposed_size()) : nullptr,
                        own_heads ? allocate<E>(r, packed.rows_size()) : nullptr};
   }
@@ -121,10 +121,15 @@ struct Forward {
     const Rows<const T> from = rows_of<T>(of.query, b, h);
     const Rows<const E> queries =
         stage<E, T>(block.queries, query_stride, rows, of.head_size, [&](int64_t i) { return from[query + i]; });
+    // What the next block reads and what this one writes last are on their way meanwhile.
+    const Rows<T> output = rows_of<T>(arguments.output, b, h);
     for (int64_t i = 0; i < rows; ++i) {
-      block.most[i] = 0;
-      block.has_most[i] = block.have_most[i / kRunRows] = false;
+      if (query + i >= kBlockQueries) prefetch<false>(from[query + i - kBlockQueries], of.head_size);
+      prefetch<true>(output[query + i], of.value_size);
     }
+    __builtin_memset(block.most, 0, sizeof(A) * kBlockQueries);
+    __builtin_memset(block.has_most, 0, sizeof(bool) * kBlockQueries);
+    __builtin_memset(block.have_most, 0, sizeof(bool) * kBlockQueries / kTileRows);
     __builtin_memset(block.totals, 0, size_t(rows * kLanes<A>) * sizeof(A));
     __builtin_memset(block.outputs, 0, size_t(rows * output_stride) * sizeof(A));
     const int64_t end = scores.visible(query + rows - 1);
@@ -133,23 +138,25 @@ struct Forward {
       for (int64_t p = 0; p < columns.panels; ++p) {
         const int64_t column = columns.first_column(p);
         if (key + column >= end) break;
-        // The first run of rows that sees a key of the panel.
+        // The first tile of rows that sees a key of the panel.
         int64_t skipped = 0;
-        while (skipped + kRunRows < rows && scores.visible(query + skipped + kRunRows - 1) <= key + column)
-          skipped += kRunRows;
-        columns.with_width(p, [&]<int kVectors>() {
+        while (skipped + kTileRows < rows && scores.visible(query + skipped + kTileRows - 1) <= key + column)
+          skipped += kTileRows;
+        columns.with_width(p, [&]<int kPanel>() {
           const E* const panel = packed.transposed_panel(keys, key, p);
-          const Rows<const E> seen{queries[skipped], queries.stride};
-          multiply_panel<E, kVectors, kScoreChain<A>>(
-              seen, rows - skipped, panel, of.head_size, panel + of.head_size * Panel<E, kVectors>::kStep / kGroup<E>,
-              [&](int64_t at, int64_t run, auto& sum) GENKERNELS_LAMBDA {
-                A scale = A(of.scale);
-                if (scores.needs_mask(query + skipped + at, key + column + kVectors * kLanes<A>)) {
-                  scores.template apply_mask<kVectors>(query + skipped + at, run, key + column, sum);
-                  scale = 1;
-                }
-                exponentiate<kVectors>(block, skipped + at, run, column, scale, sum);
-              });
+          for_row_tiles(rows - skipped, [&]<int kRows>(int64_t at) {
+            const int64_t row = skipped + at;
+            with_vectors<A, kRows, kPanel>(scores.visible(query + row + kRows - 1) - key - column, [&]<int kVectors>() {
+              Vector<A> sum[kRows][kVectors];
+              multiply_in_chains<kScoreChain<A>, kPanel>(queries[row], queries.stride, panel, of.head_size, sum);
+              A scale = scores.scale;
+              if (scores.needs_mask(query + row, key + column + kVectors * kLanes<A>)) {
+                scores.apply_mask(query + row, key + column, sum);
+                scale = 1;
+              }
+              exponentiate(block, row, column, scale, sum);
+            });
+          });
         });
       }
       if (of.dropout.threshold)
@@ -159,39 +166,36 @@ struct Forward {
     finish(b, h, query, rows, block);
   }
 
-  // Makes the scores of a tile e^(score - most), and adds them up.
-  template <int kVectors>
-  GENKERNELS_INLINE void exponentiate(const Block& block, int64_t first, int64_t run, int64_t column, A scale,
-                                      Vector<A> (&sum)[kRunRows][kVectors]) const {
-    bool& have_most = block.have_most[first / kRunRows];
+  // Makes the scores of a tile base^(score - most), and adds them up.
+  template <int kRows, int kVectors>
+  GENKERNELS_INLINE void exponentiate(const Block& block, int64_t first, int64_t column, A scale,
+                                      Vector<A> (&x)[kRows][kVectors]) const {
+    bool& have_most = block.have_most[first / kTileRows];
     if (!have_most) {
       have_most = true;
-      for (int64_t i = 0; i < run; ++i) have_most &= find_most<kVectors>(block, first + i, scale, sum[i]);
+      for_copy(x, [&](auto& copy) {
+        for (int i = 0; i < kRows; ++i) have_most &= find_most<kVectors>(block, first + i, scale, copy[i]);
+      });
     }
-    if (run == kRunRows) return exponentiate_rows<kRunRows, kVectors>(block, first, column, scale, sum);
-    for (int64_t i = 0; i < run; ++i) exponentiate_rows<1, kVectors>(block, first + i, column, scale, sum + i);
-  }
-
-  template <int kRows, int kVectors>
-  GENKERNELS_INLINE void exponentiate_rows(const Block& block, int64_t first, int64_t column, A scale,
-                                           Vector<A> (*sum)[kVectors]) const {
-    Vector<A> top = broadcast(-A(__builtin_inf()));
+    Vector<A> tops[kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       const Vector<A> most = broadcast(block.most[first + i]);
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) {
-        sum[i][v] = sum[i][v] * scale - most;
-        top = sum[i][v] > top ? sum[i][v] : top;
+        x[i][v] = x[i][v] * scale - most;
+        tops[v] = i > 0 && tops[v] > x[i][v] ? tops[v] : x[i][v];
       }
     }
-    if (any_above(top, kSlack))
-      for (int i = 0; i < kRows; ++i) raise<kVectors>(block, first + i, column, sum[i]);
-    constexpr int kTogether = kRows == 1 ? 1 : 2;
-#pragma GCC unroll 4
+    if (any_above(top_of(tops), kSlack))
+      for_copy(x, [&](auto& copy) {
+        for (int i = 0; i < kRows; ++i) raise<kVectors>(block, first + i, column, copy[i]);
+      });
+    constexpr int kTogether = kRows % 2 ? 1 : 2;
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; i += kTogether) {
-      const auto e = exponential(
-          several<kTogether * kVectors>([&](int j) GENKERNELS_LAMBDA { return sum[i + j / kVectors][j % kVectors]; }));
+      const auto e = power_of_base(
+          several<kTogether * kVectors>([&](int j) GENKERNELS_LAMBDA { return x[i + j / kVectors][j % kVectors]; }));
 #pragma GCC unroll 2
       for (int j = 0; j < kTogether; ++j) {
         A* const total = block.totals + (first + i + j) * kLanes<A>;
@@ -207,32 +211,45 @@ struct Forward {
     }
   }
 
-  // Whether the row has a maximum: it has none before a key takes part.
+  template <bool kForWriting, class S>
+  static GENKERNELS_INLINE void prefetch(S* row, int64_t count) {
+    constexpr int64_t kLine = 64 / int64_t(sizeof(S));
+    for (int64_t n = 0; n < count; n += kLine) __builtin_prefetch(row + n, kForWriting, 2);
+  }
+
   template <int kVectors>
-  GENKERNELS_INLINE bool find_most(const Block& block, int64_t i, A scale, const Vector<A> (&scores)[kVectors]) const {
-    if (block.has_most[i]) return true;
-    Vector<A> top = scores[0] * scale;
-    for (int v = 1; v < kVectors; ++v) {
-      const Vector<A> x = scores[v] * scale;
-      top = x > top ? x : top;
-    }
+  static GENKERNELS_INLINE Vector<A> top_of(const Vector<A> (&x)[kVectors]) {
+    Vector<A> top = x[0];
+#pragma GCC unroll 3
+    for (int v = 1; v < kVectors; ++v) top = x[v] > top ? x[v] : top;
+    return top;
+  }
+
+  // What is subtracted from a row's scores: nothing where the first of them are small anyway. Whether there are any.
+  template <int kVectors>
+  __attribute__((noinline)) bool find_most(const Block& block, int64_t i, A scale,
+                                           const Vector<A> (&scores)[kVectors]) const {
+    bool& has_most = block.has_most[i];
+    if (has_most) return true;
+    Vector<A> scaled[kVectors];
+    for (int v = 0; v < kVectors; ++v) scaled[v] = scores[v] * scale;
+    const Vector<A> top = top_of(scaled);
+    if (any_above(top, -kSlack) && !any_above(top, kSlack)) return has_most = true;
     const A most = max_of_lanes<A>(top);
     if (!(most > -A(__builtin_inf()))) return false;
     block.most[i] = most;
-    return block.has_most[i] = true;
+    return has_most = true;
   }
 
-  // A score that exceeds the row's maximum by so much becomes the maximum, and what was computed of the row follows.
+  // A score that exceeds `most` by so much becomes it, and what was computed of the row follows.
   template <int kVectors>
   __attribute__((noinline)) void raise(const Block& block, int64_t i, int64_t column, Vector<A> (&x)[kVectors]) const {
-    Vector<A> top = x[0];
-    for (int v = 1; v < kVectors; ++v) top = x[v] > top ? x[v] : top;
-    const A excess = max_of_lanes<A>(top);
-    if (!(excess > kSlack)) return;
-    const A most = block.most[i] + excess, rise = most - block.most[i];
-    block.most[i] = most;
+    const Vector<A> top = top_of(x);
+    if (!any_above(top, kSlack)) return;
+    const A rise = max_of_lanes<A>(top);
+    block.most[i] += rise;
     for (int v = 0; v < kVectors; ++v) x[v] -= rise;
-    const Vector<A> factor = exponential(several<1>([&](int) { return broadcast(-rise); }))[0];
+    const Vector<A> factor = power_of_base(several<1>([&](int) { return broadcast(-rise); }))[0];
     A* const total = block.totals + i * kLanes<A>;
     store(total, load(total) * factor);
     A* const output = block.outputs + i * output_stride;
@@ -246,41 +263,48 @@ struct Forward {
     for (int64_t p = 0; p < packed.values.panels; ++p)
       packed.values.with_width(p, [&]<int kVectors>() {
         const E* const panel = packed.rows_panel(values, key, p);
-        for (int64_t first = 0; first < rows; first += kRunRows) {
-          const int64_t run = smaller(kRunRows, rows - first);
-          const int64_t count = smaller(keys, scores.visible(query + first + run - 1) - key);
-          if (count <= 0) continue;
-          Vector<A> sum[kRunRows][kVectors];
-          product_of_rows<E, kVectors, kKeyChain<A>>(block.scores + first * kScoreStride, kScoreStride, run, panel,
-                                                     count, sum);
+        for_row_tiles(rows, [&]<int kRows>(int64_t first) {
+          const int64_t count = smaller(keys, scores.visible(query + first + kRows - 1) - key);
+          if (count <= 0) return;
+          Vector<A> sum[kRows][kVectors];
+          multiply_in_chains<kKeyChain<A>, kVectors>(block.scores + first * kScoreStride, kScoreStride, panel, count,
+                                                     sum);
           A* const to = block.outputs + first * output_stride + packed.values.first_column(p);
-          for (int64_t i = 0; i < run; ++i)
-#pragma GCC unroll 3
-            for (int v = 0; v < kVectors; ++v) {
-              A* const at = to + i * output_stride + v * kLanes<A>;
-              store(at, load(at) + sum[i][v]);
-            }
-        }
+          for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+            A* const at = to + i * output_stride + v * kLanes<A>;
+            store(at, load(at) + sum[i][v]);
+          });
+        });
       });
   }
 
   void finish(int64_t b, int64_t h, int64_t query, int64_t rows, const Block& block) const {
     const Rows<T> output = rows_of<T>(arguments.output, b, h);
     const int64_t rows_of_all = of.batch * of.heads * of.queries;
-    A* const shifts = static_cast<A*>(arguments.statistics) + (b * of.heads + h) * of.queries + query;
-    const A kept = A(of.dropout.scale);
+    A* const statistics = static_cast<A*>(arguments.statistics) + (b * of.heads + h) * of.queries + query;
+    double totals[kBlockQueries], logarithms[kBlockQueries];
+    A factors[kBlockQueries];
+    for (int64_t first = 0; first < rows; first += kLanes<A>) {
+      Vector<A> lanes[kLanes<A>];
+      for (int i = 0; i < kLanes<A>; ++i) lanes[i] = load(block.totals + (first + i) * kLanes<A>);
+      const Vector<A> sums = sums_of_lanes<A>(lanes);
+      store(factors + first, A(of.dropout.scale) / (sums == A(0) ? broadcast(A(__builtin_inf())) : sums));
+      for (int i = 0; i < kLanes<A>; ++i) totals[first + i] = double(sums[i]);
+    }
+    for (int64_t i = 0; i < rows; i += kLanes<double>) store(logarithms + i, logarithm<A>(load(totals + i)));
     for (int64_t i = 0; i < rows; ++i) {
-      const A total = sum_of_lanes<A>(load(block.totals + i * kLanes<A>));
-      // The logarithm is added as far as the sum has digits for it: scores near that sum, which make most of the
-      // gradients, are then subtracted from without rounding.
-      const double log = total == 0 ? 0.0 : __builtin_log(double(total));
-      const A shift = total == 0 ? -A(__builtin_inf()) : A(double(block.most[i]) + log);
-      shifts[i] = shift;
-      shifts[rows_of_all + i] = total == 0 ? A(0) : A(log - (double(shift) - double(block.most[i])));
-      const A factor = total == 0 ? A(0) : kept / total;
+      const bool has_keys = totals[i] != 0;
+      const double most = double(block.most[i]) * kLogBase<A>;
+      const A near = has_keys ? A(most + logarithms[i]) : -A(__builtin_inf());
+      statistics[i] = near;
+      statistics[rows_of_all + i] = has_keys ? A(logarithms[i] - (double(near) - most)) : A(0);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
       const A* const from = block.outputs + i * output_stride;
-      for (int64_t n = 0; n < of.value_size; n += kLanes<A>)
-        store(output[query + i] + n, load(from + n) * factor, int(smaller(kLanes<A>, of.value_size - n)));
+      T* const to = output[query + i];
+      int64_t n = 0;
+      for (; n + kLanes<A> <= of.value_size; n += kLanes<A>) store(to + n, load(from + n) * factors[i]);
+      if (n < of.value_size) store(to + n, load(from + n) * factors[i], int(of.value_size - n));
     }
   }
 };

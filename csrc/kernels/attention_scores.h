@@ -19,6 +19,19 @@ template <class A>
 constexpr int64_t kKeyChain = sizeof(A) == 8 ? 16 : kChain;
 static_assert(kBlockKeys <= kChain && kBlockKeys % kRandomKeys == 0);
 
+// The natural logarithm of the base that scores are exponents of: a power of 2 takes half the operations of one of e,
+// but float64 has the C library's.
+template <class A>
+constexpr double kLogBase = sizeof(A) == 8 ? 1 : kLog2;
+template <int kCount>
+GENKERNELS_INLINE Floats<kCount> power_of_base(const Floats<kCount>& x) {
+  return power_of_two(x);
+}
+template <int kCount>
+GENKERNELS_INLINE Several<Vector<double>, kCount> power_of_base(const Several<Vector<double>, kCount>& x) {
+  return exponential(x);
+}
+
 template <class V, class S>
 GENKERNELS_INLINE bool any_above(V x, S limit) {
 #if defined(__AVX512F__)
@@ -59,6 +72,68 @@ GENKERNELS_INLINE S sum_of_lanes(V x) {
   return reduce_lanes<S>(x, [](auto a, auto b) GENKERNELS_LAMBDA { return a + b; });
 }
 
+// What is subtracted from a row's exponents to make them probabilities, in two parts: of its statistics.
+template <class A>
+struct Shift {
+  A near, rest;
+};
+template <class A>
+Shift<A> shift_of(A near, A rest) {
+  if (near == -A(__builtin_inf())) return {0, 0};  // a row without keys
+  if constexpr (sizeof(A) == 8) return {near, rest};
+  const double shift = (double(near) + double(rest)) / kLogBase<A>;
+  return {A(shift), A(shift - double(A(shift)))};
+}
+
+// body(row, vector) for all of a tile.
+template <int kRows, int kVectors, class Body>
+GENKERNELS_INLINE void for_tile(const Body& body) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) body(i, v);
+}
+
+// body(copy) for a copy of a tile, which then replaces it: what a function that is not inlined may change would be
+// memory all the time, and not registers.
+template <class V, int kRows, int kVectors, class Body>
+GENKERNELS_INLINE void for_copy(V (&tile)[kRows][kVectors], const Body& body) {
+  V copy[kRows][kVectors];
+  for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { copy[i][v] = tile[i][v]; });
+  body(copy);
+  for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { tile[i][v] = copy[i][v]; });
+}
+
+// sum = a b for a tile of rows and the first kVectors of a panel, in chains of at most kLongest products.
+template <int64_t kLongest, int kPanel, class E, int kRows, int kVectors>
+GENKERNELS_INLINE void multiply_in_chains(const E* a, int64_t stride, const E* panel, int64_t K,
+                                          Vector<Accumulator<E>> (&sum)[kRows][kVectors]) {
+  const auto add = [&](int64_t k, auto& to) GENKERNELS_LAMBDA {
+    multiply<E, kRows, kVectors, kPanel>(a + k, stride, kGroup<E>, panel + k / kGroup<E> * Panel<E, kPanel>::kStep,
+                                         smaller(kLongest, K - k), to);
+  };
+  for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] = Vector<Accumulator<E>>{}; });
+  add(0, sum);
+  for (int64_t k = kLongest; k < K; k += kLongest) {
+    Vector<Accumulator<E>> part[kRows][kVectors] = {};
+    add(k, part);
+    for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] += part[i][v]; });
+  }
+}
+
+// body.operator()<vectors>() for as few of a panel's kPanel vectors as hold `count` columns; of whole tiles, since each
+// such body is much code.
+template <class A, int kRows, int kPanel, class Body>
+GENKERNELS_INLINE void with_vectors(int64_t count, const Body& body) {
+  if constexpr (kRows == kTileRows && kPanel > 1)
+    if (count <= (kPanel - 1) * kLanes<A>) {
+      if constexpr (kPanel > 2)
+        if (count > kLanes<A>) return body.template operator()<2>();
+      return body.template operator()<1>();
+    }
+  body.template operator()<kPanel>();
+}
+
 // The rows of one head of one batch.
 template <class T>
 Rows<const T> rows_of(const HeadsInput& of, int64_t b, int64_t h) {
@@ -78,64 +153,54 @@ struct Scores {
 
   const Attention& of;
   const char* mask;  // of the head
-  int64_t element;   // bytes of the mask's elements
   uint32_t index;    // of the head among all
+  A scale;           // of scores as exponents of the base
 
   Scores(const Attention& attention, int64_t b, int64_t h)
-      : of(attention),
-        element(of.mask.type == MaskType::boolean    ? 1
-                : of.mask.type == MaskType::of_dtype ? int64_t(sizeof(T))
-                                                     : int64_t(sizeof(A))),
-        index(uint32_t(b * of.heads + h)) {
+      : of(attention), index(uint32_t(b * of.heads + h)), scale(A(of.scale / kLogBase<A>)) {
+    const int64_t element = of.mask.type == MaskType::boolean    ? 1
+                            : of.mask.type == MaskType::of_dtype ? int64_t(sizeof(T))
+                                                                 : int64_t(sizeof(A));
     mask = static_cast<const char*>(of.mask.data) + (b * of.mask.batch + h * of.mask.head) * element;
   }
 
   // Keys [0, visible(i)) take part for query i as far as the diagonal goes.
   int64_t visible(int64_t query) const { return larger(0, smaller(of.keys, query + of.diagonal + 1)); }
 
-  // Whether scores of these queries and of keys up to `last_key` need mask().
+  // Whether scores of these queries and of keys up to `last_key` are not all scale q k.
   bool needs_mask(int64_t first_query, int64_t last_key) const {
     return of.mask.type != MaskType::none || last_key > visible(first_query);
   }
 
-  // sum = scale sum + mask for queries [query, query + run) and keys from `key` on, -inf where a key takes no part.
-  template <int kVectors>
-  void apply_mask(int64_t query, int64_t run, int64_t key, Vector<A> (&sum)[kRunRows][kVectors]) const {
-    const A scale = A(of.scale);
+  // sum = scale sum + mask, as exponents of the base, of queries from `query` and keys from `key` on; -inf where a key
+  // takes no part.
+  template <int kRows, int kVectors>
+  GENKERNELS_INLINE void apply_mask(int64_t query, int64_t key, Vector<A> (&tile)[kRows][kVectors]) const {
+    for_copy(tile, [&](auto& sum) { apply_mask_to(query, key, sum); });
+  }
+
+ private:
+  template <int kRows, int kVectors>
+  __attribute__((noinline)) void apply_mask_to(int64_t query, int64_t key, Vector<A> (&sum)[kRows][kVectors]) const {
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kVectors; ++v) sum[i][v] *= scale;
+    switch (of.mask.type) {
+      case MaskType::none: break;
+      case MaskType::boolean: add_mask<bool>(query, key, sum); break;
+      case MaskType::of_dtype: add_mask<T>(query, key, sum); break;
+      case MaskType::of_accumulator: add_mask<A>(query, key, sum); break;
+    }
+    if (key + kVectors * kLanes<A> <= visible(query)) return;
     Lanes lanes{};
     for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
-    for (int64_t i = 0; i < run; ++i) {
-      const int64_t end = visible(query + i);
-      for (int v = 0; v < kVectors; ++v) {
-        const int64_t first = key + v * kLanes<A>, count = larger(0, smaller(kLanes<A>, end - first));
-        Vector<A> x = sum[i][v] * scale;
-        if (of.mask.type != MaskType::none && count > 0) x += load_mask(query + i, first, int(count));
-        if (count < kLanes<A>) x = lanes < Lane(count) ? x : broadcast(-A(__builtin_inf()));
-        sum[i][v] = x;
-      }
+    for (int i = 0; i < kRows; ++i) {
+      const Lanes end = Lanes{} + Lane(larger(0, smaller(kVectors * kLanes<A>, visible(query + i) - key)));
+      for (int v = 0; v < kVectors; ++v)
+        sum[i][v] = lanes + Lane(v * kLanes<A>) < end ? sum[i][v] : broadcast(-A(__builtin_inf()));
     }
   }
 
-  Vector<A> load_mask(int64_t query, int64_t key, int count) const {
-    const char* const at = mask + (query * of.mask.query + key * of.mask.key) * element;
-    if (of.mask.key == 1) {
-      if (of.mask.type == MaskType::of_accumulator) return load(reinterpret_cast<const A*>(at), count);
-      if (of.mask.type == MaskType::of_dtype) return load(reinterpret_cast<const T*>(at), count);
-      typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
-      Bytes bytes{};
-      __builtin_memcpy(&bytes, at, size_t(count));
-      return __builtin_convertvector(bytes, Lanes) != Lane(0) ? Vector<A>{} : broadcast(-A(__builtin_inf()));
-    }
-    Vector<A> x{};
-    for (int l = 0; l < count; ++l) x[l] = mask_at(at + l * of.mask.key * element);
-    return x;
-  }
-  A mask_at(const char* at) const {
-    if (of.mask.type == MaskType::of_accumulator) return *reinterpret_cast<const A*>(at);
-    if (of.mask.type == MaskType::of_dtype) return as<A>(*reinterpret_cast<const T*>(at));
-    return *at ? A(0) : -A(__builtin_inf());
-  }
-
+ public:
   // Sets what dropout does not keep to zero: of queries [query, query + run) and keys [key, key + count).
   template <class E>
   void drop(int64_t query, int64_t run, int64_t key, int64_t count, Rows<E> probabilities) const {
@@ -148,6 +213,41 @@ struct Scores {
   }
 
  private:
+  template <class M, int kRows, int kVectors>
+  void add_mask(int64_t query, int64_t key, Vector<A> (&sum)[kRows][kVectors]) const {
+    const bool is_whole = of.mask.key == 1 && key + kVectors * kLanes<A> <= of.keys;
+    for (int64_t i = 0; i < smaller(kRows, of.queries - query); ++i) {
+      const M* const row = static_cast<const M*>(static_cast<const void*>(mask)) + (query + i) * of.mask.query;
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const int64_t first = key + v * kLanes<A>;
+        Vector<A> x{};
+        if (is_whole) {
+          x = load_mask(row + first);
+        } else {
+          for (int64_t l = 0; l < smaller(kLanes<A>, of.keys - first); ++l)
+            x[l] = mask_of(row[(first + l) * of.mask.key]);
+        }
+        sum[i][v] += x * A(1 / kLogBase<A>);
+      }
+    }
+  }
+
+  static Vector<A> load_mask(const A* from) { return load(from); }
+  static Vector<A> load_mask(const bfloat16* from) { return load(from); }
+  static Vector<A> load_mask(const bool* from) {
+    typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
+    Bytes bytes;
+    __builtin_memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, Lanes) != Lane(0) ? Vector<A>{} : broadcast(-A(__builtin_inf()));
+  }
+  template <class M>
+  static A mask_of(M x) {
+    if constexpr (__is_same(M, bool))
+      return x ? A(0) : -A(__builtin_inf());
+    else
+      return as<A>(x);
+  }
+
   template <class E, class Of>
   void where_dropped(int64_t query, int64_t run, int64_t key, int64_t most, Rows<E> probabilities,
                      const Of& of_p) const {

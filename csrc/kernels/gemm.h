@@ -72,8 +72,8 @@ struct NothingAhead {
 };
 
 // sum[i][v] += a[i][:] b[:][v] for K products. Row i of `a` starts at a + i * row_stride; `step` elements lie between
-// one group of k and the next.
-template <class E, int kRows, int kVectors, class Next = NothingAhead>
+// one group of k and the next. Of a panel of kPanel vectors, the first kVectors are multiplied.
+template <class E, int kRows, int kVectors, int kPanel = kVectors, class Next = NothingAhead>
 GENKERNELS_INLINE void multiply(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
                                 Vector<E> (&sum)[kRows][kVectors], Next ahead = {}) {
   for (int64_t k = 0; k < K; ++k) {
@@ -94,12 +94,12 @@ GENKERNELS_INLINE void multiply(const E* a, ptrdiff_t row_stride, ptrdiff_t step
       for (int v = 0; v < kVectors; ++v) sum[i][v] += row * column[v];
     }
     a += step;
-    b += kVectors * kLanes<E>;
+    b += kPanel * kLanes<E>;
   }
 }
 
 #if defined(__AVX512BF16__)
-template <class E, int kRows, int kVectors, class Next = NothingAhead>
+template <class E, int kRows, int kVectors, int kPanel = kVectors, class Next = NothingAhead>
 GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff_t step, const bfloat16* b, int64_t K,
                                 Vector<float> (&sum)[kRows][kVectors], Next ahead = {}) {
   constexpr int kPair = 2 * kLanes<float>;
@@ -122,7 +122,7 @@ GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff
       return pair;
     });
     a += step;
-    b += kVectors * kPair;
+    b += kPanel * kPair;
   }
   // An odd K ends in half a pair: the element after it may belong to someone else, or to nobody.
   if (K % 2) pairs([](const bfloat16* at) { return int(at->bits); });
@@ -191,15 +191,15 @@ GENKERNELS_INLINE void product_of_few_rows(const E* a, ptrdiff_t row_stride, con
   }
 }
 
-// total[i][v] = a[i][:] b[:][v] for at most kRunRows rows, in chains of at most kLongest.
-template <class E, int kVectors, int64_t kLongest = kChain, class Next = NothingAhead>
+// total[i][v] = a[i][:] b[:][v] for at most kRunRows rows.
+template <class E, int kVectors, class Next = NothingAhead>
 GENKERNELS_INLINE void product_of_rows(const E* a, ptrdiff_t row_stride, int64_t rows, const E* b, int64_t K,
                                        Vector<E> (&total)[kRunRows][kVectors], Next ahead = {}) {
-  for (int64_t k = 0; k < K || k == 0; k += kLongest)
+  for (int64_t k = 0; k < K || k == 0; k += kChain)
     for_row_tiles(rows, [&]<int kRows>(int64_t first) {
       Vector<E> sum[kRows][kVectors] = {};
       multiply<E, kRows, kVectors>(a + first * row_stride + k, row_stride, kGroup<E>,
-                                   b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kLongest, K - k), sum,
+                                   b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kChain, K - k), sum,
                                    ahead.from(k / kGroup<E>));
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
@@ -402,14 +402,14 @@ void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* til
 
 // Calls finish(first, run, sum) with the product of rows [first, first + run) of `a` and a panel, for all `rows` of
 // them. `next` is the panel to come, which is fetched into L2 meanwhile.
-template <class E, int kVectors, int64_t kLongest = kChain, class Finish>
+template <class E, int kVectors, class Finish>
 GENKERNELS_INLINE void multiply_panel(Rows<const E> a, int64_t rows, const E* panel, int64_t K, const E* next,
                                       const Finish& finish) {
   const char* const ahead = reinterpret_cast<const char*>(next);
   for (int64_t first = 0; first < rows; first += kRunRows) {
     const int64_t run = smaller(kRunRows, rows - first), part = first / kRunRows;
     Vector<Accumulator<E>> sum[kRunRows][kVectors];
-    product_of_rows<E, kVectors, kLongest>(
+    product_of_rows<E, kVectors>(
         a[first], a.stride, run, panel, K, sum,
         Ahead<Into::L2>{part < kVectors ? ahead + part * ceil_div(K, kGroup<E>) * kVectorBytes : ahead});
     finish(first, run, sum);
