@@ -280,8 +280,6 @@ struct Forward {
 
   void finish(int64_t b, int64_t h, int64_t query, int64_t rows, const Block& block) const {
     const Rows<T> output = rows_of<T>(arguments.output, b, h);
-    const int64_t rows_of_all = of.batch * of.heads * of.queries;
-    A* const statistics = static_cast<A*>(arguments.statistics) + (b * of.heads + h) * of.queries + query;
     double totals[kBlockQueries], logarithms[kBlockQueries];
     A factors[kBlockQueries];
     for (int64_t first = 0; first < rows; first += kLanes<A>) {
@@ -292,13 +290,9 @@ struct Forward {
       for (int i = 0; i < kLanes<A>; ++i) totals[first + i] = double(sums[i]);
     }
     for (int64_t i = 0; i < rows; i += kLanes<double>) store(logarithms + i, logarithm<A>(load(totals + i)));
-    for (int64_t i = 0; i < rows; ++i) {
-      const bool has_keys = totals[i] != 0;
-      const double most = double(block.most[i]) * kLogBase<A>;
-      const A near = has_keys ? A(most + logarithms[i]) : -A(__builtin_inf());
-      statistics[i] = near;
-      statistics[rows_of_all + i] = has_keys ? A(logarithms[i] - (double(near) - most)) : A(0);
-    }
+    for (int64_t i = 0; i < rows; ++i)
+      set_statistics<A>(arguments, (b * of.heads + h) * of.queries + query + i, block.most[i], totals[i],
+                        logarithms[i]);
     for (int64_t i = 0; i < rows; ++i) {
       const A* const from = block.outputs + i * output_stride;
       T* const to = output[query + i];
@@ -312,6 +306,7 @@ struct Forward {
 }  // namespace
 
 void attention_forward(const AttentionForward& arguments, const Runtime& runtime) {
+  if (is_decode(arguments.of)) return attention_decode(arguments, runtime);
   switch (arguments.of.dtype) {
     case DType::float32: return Forward<float>(arguments, runtime).run();
     case DType::float64: return Forward<double>(arguments, runtime).run();

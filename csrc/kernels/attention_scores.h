@@ -85,6 +85,18 @@ Shift<A> shift_of(A near, A rest) {
   return {A(shift), A(shift - double(A(shift)))};
 }
 
+// A row's statistics, whose exponents relative to `most` add up to `total`.
+template <class A>
+GENKERNELS_INLINE void set_statistics(const AttentionForward& arguments, int64_t row, A most, double total,
+                                      double logarithm_of_total) {
+  const Attention& of = arguments.of;
+  A* const near = static_cast<A*>(arguments.statistics) + row;
+  A* const rest = near + of.batch * of.heads * of.queries;
+  const double shift = double(most) * kLogBase<A>;
+  *near = total == 0 ? -A(__builtin_inf()) : A(shift + logarithm_of_total);
+  *rest = total == 0 ? A(0) : A(logarithm_of_total - (double(*near) - shift));
+}
+
 // body(row, vector) for all of a tile.
 template <int kRows, int kVectors, class Body>
 GENKERNELS_INLINE void for_tile(const Body& body) {
@@ -144,6 +156,10 @@ Rows<T> rows_of(const HeadsOutput& of, int64_t b, int64_t h) {
   return {static_cast<T*>(of.data) + b * of.batch + h * of.head, of.row};
 }
 
+// The forward pass for few queries and many keys, attention_decode.cpp.
+bool is_decode(const Attention& of);
+void attention_decode(const AttentionForward& arguments, const Runtime& runtime);
+
 // A head's scores: which keys take part for a query, and what is added to them.
 template <class T>
 struct Scores {
@@ -201,6 +217,15 @@ struct Scores {
   }
 
  public:
+  // What is added to the scores of a query and of `count` keys, of which a register holds the first. There is a mask.
+  Vector<A> load_mask(int64_t query, int64_t key, int64_t count) const {
+    switch (of.mask.type) {
+      case MaskType::boolean: return load_mask<bool>(query, key, count);
+      case MaskType::of_dtype: return load_mask<T>(query, key, count);
+      default: return load_mask<A>(query, key, count);
+    }
+  }
+
   // Sets what dropout does not keep to zero: of queries [query, query + run) and keys [key, key + count).
   template <class E>
   void drop(int64_t query, int64_t run, int64_t key, int64_t count, Rows<E> probabilities) const {
@@ -215,26 +240,25 @@ struct Scores {
  private:
   template <class M, int kRows, int kVectors>
   void add_mask(int64_t query, int64_t key, Vector<A> (&sum)[kRows][kVectors]) const {
-    const bool is_whole = of.mask.key == 1 && key + kVectors * kLanes<A> <= of.keys;
-    for (int64_t i = 0; i < smaller(kRows, of.queries - query); ++i) {
-      const M* const row = static_cast<const M*>(static_cast<const void*>(mask)) + (query + i) * of.mask.query;
+    for (int64_t i = 0; i < smaller(kRows, of.queries - query); ++i)
       for (int64_t v = 0; v < kVectors; ++v) {
         const int64_t first = key + v * kLanes<A>;
-        Vector<A> x{};
-        if (is_whole) {
-          x = load_mask(row + first);
-        } else {
-          for (int64_t l = 0; l < smaller(kLanes<A>, of.keys - first); ++l)
-            x[l] = mask_of(row[(first + l) * of.mask.key]);
-        }
-        sum[i][v] += x * A(1 / kLogBase<A>);
+        if (first < of.keys) sum[i][v] += load_mask<M>(query + i, first, of.keys - first) * A(1 / kLogBase<A>);
       }
-    }
   }
 
-  static Vector<A> load_mask(const A* from) { return load(from); }
-  static Vector<A> load_mask(const bfloat16* from) { return load(from); }
-  static Vector<A> load_mask(const bool* from) {
+  template <class M>
+  Vector<A> load_mask(int64_t query, int64_t key, int64_t count) const {
+    const M* const at =
+        static_cast<const M*>(static_cast<const void*>(mask)) + query * of.mask.query + key * of.mask.key;
+    if (of.mask.key == 1 && count >= kLanes<A>) return load_whole(at);
+    Vector<A> x{};
+    for (int64_t l = 0; l < smaller(kLanes<A>, count); ++l) x[l] = mask_of(at[l * of.mask.key]);
+    return x;
+  }
+  static Vector<A> load_whole(const A* from) { return load(from); }
+  static Vector<A> load_whole(const bfloat16* from) { return load(from); }
+  static Vector<A> load_whole(const bool* from) {
     typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
     Bytes bytes;
     __builtin_memcpy(&bytes, from, sizeof bytes);

@@ -38,16 +38,18 @@ GENKERNELS_INLINE int64_t multiply_columns(const T* const* x, const T* const (&w
   return k;
 }
 
-// to[i][u] = x[i] w[u] for kRows rows x and `units` neighbouring rows of a weight as it lies in memory, at most a
-// register of sums at a time: what packing would cost is more than what adding up their lanes does.
+// to[i][u] = x[i] w[u] for kRows rows x and `units` rows of a weight as it lies in memory, w_stride elements apart, at
+// most a register of sums at a time: what packing would cost is more than what adding up their lanes does. Rounded up
+// to a multiple of the lanes, as many units are written.
 template <class T, int kRows>
-void multiply_units(const T* weight, int64_t K, int64_t units, const T* const* x, Accumulator<T>* to, int64_t stride) {
+void multiply_units(const T* weight, int64_t w_stride, int64_t K, int64_t units, const T* const* x, Accumulator<T>* to,
+                    int64_t stride) {
   using A = Accumulator<T>;
   constexpr int kUnits = kLanes<A> / kRows;
   constexpr int64_t kLongest = kChain * kLanes<A>;  // each lane is a chain of its own
   for (int64_t first = 0; first < units; first += kUnits) {
     const T* w[kUnits];
-    for (int u = 0; u < kUnits; ++u) w[u] = weight + smaller(first + u, units - 1) * K;
+    for (int u = 0; u < kUnits; ++u) w[u] = weight + smaller(first + u, units - 1) * w_stride;
     Vector<A> totals = {};
     for (int64_t start = 0; start < K; start += kLongest) {
       const int64_t length = smaller(kLongest, K - start);
@@ -72,12 +74,13 @@ void multiply_units(const T* weight, int64_t K, int64_t units, const T* const* x
 }
 
 template <class T, int kRows = int(smaller(4, kLanes<Accumulator<T>>))>
-void multiply_units_of_rows(const T* weight, int64_t K, int64_t units, const T* const* x, int64_t rows,
-                            Accumulator<T>* to, int64_t stride) {
+void multiply_units_of_rows(const T* weight, int64_t w_stride, int64_t K, int64_t units, const T* const* x,
+                            int64_t rows, Accumulator<T>* to, int64_t stride) {
   int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) multiply_units<T, kRows>(weight, K, units, x + i, to + i * stride, stride);
+  for (; i + kRows <= rows; i += kRows)
+    multiply_units<T, kRows>(weight, w_stride, K, units, x + i, to + i * stride, stride);
   if constexpr (kRows > 1)
-    multiply_units_of_rows<T, kRows / 2>(weight, K, units, x + i, rows - i, to + i * stride, stride);
+    multiply_units_of_rows<T, kRows / 2>(weight, w_stride, K, units, x + i, rows - i, to + i * stride, stride);
 }
 
 // sums[i][v] += a[i][k] b[k][v] for kRows rows and kTogether neighbouring k. Row k of b begins at b + k * N, a row of

@@ -354,7 +354,7 @@ void forward_few_rows(const Sequence<T>& sequence, const GateWeights<T>& weights
   const bool together = from_inputs != nullptr;
   const auto multiply = [&](const T* weight, int64_t K, const auto& block, const T* const* x, int64_t rows, Sums* to) {
     for (int gate = 0; gate < 3; ++gate)
-      multiply_units_of_rows(weight + (gate * H + block.first) * K, K, smaller(kUnits, H - block.first), x, rows,
+      multiply_units_of_rows(weight + (gate * H + block.first) * K, K, K, smaller(kUnits, H - block.first), x, rows,
                              to[0][gate], 3 * kUnits);
   };
   const T* weight_ih = static_cast<const T*>(gru.weight_ih);

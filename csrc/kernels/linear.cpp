@@ -226,7 +226,8 @@ void forward_outputs(const Linear& linear, int64_t first, int64_t last) {
     const T* input[kFewRows];
     for (int64_t i = 0; i < linear.rows; ++i) input[i] = static_cast<const T*>(linear.input) + i * linear.input_stride;
     A sums[kFewRows][kUnits];
-    multiply_units_of_rows(static_cast<const T*>(linear.weight) + n * K, K, count, input, linear.rows, sums[0], kUnits);
+    multiply_units_of_rows(static_cast<const T*>(linear.weight) + n * K, K, K, count, input, linear.rows, sums[0],
+                           kUnits);
     for (int64_t i = 0; i < linear.rows; ++i) {
       const auto x = several<1>([&](int) { return load(sums[i], count) + added; });
       if (linear.pre_activation) store(static_cast<T*>(linear.pre_activation) + i * N + n, x[0], count);

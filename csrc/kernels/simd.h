@@ -69,11 +69,20 @@ GENKERNELS_INLINE Vector<S> load(const S* from) {
   return v;
 }
 
+// GCC would widen halves of a register and put them together.
 GENKERNELS_INLINE Vector<float> load(const bfloat16* from) {
+#if defined(__AVX512F__)
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vector<float>)_mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, narrow), 16);
+#elif defined(__AVX2__)
+  const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return (Vector<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
+#else
   typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
   Narrow narrow;
   __builtin_memcpy(&narrow, from, sizeof narrow);
   return (Vector<float>)(__builtin_convertvector(narrow, Vector<uint32_t>) << 16);
+#endif
 }
 
 template <class S>
@@ -84,12 +93,17 @@ GENKERNELS_INLINE void store(S* to, Vector<S> v) {
 // Rounds to nearest, ties to even. A NaN keeps its sign and becomes quiet: rounding its payload up
 // could carry into the exponent and turn it into an infinity.
 GENKERNELS_INLINE void store(bfloat16* to, Vector<float> v) {
-  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
   const Vector<uint32_t> bits = (Vector<uint32_t>)v;
   const Vector<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Vector<uint32_t> quiet = (bits >> 16) | 0x40;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)(v == v ? rounded : quiet)));
+#else
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
   const Narrow narrow = __builtin_convertvector(v == v ? rounded : quiet, Narrow);
   __builtin_memcpy(to, &narrow, sizeof narrow);
+#endif
 }
 
 // The last, incomplete vector of a row: `count` elements, the other lanes are zero.
