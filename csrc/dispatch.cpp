@@ -30,6 +30,7 @@ namespace {
    [] { return bool(condition); },               \
    level::attention_forward,                     \
    level::attention_backward,                    \
+   level::attention_double_backward,             \
    level::gru_packed_size,                       \
    level::gru_pack,                              \
    level::gru_forward,                           \

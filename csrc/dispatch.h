@@ -19,6 +19,7 @@ struct Kernels {
   bool (*is_supported)();
   decltype(&baseline::attention_forward) attention_forward;
   decltype(&baseline::attention_backward) attention_backward;
+  decltype(&baseline::attention_double_backward) attention_double_backward;
   decltype(&baseline::gru_packed_size) gru_packed_size;
   decltype(&baseline::gru_pack) gru_pack;
   decltype(&baseline::gru_forward) gru_forward;

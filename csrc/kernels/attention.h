@@ -63,10 +63,25 @@ struct AttentionBackward {
   int64_t grad_mask_batch, grad_mask_head, grad_mask_query, grad_mask_key, grad_mask_size;
 };
 
+// The backward pass of the backward pass: what it is given are the gradients of its results, each perhaps absent (null,
+// and a mask of no type), and what it gives are those of its arguments.
+struct AttentionDoubleBackward {
+  Attention of;
+  HeadsInput grad_output, grad_grad_query, grad_grad_key, grad_grad_value;
+  AttentionMask grad_grad_mask;
+  const void* statistics;
+  const void* grad_logsumexp;  // [B, H, L], contiguous, or null
+  HeadsOutput grad_grad_output, grad_query, grad_key, grad_value;
+  void* grad_grad_logsumexp;  // as grad_logsumexp
+  void* grad_mask;            // as in the backward pass
+  int64_t grad_mask_batch, grad_mask_head, grad_mask_query, grad_mask_key, grad_mask_size;
+};
+
 }  // namespace genkernels
 
-#define GENKERNELS_DECLARE_ATTENTION(level)                                            \
-  namespace genkernels::level {                                                        \
-  void attention_forward(const AttentionForward& arguments, const Runtime& runtime);   \
-  void attention_backward(const AttentionBackward& arguments, const Runtime& runtime); \
+#define GENKERNELS_DECLARE_ATTENTION(level)                                                         \
+  namespace genkernels::level {                                                                     \
+  void attention_forward(const AttentionForward& arguments, const Runtime& runtime);                \
+  void attention_backward(const AttentionBackward& arguments, const Runtime& runtime);              \
+  void attention_double_backward(const AttentionDoubleBackward& arguments, const Runtime& runtime); \
   }

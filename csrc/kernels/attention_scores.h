@@ -116,21 +116,29 @@ GENKERNELS_INLINE void for_copy(V (&tile)[kRows][kVectors], const Body& body) {
   for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { tile[i][v] = copy[i][v]; });
 }
 
-// sum = a b for a tile of rows and the first kVectors of a panel, in chains of at most kLongest products.
-template <int64_t kLongest, int kPanel, class E, int kRows, int kVectors>
-GENKERNELS_INLINE void multiply_in_chains(const E* a, int64_t stride, const E* panel, int64_t K,
-                                          Vector<Accumulator<E>> (&sum)[kRows][kVectors]) {
+// sum += a b for a tile of rows, in chains of at most kLongest products; `step` elements lie between one group of k and
+// the next, and b_step in b.
+template <int64_t kLongest, class E, int kRows, int kVectors>
+GENKERNELS_INLINE void add_in_chains(const E* a, ptrdiff_t stride, ptrdiff_t step, const E* b, ptrdiff_t b_step,
+                                     int64_t K, Vector<Accumulator<E>> (&sum)[kRows][kVectors]) {
   const auto add = [&](int64_t k, auto& to) GENKERNELS_LAMBDA {
-    multiply<E, kRows, kVectors, kPanel>(a + k, stride, kGroup<E>, panel + k / kGroup<E> * Panel<E, kPanel>::kStep,
-                                         smaller(kLongest, K - k), to);
+    multiply<E, kRows, kVectors>(a + k / kGroup<E> * step, stride, step, b + k / kGroup<E> * b_step,
+                                 smaller(kLongest, K - k), to, NothingAhead{}, b_step);
   };
-  for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] = Vector<Accumulator<E>>{}; });
   add(0, sum);
   for (int64_t k = kLongest; k < K; k += kLongest) {
     Vector<Accumulator<E>> part[kRows][kVectors] = {};
     add(k, part);
     for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] += part[i][v]; });
   }
+}
+
+// sum = a b for a tile of rows and the first kVectors of a panel.
+template <int64_t kLongest, int kPanel, class E, int kRows, int kVectors>
+GENKERNELS_INLINE void multiply_in_chains(const E* a, ptrdiff_t stride, const E* panel, int64_t K,
+                                          Vector<Accumulator<E>> (&sum)[kRows][kVectors]) {
+  for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] = Vector<Accumulator<E>>{}; });
+  add_in_chains<kLongest>(a, stride, kGroup<E>, panel, Panel<E, kPanel>::kStep, K, sum);
 }
 
 // body.operator()<vectors>() for as few of a panel's kPanel vectors as hold `count` columns; of whole tiles, since each

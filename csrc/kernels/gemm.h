@@ -72,10 +72,11 @@ struct NothingAhead {
 };
 
 // sum[i][v] += a[i][:] b[:][v] for K products. Row i of `a` starts at a + i * row_stride; `step` elements lie between
-// one group of k and the next. Of a panel of kPanel vectors, the first kVectors are multiplied.
-template <class E, int kRows, int kVectors, int kPanel = kVectors, class Next = NothingAhead>
+// one group of k and the next, and `b_step` in b, which need not be a packed panel.
+template <class E, int kRows, int kVectors, class Next = NothingAhead>
 GENKERNELS_INLINE void multiply(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
-                                Vector<E> (&sum)[kRows][kVectors], Next ahead = {}) {
+                                Vector<E> (&sum)[kRows][kVectors], Next ahead = {},
+                                ptrdiff_t b_step = kVectors * kLanes<E>) {
   for (int64_t k = 0; k < K; ++k) {
     ahead.template fetch<kVectors>(b);
     Vector<E> column[kVectors];
@@ -94,14 +95,15 @@ GENKERNELS_INLINE void multiply(const E* a, ptrdiff_t row_stride, ptrdiff_t step
       for (int v = 0; v < kVectors; ++v) sum[i][v] += row * column[v];
     }
     a += step;
-    b += kPanel * kLanes<E>;
+    b += b_step;
   }
 }
 
 #if defined(__AVX512BF16__)
-template <class E, int kRows, int kVectors, int kPanel = kVectors, class Next = NothingAhead>
+template <class E, int kRows, int kVectors, class Next = NothingAhead>
 GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff_t step, const bfloat16* b, int64_t K,
-                                Vector<float> (&sum)[kRows][kVectors], Next ahead = {}) {
+                                Vector<float> (&sum)[kRows][kVectors], Next ahead = {},
+                                ptrdiff_t b_step = 2 * kVectors * kLanes<float>) {
   constexpr int kPair = 2 * kLanes<float>;
   const auto pairs = [&](auto load_pair) __attribute__((always_inline)) {
     __m512bh column[kVectors];
@@ -122,7 +124,7 @@ GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff
       return pair;
     });
     a += step;
-    b += kPanel * kPair;
+    b += b_step;
   }
   // An odd K ends in half a pair: the element after it may belong to someone else, or to nobody.
   if (K % 2) pairs([](const bfloat16* at) { return int(at->bits); });

@@ -1,4 +1,5 @@
-// genkernels::attention_forward and attention_backward. Schema and meaning: genkernels/ops/attention.py.
+// genkernels::attention_forward, attention_backward and attention_double_backward. Schema and meaning:
+// genkernels/ops/attention.py.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -13,7 +14,8 @@
 namespace genkernels {
 namespace {
 
-CallCounter forward_calls("attention_forward"), backward_calls("attention_backward");
+CallCounter forward_calls("attention_forward"), backward_calls("attention_backward"),
+    double_backward_calls("attention_double_backward");
 
 void check_heads(const char* name, const Tensor& tensor) {
   STD_TORCH_CHECK(tensor.dim() == 4, name, ": expected 4 dimensions, got ", tensor.dim());
@@ -121,6 +123,45 @@ std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor va
   return {output, statistics};
 }
 
+// What the backward passes are given beside the forward pass's arguments.
+void check_saved(const Arguments& arguments, const Tensor& grad_output, const std::optional<Tensor>& grad_logsumexp,
+                 const Tensor& output, const Tensor& statistics, bool needs_mask) {
+  const Attention& of = arguments.of;
+  const Tensor& query = arguments.query;
+  const auto check_sums = [&](const char* name, const Tensor& tensor) {
+    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulator_dtype(query), name,
+                    ": expected a CPU tensor of query's dtype, or of float32 beside bfloat16");
+  };
+  for (const auto& [name, tensor] : {std::pair("grad_output", &grad_output), std::pair("output", &output)}) {
+    check_like(name, *tensor, query);
+    check_shape(name, *tensor, {of.batch, of.heads, of.queries, of.value_size});
+  }
+  check_sums("statistics", statistics);
+  check_shape("statistics", statistics, {2, of.batch, of.heads, of.queries});
+  if (grad_logsumexp) {
+    check_sums("grad_logsumexp", *grad_logsumexp);
+    check_shape("grad_logsumexp", *grad_logsumexp, {of.batch, of.heads, of.queries});
+  }
+  STD_TORCH_CHECK(!needs_mask || (of.mask.type != MaskType::none && of.mask.type != MaskType::boolean),
+                  "needs_mask: there is no floating-point attn_mask");
+}
+
+// The mask's gradient, which `to` learns of; without elements where it is not needed.
+template <class Backward>
+Tensor new_grad_mask(const Tensor& query, const std::optional<Tensor>& attn_mask, bool needs_mask, Backward& to) {
+  if (!needs_mask) return new_kept(query, {0});
+  const Tensor& mask = *attn_mask;
+  const Tensor grad_mask = new_kept(mask, {mask.size(0), mask.size(1), mask.size(2), mask.size(3)});
+  const auto stride = [&](int64_t i) { return grad_mask.size(i) == 1 ? 0 : grad_mask.stride(i); };
+  to.grad_mask = grad_mask.mutable_data_ptr();
+  to.grad_mask_size = grad_mask.numel();
+  to.grad_mask_batch = stride(0);
+  to.grad_mask_head = stride(1);
+  to.grad_mask_query = stride(2);
+  to.grad_mask_key = stride(3);
+  return grad_mask;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad_output_,
                                                               std::optional<Tensor> grad_logsumexp_, Tensor query,
                                                               Tensor key, Tensor value, std::optional<Tensor> attn_mask,
@@ -130,22 +171,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad_output
   const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale);
   const Attention& of = arguments.of;
   const int64_t B = of.batch, H = of.heads, L = of.queries;
-  const auto check_sums = [&](const char* name, const Tensor& tensor) {
-    STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulator_dtype(query), name,
-                    ": expected a CPU tensor of query's dtype, or of float32 beside bfloat16");
-  };
-  for (const auto& [name, tensor] : {std::pair("grad_output", &grad_output_), std::pair("output", &output_)}) {
-    check_like(name, *tensor, query);
-    check_shape(name, *tensor, {B, H, L, of.value_size});
-  }
-  check_sums("statistics", statistics_);
-  check_shape("statistics", statistics_, {2, B, H, L});
-  if (grad_logsumexp_) {
-    check_sums("grad_logsumexp", *grad_logsumexp_);
-    check_shape("grad_logsumexp", *grad_logsumexp_, {B, H, L});
-  }
-  STD_TORCH_CHECK(!needs_mask || (attn_mask && of.mask.type != MaskType::boolean),
-                  "needs_mask: there is no floating-point attn_mask");
+  check_saved(arguments, grad_output_, grad_logsumexp_, output_, statistics_, needs_mask);
   ++backward_calls.calls;
   const Tensor output = with_contiguous_rows(output_), grad_output = with_contiguous_rows(grad_output_);
   const Tensor statistics = as_contiguous(statistics_);
@@ -163,22 +189,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad_output
   backward.grad_query = mutable_heads_of(grad_query);
   backward.grad_key = mutable_heads_of(grad_key);
   backward.grad_value = mutable_heads_of(grad_value);
-  const Tensor grad_mask =
-      needs_mask
-          ? new_kept(*attn_mask, {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)})
-          : new_kept(query, {0});
-  if (needs_mask) {
-    backward.grad_mask = grad_mask.mutable_data_ptr();
-    backward.grad_mask_size = grad_mask.numel();
-    const auto stride = [&](int64_t i) { return grad_mask.size(i) == 1 ? 0 : grad_mask.stride(i); };
-    backward.grad_mask_batch = stride(0);
-    backward.grad_mask_head = stride(1);
-    backward.grad_mask_query = stride(2);
-    backward.grad_mask_key = stride(3);
-  }
+  const Tensor grad_mask = new_grad_mask(query, attn_mask, needs_mask, backward);
   CallRuntime runtime(2 * arguments.products() * double(3 * of.head_size + 2 * of.value_size));
   kernels().attention_backward(backward, runtime.get());
   return {grad_query, grad_key, grad_value, grad_mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
+    std::optional<Tensor> grad_grad_query, std::optional<Tensor> grad_grad_key, std::optional<Tensor> grad_grad_value,
+    std::optional<Tensor> grad_grad_mask, Tensor grad_output_, std::optional<Tensor> grad_logsumexp_, Tensor query,
+    Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> seed, Tensor output,
+    Tensor statistics_, double dropout_p, int64_t causal, double scale, bool needs_mask) {
+  const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale);
+  const Attention& of = arguments.of;
+  const int64_t B = of.batch, H = of.heads, Hk = of.kv_heads, L = of.queries, S = of.keys;
+  check_saved(arguments, grad_output_, grad_logsumexp_, output, statistics_, needs_mask);
+  AttentionDoubleBackward backward{};
+  backward.of = of;
+  const auto set_heads = [&](const char* name, std::optional<Tensor>& tensor, int64_t heads, int64_t rows,
+                             int64_t columns, HeadsInput& to) {
+    if (!tensor) return;
+    check_like(name, *tensor, query);
+    check_shape(name, *tensor, {B, heads, rows, columns});
+    tensor = with_contiguous_rows(*tensor);
+    to = heads_of(*tensor);
+  };
+  set_heads("grad_grad_query", grad_grad_query, H, L, of.head_size, backward.grad_grad_query);
+  set_heads("grad_grad_key", grad_grad_key, Hk, S, of.head_size, backward.grad_grad_key);
+  set_heads("grad_grad_value", grad_grad_value, Hk, S, of.value_size, backward.grad_grad_value);
+  if (grad_grad_mask) {
+    STD_TORCH_CHECK(
+        attn_mask && of.mask.type != MaskType::boolean && grad_grad_mask->scalar_type() == attn_mask->scalar_type(),
+        "grad_grad_mask: expected attn_mask's dtype, which is a floating-point one");
+    check_shape("grad_grad_mask", *grad_grad_mask,
+                {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)});
+    backward.grad_grad_mask = mask_of(*grad_grad_mask, query, {B, H, L, S});
+  }
+  ++double_backward_calls.calls;
+  const Tensor grad_output = with_contiguous_rows(grad_output_), statistics = as_contiguous(statistics_);
+  const std::optional<Tensor> grad_logsumexp = as_contiguous(grad_logsumexp_);
+  backward.grad_output = heads_of(grad_output);
+  backward.statistics = statistics.const_data_ptr();
+  backward.grad_logsumexp = data(grad_logsumexp);
+
+  const Tensor grad_grad_output = new_heads(query, B, H, L, of.value_size);
+  const Tensor grad_query = new_heads(query, B, H, L, of.head_size);
+  const Tensor grad_key = new_heads(query, B, Hk, S, of.head_size);
+  const Tensor grad_value = new_heads(query, B, Hk, S, of.value_size);
+  const Tensor grad_grad_logsumexp = grad_logsumexp ? new_accumulator(query, {B, H, L}) : new_accumulator(query, {0});
+  backward.grad_grad_output = mutable_heads_of(grad_grad_output);
+  backward.grad_query = mutable_heads_of(grad_query);
+  backward.grad_key = mutable_heads_of(grad_key);
+  backward.grad_value = mutable_heads_of(grad_value);
+  if (grad_logsumexp) backward.grad_grad_logsumexp = grad_grad_logsumexp.mutable_data_ptr();
+  const Tensor grad_mask = new_grad_mask(query, attn_mask, needs_mask, backward);
+  CallRuntime runtime(2 * arguments.products() * double(7 * of.head_size + 5 * of.value_size));
+  kernels().attention_double_backward(backward, runtime.get());
+  return {grad_grad_output, grad_grad_logsumexp, grad_query, grad_key, grad_value, grad_mask};
 }
 
 }  // namespace
@@ -186,6 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad_output
 STABLE_TORCH_LIBRARY_IMPL(genkernels, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_double_backward", TORCH_BOX(&attention_double_backward));
 }
 
 }  // namespace genkernels

@@ -1,6 +1,7 @@
 """Scaled dot-product attention that never holds a matrix of scores."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NoReturn, overload
 
 import torch
@@ -99,8 +100,9 @@ def scaled_dot_product_attention(
             a query without any key.
 
     Both can be differentiated to any order, with respect to all floating-point tensors. From the
-    second order on that is plain PyTorch (counted as ``("attention_backward", "reference")`` in
-    ``stats()``), in blocks of scores too. Forward mode raises; ``use_backend("reference")`` has it.
+    third order on that is plain PyTorch (counted as ``("attention_double_backward", "reference")``
+    in ``stats()``), in blocks of scores too. Forward mode raises; ``use_backend("reference")`` has
+    it.
 
     What is dropped follows from torch's default generator (one number of it at each call with
     dropout_p > 0) and from an element's place, not from the number of threads.
@@ -347,6 +349,14 @@ def _fake_forward(
     return _rows(query, value.size(-1)), query.new_empty((2, *query.shape[:3]), dtype=dtype)
 
 
+def _check_tensor(
+    name: str, tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype
+) -> None:
+    if tensor is not None and (tensor.shape != tuple(shape) or tensor.dtype != dtype):
+        got = f"{tensor.dtype} of shape {list(tensor.shape)}"
+        _reject(name, f"{dtype} of shape {list(shape)}", got)
+
+
 def _fake_backward(
     grad_output: Tensor,
     grad_logsumexp: Tensor | None,
@@ -365,15 +375,10 @@ def _fake_backward(
     _check_raw(query, key, value, attn_mask, seed, dropout_p, causal)
     shape = (*query.shape[:3], value.size(-1))
     dtype = sum_dtype(query)
-    for name, tensor, expected, of in (
-        ("grad_output", grad_output, shape, query.dtype),
-        ("grad_logsumexp", grad_logsumexp, shape[:3], dtype),
-        ("output", output, shape, query.dtype),
-        ("statistics", statistics, (2, *shape[:3]), dtype),
-    ):
-        if tensor is not None and (tensor.shape != expected or tensor.dtype != of):
-            got = f"{tensor.dtype} of shape {list(tensor.shape)}"
-            _reject(name, f"{of} of shape {list(expected)}", got)
+    _check_tensor("grad_output", grad_output, shape, query.dtype)
+    _check_tensor("grad_logsumexp", grad_logsumexp, shape[:3], dtype)
+    _check_tensor("output", output, shape, query.dtype)
+    _check_tensor("statistics", statistics, (2, *shape[:3]), dtype)
     if needs_mask and (attn_mask is None or attn_mask.dtype == torch.bool):
         _reject("attn_mask", "a floating-point mask beside needs_mask", "none")
     grad_mask = query.new_empty(0)
@@ -387,6 +392,30 @@ def _fake_backward(
     )
 
 
+def _fake_double_backward(
+    grad_grad_query: Tensor | None,
+    grad_grad_key: Tensor | None,
+    grad_grad_value: Tensor | None,
+    grad_grad_mask: Tensor | None,
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    gradients = _fake_backward(*args)
+    grad_output, grad_logsumexp, query, key, value, attn_mask = args[:6]
+    for name, tensor, like in (
+        ("grad_grad_query", grad_grad_query, query),
+        ("grad_grad_key", grad_grad_key, key),
+        ("grad_grad_value", grad_grad_value, value),
+    ):
+        _check_tensor(name, tensor, like.shape, query.dtype)
+    if grad_grad_mask is not None:
+        if attn_mask is None or attn_mask.dtype == torch.bool:
+            _reject("grad_grad_mask", "none without a floating-point attn_mask", "one")
+        _check_tensor("grad_grad_mask", grad_grad_mask, attn_mask.shape, attn_mask.dtype)
+    rows = (0,) if grad_logsumexp is None else grad_logsumexp.shape
+    grad_grad_logsumexp = query.new_empty(rows, dtype=sum_dtype(query))
+    return _rows(query, grad_output.size(-1)), grad_grad_logsumexp, *gradients
+
+
 def _reference_forward(*args: Any) -> tuple[Tensor, ...]:
     return _laid(reference.attention_forward(*args), _fake_forward(*args))
 
@@ -394,6 +423,13 @@ def _reference_forward(*args: Any) -> tuple[Tensor, ...]:
 def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
     empty = _fake_backward(*args)
     return _laid(reference.attention_backward(*args), empty)
+
+
+def _reference_double_backward(*args: Any) -> tuple[Tensor, ...]:
+    empty = _fake_double_backward(*args)
+    results = reference.attention_double_backward(args[:4], *args[4:])
+    given = (e if result is None else result for e, result in zip(empty, results, strict=True))
+    return _laid(tuple(given), empty)
 
 
 def _laid(results: tuple[Tensor, ...], empty: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -405,7 +441,8 @@ def _laid(results: tuple[Tensor, ...], empty: tuple[Tensor, ...]) -> tuple[Tenso
 # each of its dimensions is 1 or that of [B, H, L, S], and grad_mask has its shape, or no elements
 # without needs_mask. seed is int64 [1], given where dropout_p > 0. causal: 0 not, 1 upper left,
 # 2 lower right. Of 16-bit tensors statistics, [2, B, H, L], are float32. Output and gradients but
-# for the mask's lie in memory as [B, L, H, D].
+# for the mask's lie in memory as [B, L, H, D]. The double backward is given the gradients of the
+# backward pass's results; that of a grad_logsumexp which is not there has no elements.
 _attention_forward = define(
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, "
     "float dropout_p, int causal, float scale) -> (Tensor output, Tensor statistics)",
@@ -419,6 +456,16 @@ _attention_backward = define(
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
     _reference_backward,
     _fake_backward,
+)
+_attention_double_backward = define(
+    "attention_double_backward(Tensor? grad_grad_query, Tensor? grad_grad_key, "
+    "Tensor? grad_grad_value, Tensor? grad_grad_mask, Tensor grad_output, Tensor? grad_logsumexp, "
+    "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, Tensor output, "
+    "Tensor statistics, float dropout_p, int causal, float scale, bool needs_mask) "
+    "-> (Tensor grad_grad_output, Tensor grad_grad_logsumexp, Tensor grad_query, Tensor grad_key, "
+    "Tensor grad_value, Tensor grad_mask)",
+    _reference_double_backward,
+    _fake_double_backward,
 )
 
 
@@ -474,10 +521,13 @@ class _AttentionBackward(torch.autograd.Function):
     def backward(ctx, *cotangents):
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * 13
-        backend.count("attention_backward", "reference")
         needed = ctx.needs_input_grad[:6]
-        args: Any = (cotangents, *ctx.saved_tensors, *ctx.settings, needed[5])
-        gradients = reference.attention_double_backward(*args)
+        args: Any = (*ctx.saved_tensors, *ctx.settings, needed[5])
+        if needs_autograd(*cotangents, *args[:6]) or is_transformed():
+            backend.count("attention_double_backward", "reference")
+            gradients = reference.attention_double_backward(cotangents, *args)
+        else:
+            gradients = _attention_double_backward(*cotangents, *args)
         return *_needed(gradients, needed), *(None,) * 7
 
     @staticmethod
