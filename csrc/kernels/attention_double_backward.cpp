@@ -56,11 +56,17 @@ struct DoubleBackward {
     int64_t first, last;               // members that this thread is
     mutable int64_t meetings;
   };
+  // The next block of queries, and whether it is of another head.
+  struct Next {
+    int64_t kv, group, query;
+    bool is_new_head, is_there;
+  };
   // A block of queries, and one of keys.
   struct Place {
     const Scores<T>& scores;
     int64_t b, h, kv_head, query, rows, key, count, key_block;
     Columns<E> columns;  // the queries as columns
+    Next next;
   };
   struct Factor {
     const E* scores;
@@ -185,10 +191,10 @@ struct DoubleBackward {
       }
       for (int64_t share = first; share < last; ++share)
         for (int64_t kv = share * own_heads; kv < (share + 1) * own_heads; ++kv)
-          run_head(kv, heads[share], blocks + share, Team{1, 1, 0, 1, 0});
+          run_head(kv, heads[share], blocks + share, Team{1, 1, 0, 1, 0}, kv + 1 == (share + 1) * own_heads);
       for (int64_t kv = own_heads * shares; kv < kv_count; ++kv) {
         meet(all);  // the head's memory is free, for own heads too
-        run_head(kv, heads[0], blocks, all);
+        run_head(kv, heads[0], blocks, all, kv + 1 == kv_count);
       }
       if (grad_mask != nullptr && narrows_mask()) {
         meet(all);
@@ -202,7 +208,7 @@ struct DoubleBackward {
     if (team.members > 1) barrier.wait(team.meeting_members, ++team.meetings);
   }
 
-  void run_head(int64_t kv, const Head& head, Block* members, const Team& team) const {
+  void run_head(int64_t kv, const Head& head, Block* members, const Team& team, bool is_last) const {
     const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads;
     const auto each_member = [&](const auto& body) {
       for (int64_t member = team.first; member < team.last; ++member) body(member, members[member]);
@@ -225,9 +231,15 @@ struct DoubleBackward {
       const Scores<T> scores(of, b, hq);
       for (int64_t query = 0; query < of.queries; query += block_queries) {
         const int64_t rows = smaller(block_queries, of.queries - query);
+        const bool ends_head = g + 1 == groups && query + rows == of.queries;
+        const Next next{ends_head ? kv + 1 : kv,
+                        ends_head                    ? 0
+                        : query + rows == of.queries ? g + 1
+                                                     : g,
+                        query + rows == of.queries ? 0 : query + rows, ends_head, !(ends_head && is_last)};
         const auto each_place = [&](int64_t member, const auto& body) {
           each_key_block(member, [&](int64_t key, int64_t count, int64_t block) {
-            body(Place{scores, b, hq, h, query, rows, key, count, block, Columns<E>(rows)});
+            body(Place{scores, b, hq, h, query, rows, key, count, block, Columns<E>(rows), next});
           });
         };
         each_member([&](int64_t member, const Block& block) {
@@ -327,6 +339,29 @@ struct DoubleBackward {
     }
   }
 
+  // What is copied next is fetched while a tile is multiplied: the share of keys [first, first + run). To wait for
+  // memory when it is copied would take a tenth of the time.
+  void fetch_next(const Place& at, int64_t first, int64_t run) const {
+    if (!at.next.is_there) return;
+    const int64_t b = at.next.kv / of.kv_heads, kv_head = at.next.kv % of.kv_heads;
+    const auto fetch = [&](const HeadsInput& from, int64_t h, int64_t row, int64_t end, int64_t size) {
+      if (from.data == nullptr) return;
+      const Rows<const T> rows = rows_of<T>(from, b, h);
+      for (; row < end; ++row)
+        for (int64_t n = 0; n < size; n += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows[row] + n, 0, 2);
+    };
+    const int64_t key = at.key + first, rows = smaller(block_queries, of.queries - at.next.query);
+    const int64_t query = at.next.query + rows * key / of.keys, end = at.next.query + rows * (key + run) / of.keys;
+    fetch(of.query, kv_head * groups + at.next.group, query, end, of.head_size);
+    fetch(arguments.grad_grad_query, kv_head * groups + at.next.group, query, end, of.head_size);
+    fetch(arguments.grad_output, kv_head * groups + at.next.group, query, end, of.value_size);
+    if (!at.next.is_new_head) return;
+    fetch(of.key, kv_head, key, key + run, of.head_size);
+    fetch(arguments.grad_grad_key, kv_head, key, key + run, of.head_size);
+    fetch(of.value, kv_head, key, key + run, of.value_size);
+    fetch(arguments.grad_grad_value, kv_head, key, key + run, of.value_size);
+  }
+
   // The first of the block's queries that sees a key.
   int64_t first_seeing(const Place& at, int64_t key) const {
     return larger(0, smaller(at.rows, key - of.diagonal - at.query));
@@ -421,6 +456,7 @@ struct DoubleBackward {
       const auto of_queries = [&](const A* values) {
         return several<kVectors>([&](int v) GENKERNELS_LAMBDA { return load(values + column + v * kLanes<A>); });
       };
+      if (panel == 0) fetch_next(at, first, run);
       Tile sum;
       multiply_rows(keys.k, head_stride, block.q_panels, of.head_size, sum);
       const auto shift = of_queries(block.shift), rest = of_queries(block.rest);
