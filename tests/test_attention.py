@@ -34,6 +34,7 @@ attention = genkernels.scaled_dot_product_attention
 module = sys.modules["genkernels.ops.attention"]
 raw_forward = torch.ops.genkernels.attention_forward.default
 raw_backward = torch.ops.genkernels.attention_backward.default
+raw_double_backward = torch.ops.genkernels.attention_double_backward.default
 
 OUTPUTS = ("output", "logsumexp")
 TENSORS = ("query", "key", "value")
@@ -754,14 +755,23 @@ class TestGradients:
         assert torch.autograd.gradgradcheck(*leaves_of(case))
 
     @each_case
-    @pytest.mark.parametrize("block", [1, 7, 2**18])
-    @pytest.mark.parametrize("is_recorded", [False, True])
+    @pytest.mark.parametrize(
+        ("ran", "block"),
+        [("cpp", 0), *itertools.product(("reference", "recorded"), (1, 7, 2**18))],
+    )
     def test_double_backward(
-        self, is_recorded: bool, block: int, case: str, monkeypatch: pytest.MonkeyPatch
+        self, ran: str, block: int, case: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The closed form against what autograd makes of the definition, to 1e-12; in blocks of
-        several heads, of one, and of rows."""
+        """The kernel and the closed form against what autograd makes of the definition, to 1e-12;
+        the latter in blocks of several heads, of one, and of rows, and differentiable."""
         monkeypatch.setattr(reference, "BLOCK", block)
+        if ran == "reference":
+            slow = functools.partial(backend.count, "attention_double_backward", "reference")
+            monkeypatch.setattr(
+                module,
+                "_attention_double_backward",
+                lambda *args: (slow(), module._reference_double_backward(*args))[1],
+            )
         function, leaves = leaves_of(case)
 
         def second() -> tuple[Tensor, ...]:
@@ -769,10 +779,12 @@ class TestGradients:
             loss = sum(output.square().sum() for output in outputs if output.isfinite().all())
             gradients = torch.autograd.grad(loss, leaves, create_graph=True)
             loss = sum(gradient.sin().sum() for gradient in gradients)
-            return torch.autograd.grad(loss, leaves, create_graph=is_recorded)
+            return torch.autograd.grad(loss, leaves, create_graph=ran == "recorded")
 
         actual = second()
-        assert genkernels.stats()["attention_backward", "reference"] >= 1
+        counted = "cpp" if ran == "cpp" else "reference"
+        assert genkernels.stats()["attention_double_backward", counted] >= 1
+        assert ("attention_double_backward", "cpp") not in genkernels.stats() or ran == "cpp"
         with genkernels.use_backend("reference"):
             expected = second()
         for got, exact in zip(actual, expected, strict=True):
@@ -896,6 +908,103 @@ class TestGradients:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             op(**values)
         assert max(kept.values()) <= 2 * 3 * 50 * 4
+
+
+# Options of a double backward: two blocks of queries and two of keys, but for the last ones.
+DOUBLE: dict[str, dict[str, Any]] = {
+    "plain": {"Dv": 24},
+    "causal": {"causal": UPPER_LEFT},
+    "lower_right": {"causal": LOWER_RIGHT, "S": 70},
+    "bool": {"mask": (2, 1, 150, 200), "boolean": True, "causal": UPPER_LEFT},
+    "bias": {"mask": (2, 2, 150, 200), "causal": UPPER_LEFT},
+    "bias_of_keys": {"mask": (1, 2, 1, 200)},
+    "bias_of_queries": {"mask": (2, 1, 150, 1)},
+    "gqa": {"Hk": 1, "enable_gqa": True, "D": 33},
+    "dropout": {"dropout_p": 0.3, "causal": UPPER_LEFT},
+    "small": {"L": 3, "S": 5, "D": 64},
+    "two_keys": {"L": 9, "S": 2},
+}
+
+
+def first_order(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """The gradients of a function, as a function of their cotangents too."""
+
+    def call(
+        grad_output: Tensor, grad_logsumexp: Tensor, number: int, **values: Any
+    ) -> tuple[Tensor, ...]:
+        torch.manual_seed(number)
+        leaves = [v for v in values.values() if isinstance(v, Tensor) and v.is_floating_point()]
+        outputs = function(**values)
+        grads = (grad_output, grad_logsumexp.to(outputs[1].dtype))
+        return torch.autograd.grad(outputs, leaves, grads, create_graph=True)
+
+    return call
+
+
+def math_path(**values: Any) -> tuple[Tensor, Tensor]:
+    if values.get("dropout_p"):
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,))
+        return dropped(seed, **values)
+    with sdpa_kernel(SDPBackend.MATH):
+        return plain(**values)
+
+
+def exact_path(**values: Any) -> tuple[Tensor, Tensor]:
+    return math_path(**values) if values.get("dropout_p") else exact(**values)
+
+
+@pytest.mark.usefixtures("simd", "poisoned_memory", "two_threads", "compiled_only")
+class TestDoubleBackward:
+    @pytest.mark.parametrize("options", DOUBLE.values(), ids=DOUBLE)
+    @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
+    def test_parity(self, options: dict[str, Any], dtype: torch.dtype) -> None:
+        """Of the gradients of both cotangents and of all arguments."""
+        options = {"L": 150, "S": 200, "D": 16, **options}
+        sizes = [options.pop(name) for name in "LSD"]
+
+        def draw(seed: int) -> dict[str, Any]:
+            values = arguments(2, 2, *sizes, dtype, **options, seed=seed)
+            generator = torch.Generator().manual_seed(seed)
+            shape = (2, 2, sizes[0], values["value"].size(-1))
+            given = torch.randn(shape, generator=generator).to(dtype)
+            given_lse = torch.randn(shape[:3], generator=generator)
+            return {"grad_output": given, "grad_logsumexp": given_lse, "number": seed} | values
+
+        names = [f"first order {name}" for name in (*TENSORS, "attn_mask")]
+        assert_op_parity(
+            first_order(op),
+            first_order(math_path),
+            first_order(exact_path),
+            names[: 4 if "mask" in options and not options.get("boolean") else 3],
+            draw(0),
+            draw(1),
+        )
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+    @pytest.mark.parametrize("case", ["causal", "bias_of_keys", "dropout"])
+    def test_bitwise(self, case: str, dtype: torch.dtype) -> None:
+        """From run to run, and with one thread as with two, of which one head is left over."""
+        values = arguments(1, 3, 150, 200, 8, dtype, **DOUBLE[case] | {"mask": (1, 3, 1, 200)})
+        grads = {
+            "grad_output": torch.randn(1, 3, 150, 8).to(dtype),
+            "grad_logsumexp": torch.randn(1, 3, 150),
+        }
+
+        def results() -> list[Tensor]:
+            return with_gradients(first_order(op), {**grads, "number": 0, **values})
+
+        first = results()
+        assert_bitwise_equal(results(), first)
+        torch.set_num_threads(1)
+        assert_bitwise_equal(results(), first)
+
+    @pytest.mark.parametrize("layout", ["transposed", "expanded_b", "offset", "strided", "scalar"])
+    def test_strides(self, layout: str) -> None:
+        """Of the cotangents and of all arguments."""
+        call = raw_calls("bias", torch.float32)[-2][1]
+        laid = [relaid(v, layout) if isinstance(v, Tensor) else v for v in call]
+        packed = [v.contiguous() if isinstance(v, Tensor) else v for v in laid]
+        assert_bitwise_equal(raw_double_backward(*laid), raw_double_backward(*packed))
 
 
 class TestTransforms:
@@ -1090,7 +1199,7 @@ class TestCompile:
     ids=lambda value: value if isinstance(value, str) else dtype_id(value),
 )
 def test_opcheck(case: str, dtype: torch.dtype) -> None:
-    for call in raw_calls(case, dtype):
+    for call in raw_calls(case, dtype)[:-1]:
         torch.library.opcheck(*call)
 
 
@@ -1107,10 +1216,16 @@ def raw_calls(case: str, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]
     grads = torch.randn(output.shape).to(dtype), torch.randn_like(statistics[0])
     needs_mask = tensors[3] is not None and tensors[3].is_floating_point()
     saved = (*tensors, seed, output, statistics, *settings)
+    cotangents = [
+        None if t is None or t.dtype == torch.bool else torch.randn(t.shape).to(dtype)
+        for t in tensors
+    ]
     return [
         (raw_forward, (*tensors, seed, *settings)),
         (raw_backward, (*grads, *saved, needs_mask)),
         (raw_backward, (grads[0], None, *saved, False)),
+        (raw_double_backward, (*cotangents, *grads, *saved, needs_mask)),
+        (raw_double_backward, (None, *cotangents[1:3], None, grads[0], None, *saved, False)),
     ]
 
 
@@ -1120,7 +1235,7 @@ def test_reference_of_the_raw_ops(case: str, dtype: torch.dtype) -> None:
     """What devices without a kernel run, by the kernel; and how the results lie in memory."""
     fake_mode = torch._subclasses.FakeTensorMode()
     for raw, call in raw_calls(case, dtype):
-        plain_op = module._reference_forward if raw is raw_forward else module._reference_backward
+        plain_op = getattr(module, f"_reference_{raw.name().split('attention_')[1]}")
         tolerance = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {}
         actual, expected = raw(*call), plain_op(*call)
         with fake_mode:
@@ -1136,7 +1251,7 @@ def test_reference_of_the_raw_ops(case: str, dtype: torch.dtype) -> None:
 @each_case
 def test_reference_backward(case: str) -> None:
     """The formulas against what autograd makes of the reference's forward pass."""
-    _, (_, call), _ = raw_calls(case, torch.float64)
+    _, (_, call), *_ = raw_calls(case, torch.float64)
     grads, tensors, rest = call[:2], call[2:6], call[9:]
     leaves = [
         t.detach().requires_grad_() for t in tensors if t is not None and t.dtype.is_floating_point
@@ -1249,10 +1364,22 @@ class TestErrors:
             ("output", lambda t: t[..., :6]),
             ("statistics", lambda t: t[..., :4]),
             ("statistics", lambda t: t.double()),
+            ("grad_grad_query", lambda t: t[:, :3]),
+            ("grad_grad_query", lambda t: t.double()),
+            ("grad_grad_key", lambda t: t[:, :, :5]),
+            ("grad_grad_value", lambda t: t[..., :6]),
+            ("grad_grad_mask", lambda t: t.expand(2, 4, 5, 6)),
+            ("grad_grad_mask", lambda t: t.double()),
         ],
     )
     def test_raw_op(self, name: str, change: Callable[[Any], Any]) -> None:
         """They check for themselves: nothing is read out of bounds."""
+        cotangents: dict[str, Any] = {
+            "grad_grad_query": torch.randn(2, 4, 5, 8),
+            "grad_grad_key": torch.randn(2, 2, 6, 8),
+            "grad_grad_value": torch.randn(2, 2, 6, 7),
+            "grad_grad_mask": torch.randn(2, 1, 5, 6),
+        }
         values: dict[str, Any] = {
             "grad_output": torch.randn(2, 4, 5, 7),
             "grad_logsumexp": torch.randn(2, 4, 5),
@@ -1266,8 +1393,14 @@ class TestErrors:
         }
         forward = [*TENSORS, "attn_mask", "seed", "dropout_p", "causal", "scale"]
         raw_backward(*values.values(), True)
+        raw_double_backward(*cotangents.values(), *values.values(), True)
         raw_forward(*(values[key] for key in forward))
-        values[name] = change(values[name])
+        of = cotangents if name in cotangents else values
+        of[name] = change(of[name])
+        with pytest.raises(RuntimeError, match=r": expected "):
+            raw_double_backward(*cotangents.values(), *values.values(), True)
+        if name in cotangents:
+            return
         with pytest.raises(RuntimeError, match=r": expected "):
             raw_backward(*values.values(), True)
         if name in forward:
@@ -1380,7 +1513,9 @@ run(64, feature, order)
 extra = run(L, feature, order)
 assert extra < 64, f"{extra:.0f} MiB"
 expected = {("attention_forward", "cpp"), ("attention_backward", "cpp")}
-assert set(genkernels.stats()) - {("attention_backward", "reference")} == expected
+if order == 2:
+    expected.add(("attention_double_backward", "cpp"))
+assert set(genkernels.stats()) == expected
 """
 
 
@@ -1395,5 +1530,5 @@ def test_memory(feature: str) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("feature", ["causal", "bias"])
 def test_memory_of_the_double_backward(feature: str) -> None:
-    command = [sys.executable, "-c", MEMORY, "6144", feature, "2"]
+    command = [sys.executable, "-c", MEMORY, "16384", feature, "2"]
     subprocess.run(command, env={**os.environ, "GENKERNELS_STRICT": "1"}, check=True, timeout=100)
