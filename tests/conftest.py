@@ -13,6 +13,28 @@ from genkernels import backend
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what avx512_bf16 repeats: only bfloat16 has code of its own there, the other dtypes
+    have that of avx512."""
+
+    def is_repeated(item: pytest.Item) -> bool:
+        values = (
+            item.callspec.params.values()
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else ()
+        )
+        dtypes = {value for value in values if isinstance(value, torch.dtype)}
+        return (
+            "avx512_bf16" in [v for v in values if isinstance(v, str)]
+            and bool(dtypes)
+            and torch.bfloat16 not in dtypes
+        )
+
+    repeated = [item for item in items if is_repeated(item)]
+    config.hook.pytest_deselected(items=repeated)
+    items[:] = [item for item in items if not is_repeated(item)]
+
+
 @pytest.fixture(params=LEVELS)
 def simd(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once at every SIMD level that this CPU and build have."""

@@ -433,6 +433,18 @@ class TestParity:
         )
 
     @each_dtype
+    @pytest.mark.parametrize("L", [3, 35])
+    @pytest.mark.parametrize("ends", [(0.05, 3.0), (3.0, 0.05)], ids=["growing", "falling"])
+    def test_order_of_scores(self, ends: tuple[float, float], L: int, dtype: torch.dtype) -> None:
+        """What was added up follows a maximum that later keys exceed, in a tile or a block."""
+
+        def draw(seed: int) -> dict[str, Any]:
+            values = arguments(1, 2, L, 600, 16, dtype, seed=seed)
+            return values | {"key": values["key"] * torch.linspace(*ends, 600)[:, None].to(dtype)}
+
+        check(draw, 2)
+
+    @each_dtype
     @pytest.mark.parametrize("boolean", [False, True], ids=["additive", "boolean"])
     def test_huge_scores(
         self, kernel: str, boolean: bool, dtype: torch.dtype, request: pytest.FixtureRequest

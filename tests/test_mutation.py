@@ -57,11 +57,33 @@ MUTANTS = {
         "row[target] += 0 * ",
         "grad of input: largest error",
     ),
+    "raised_maximum": (  # sums of the keys before a larger score
+        "attention_forward.cpp",
+        "store(total, load(total) * factor);",
+        "",
+        "output: largest error",
+    ),
+    "later_keys": (  # of 192 keys each
+        "attention_backward.cpp",
+        "key == 0 ? x : load(at, lanes) + x",
+        "x",
+        "grad of query: largest error",
+    ),
+    "later_chunk": (  # of 512 keys each, whose exponents are relative to another maximum
+        "attention_decode.cpp",
+        "parts.most[at(chunk)] - most;",
+        "A(0);",
+        "output: largest error",
+    ),
 }
 # The tests that are asked for a file's mutants.
 SUITES = {
     "linear.cpp": ("test_linear.py", "TestParity and (many_rows or activations)"),
     "linear_cross_entropy.cpp": ("test_linear_cross_entropy.py", "TestParity and shapes"),
+    **dict.fromkeys(
+        ("attention_forward.cpp", "attention_backward.cpp", "attention_decode.cpp"),
+        ("test_attention.py", "TestParity and (test_order_of_scores or test_long)"),
+    ),
 }
 USUAL_SUITE = ("test_gru.py", "TestParity and test_shapes")
 
@@ -112,7 +134,7 @@ def run_suite(folder: Path, file: str, tests: str) -> subprocess.CompletedProces
 
 def test_unchanged(build: Callable[..., Path]) -> None:
     folder = build()
-    for suite in (USUAL_SUITE, *SUITES.values()):
+    for suite in {USUAL_SUITE, *SUITES.values()}:
         result = run_suite(folder, *suite)
         assert result.returncode == 0, result.stdout
 

@@ -1,4 +1,5 @@
 #include "attention_scores.h"
+#include "gemv.h"
 
 GENKERNELS_DECLARE_ATTENTION(GENKERNELS_LEVEL)
 
@@ -242,6 +243,16 @@ struct Backward {
     const Rows<E> probabilities{block.probabilities, kScoreStride};
     const Rows<E> grad_scores{block.grad_scores + slot * kBlockQueries * kScoreStride, kScoreStride};
     const int64_t statistics = g * of.queries + query;
+    // Scores have to be those that the forward pass saw, added up in the same order: of other ones, probabilities do
+    // not add up to one.
+    const bool has_scores = is_decode(of);
+    if (has_scores) {
+      const Rows<const T> key_rows = rows_of<T>(of.key, b, h / groups);
+      const T* x[kFewRows];
+      for (int64_t i = 0; i < rows; ++i) x[i] = query_row(i);
+      multiply_units_of_rows(key_rows[key], key_rows.stride, of.head_size, columns.count, x, rows, block.probabilities,
+                             kScoreStride);
+    }
 
     for (int64_t p = 0; p < columns.panels; ++p) {
       const int64_t column = columns.first_column(p);
@@ -250,7 +261,12 @@ struct Backward {
         for_row_tiles(rows, [&]<int kRows>(int64_t first) {
           if (scores.visible(query + first + kRows - 1) <= key + tile_start(column)) return;
           Vector<A> sum[kRows][kVectors];
-          multiply_in_chains<kScoreChain<A>, kVectors>(queries[first], queries.stride, panel, of.head_size, sum);
+          if (has_scores)
+            for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+              sum[i][v] = load(probabilities[first + i] + column + v * kLanes<A>);
+            });
+          else
+            multiply_in_chains<kScoreChain<A>, kVectors>(queries[first], queries.stride, panel, of.head_size, sum);
           A scale = scores.scale;
           if (scores.needs_mask(query + first, key + column + kVectors * kLanes<A>)) {
             scores.apply_mask(query + first, key + column, sum);

@@ -135,7 +135,6 @@ struct Decode {
 }  // namespace
 
 bool is_decode(const Attention& of) {
-  constexpr int64_t kFewRows = 8;
   return of.keys > 0 && of.heads / larger(1, of.kv_heads) * of.queries <= kFewRows;
 }
 

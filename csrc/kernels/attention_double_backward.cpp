@@ -444,73 +444,78 @@ struct DoubleBackward {
     }
     const A scale = A(of.scale);
 
-    for_tiles(at, [&]<int kVectors>(int64_t panel, int64_t column, int64_t first, int64_t run) {
-      typedef Vector<A> Tile[kRunRows][kVectors];
-      const auto multiply_rows = [&](const E* rows, int64_t stride, const E* panels, int64_t size, Tile& sum) {
-        product_of_rows<E, kVectors, kScoreChain<A>>(rows + first * stride, stride, run,
-                                                     panels + at.columns.offset(panel, size), size, sum);
-      };
-      const auto vector_of = [&](E* scores, int64_t i, int v) {
-        return tile(scores, at, first + i, column) + v * kLanes<A>;
-      };
-      const auto of_queries = [&](const A* values) {
-        return several<kVectors>([&](int v) GENKERNELS_LAMBDA { return load(values + column + v * kLanes<A>); });
-      };
-      if (panel == 0) fetch_next(at, first, run);
-      Tile sum;
-      multiply_rows(keys.k, head_stride, block.q_panels, of.head_size, sum);
-      const auto shift = of_queries(block.shift), rest = of_queries(block.rest);
-      for (int64_t i = 0; i < run; ++i) {
-        const auto p = power_of_base(several<kVectors>([&](int v) GENKERNELS_LAMBDA {
-          const Vector<A> score = sum[i][v] * at.scores.scale;
-          return ((is_masked ? score + load(vector_of(head.p, i, v)) : score) - shift[v]) - rest[v];
-        }));
-        for (int v = 0; v < kVectors; ++v) store(vector_of(head.p, i, v), p[v]);
-      }
-      const auto add_to = [&](A* sums, const Vector<A>(&part)[kVectors]) {
-        for (int v = 0; v < kVectors; ++v) {
-          A* const to = sums + column + v * kLanes<A>;
-          store(to, load(to) + part[v]);
-        }
-      };
-      if (has_w) {
-        multiply_rows(keys.v, value_stride, block.g_panels, of.value_size, sum);
-        Vector<A> part[kVectors] = {};
-        for (int64_t i = 0; i < run; ++i)
+    for_tiles(at, [&]<int kVectors>(int64_t panel, int64_t column, int64_t first_of_run, int64_t run) {
+      if (panel == 0) fetch_next(at, first_of_run, run);
+      const auto form = [&]<int kRows>(int64_t first) {
+        typedef Vector<A> Tile[kRows][kVectors];
+        const auto multiply_rows = [&](const E* rows, int64_t stride, const E* panels, int64_t size,
+                                       Tile& sum) GENKERNELS_LAMBDA {
+          multiply_in_chains<kScoreChain<A>, kVectors>(rows + first * stride, stride,
+                                                       panels + at.columns.offset(panel, size), size, sum);
+        };
+        const auto vector_of = [&](E* scores, int i, int v)
+                                   GENKERNELS_LAMBDA { return tile(scores, at, first + i, column) + v * kLanes<A>; };
+        const auto of_queries = [&](const A* values, int v)
+                                    GENKERNELS_LAMBDA { return load(values + column + v * kLanes<A>); };
+        const auto add_to = [&](A* sums, const Vector<A>(&part)[kVectors]) GENKERNELS_LAMBDA {
           for (int v = 0; v < kVectors; ++v) {
+            A* const to = sums + column + v * kLanes<A>;
+            store(to, load(to) + part[v]);
+          }
+        };
+        Tile sum;
+        multiply_rows(keys.k, head_stride, block.q_panels, of.head_size, sum);
+#pragma GCC unroll 8
+        for (int i = 0; i < kRows; ++i) {
+          const auto p = power_of_base(several<kVectors>([&](int v) GENKERNELS_LAMBDA {
+            const Vector<A> score = sum[i][v] * at.scores.scale;
+            return ((is_masked ? score + load(vector_of(head.p, i, v)) : score) - of_queries(block.shift, v)) -
+                   of_queries(block.rest, v);
+          }));
+          for (int v = 0; v < kVectors; ++v) store(vector_of(head.p, i, v), p[v]);
+        }
+        if (has_w) {
+          multiply_rows(keys.v, value_stride, block.g_panels, of.value_size, sum);
+          Vector<A> part[kVectors] = {};
+          for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
             Vector<A> x = sum[i][v];
             if (has_dropout) x *= load(vector_of(head.z, i, v));
             part[v] += x * load(vector_of(head.p, i, v));
             store(vector_of(head.e, i, v), x);
-          }
-        add_to(mean_sums, part);
+          });
+          add_to(mean_sums, part);
 
-        Tile other;
-        if (has_a) multiply_rows(keys.k, head_stride, block.a_panels, of.head_size, sum);
-        if (has_b) multiply_rows(keys.b, head_stride, block.q_panels, of.head_size, other);
-        Vector<A> w_part[kVectors] = {};
-        for (int64_t i = 0; i < run; ++i)
-          for (int v = 0; v < kVectors; ++v) {
-            Vector<A> x = has_a && has_b ? sum[i][v] + other[i][v]
-                          : has_a        ? sum[i][v]
-                          : has_b        ? other[i][v]
-                                         : Vector<A>{};
-            x *= scale;
+          if (has_a)
+            multiply_rows(keys.k, head_stride, block.a_panels, of.head_size, sum);
+          else
+            for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] = Vector<A>{}; });
+          if (has_b) {
+            Tile other;
+            multiply_rows(keys.b, head_stride, block.q_panels, of.head_size, other);
+            for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] += other[i][v]; });
+          }
+          Vector<A> w_part[kVectors] = {};
+          for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+            Vector<A> x = sum[i][v] * scale;
             if (has_m) x += load(vector_of(head.w, i, v));
             w_part[v] += x * load(vector_of(head.p, i, v));
             store(vector_of(head.w, i, v), x);
-          }
-        add_to(w_sums, w_part);
-      }
-      if (has_c) {
-        multiply_rows(keys.c, value_stride, block.g_panels, of.value_size, sum);
-        for (int64_t i = 0; i < run; ++i)
-          for (int v = 0; v < kVectors; ++v) {
+          });
+          add_to(w_sums, w_part);
+        }
+        if (has_c) {
+          multiply_rows(keys.c, value_stride, block.g_panels, of.value_size, sum);
+          for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
             Vector<A> x = sum[i][v];
             if (has_dropout) x *= load(vector_of(head.z, i, v));
             store(vector_of(head.t, i, v), x);
-          }
-      }
+          });
+        }
+      };
+      // Rows left over one by one: for each number of them this would be much code.
+      int64_t first = first_of_run;
+      for (; first + kTileRows <= first_of_run + run; first += kTileRows) form.template operator()<kTileRows>(first);
+      for (; first < first_of_run + run; ++first) form.template operator()<1>(first);
     });
   }
 

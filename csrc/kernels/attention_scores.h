@@ -19,7 +19,7 @@ template <class A>
 constexpr int64_t kKeyChain = sizeof(A) == 8 ? 16 : kChain;
 static_assert(kBlockKeys <= kChain && kBlockKeys % kRandomKeys == 0);
 
-// The natural logarithm of the base that scores are exponents of: a power of 2 takes half the operations of one of e,
+// The natural logarithm of the base that scores are exponents of: a power of 2 takes fewer operations than one of e,
 // but float64 has the C library's.
 template <class A>
 constexpr double kLogBase = sizeof(A) == 8 ? 1 : kLog2;
@@ -164,7 +164,8 @@ Rows<T> rows_of(const HeadsOutput& of, int64_t b, int64_t h) {
   return {static_cast<T*>(of.data) + b * of.batch + h * of.head, of.row};
 }
 
-// The forward pass for few queries and many keys, attention_decode.cpp.
+// The forward pass for few queries, attention_decode.cpp.
+constexpr int64_t kFewRows = 8;
 bool is_decode(const Attention& of);
 void attention_decode(const AttentionForward& arguments, const Runtime& runtime);
 

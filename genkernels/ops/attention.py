@@ -148,22 +148,27 @@ def scaled_dot_product_attention(
         _check(*tensors, enable_gqa=True)
         backend.count("scaled_dot_product_attention", "reference")
         output, statistics = reference.attention_forward(*arguments)
-        logsumexp = statistics.sum(0)
+        logsumexps = [statistics.sum(0)]
     else:
         try:
             if needs_autograd(*tensors) or is_transformed():
-                output, logsumexp, _ = apply(_Attention, *arguments)
+                output, statistics, *logsumexps = apply(_Attention, *arguments, return_lse)
             else:
                 output, statistics = _attention_forward(*arguments)
-                logsumexp = statistics.sum(0) if return_lse else statistics[0]
+                logsumexps = [statistics.sum(0)] if return_lse else []
         except RuntimeError:  # the compiled op checks faster, and the check says it better
             _check(*tensors, enable_gqa=True)
             raise
     if leading is not None:
         output = output.reshape(*leading, *output.shape[-2:])
+    if output.dtype != dtype:
+        output = output.to(dtype)
+    if not return_lse:
+        return output
+    [logsumexp] = logsumexps
+    if leading is not None:
         logsumexp = logsumexp.reshape(*leading, logsumexp.size(-1))
-    output = output.to(dtype)
-    return (output, logsumexp) if return_lse else output
+    return output, logsumexp
 
 
 def _causal(bias: CausalBias, is_causal: bool, query: Tensor, key: Tensor) -> int:
@@ -471,23 +476,22 @@ _attention_double_backward = define(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(query, key, value, attn_mask, seed, dropout_p, causal, scale):
+    def forward(query, key, value, attn_mask, seed, dropout_p, causal, scale, return_lse):
         args = (query, key, value, attn_mask, seed, dropout_p, causal, scale)
         output, statistics = _attention_forward(*args)
-        return output, statistics.sum(0), statistics
+        return (output, statistics, statistics.sum(0)) if return_lse else (output, statistics)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
-        output, _, statistics = outputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(statistics)
-        ctx.save_for_backward(*inputs[:5], output, statistics)
-        ctx.settings = inputs[5:]
+        ctx.mark_non_differentiable(outputs[1])
+        ctx.save_for_backward(*inputs[:5], *outputs[:2])
+        ctx.settings = inputs[5:8]
 
     @staticmethod
-    def backward(ctx, grad_output, grad_logsumexp, _):
+    def backward(ctx, grad_output, _, grad_logsumexp=None):
         if grad_output is None and grad_logsumexp is None:
-            return (None,) * 8
+            return (None,) * 9
         *inputs, seed, output, statistics = ctx.saved_tensors
         if grad_output is None:
             grad_output = output.new_zeros(output.shape)
@@ -497,7 +501,7 @@ class _Attention(torch.autograd.Function):
             gradients = apply(_AttentionBackward, *args)
         else:
             gradients = _attention_backward(*args)
-        return *_needed(gradients, ctx.needs_input_grad[:4]), *(None,) * 4
+        return *_needed(gradients, ctx.needs_input_grad[:4]), *(None,) * 5
 
     @staticmethod
     def vmap(info, in_dims, *args):
