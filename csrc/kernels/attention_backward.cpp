@@ -129,6 +129,7 @@ struct Backward {
         meet(all);  // the head's memory is free, for own heads too
         run_head(kv, heads[0], blocks, all);
       }
+      finish_streams();
       if (mask_sums != nullptr && narrows_mask()) {
         meet(all);
         const int64_t begin = part(arguments.grad_mask_size, first), end = part(arguments.grad_mask_size, last);
@@ -433,6 +434,10 @@ struct Backward {
     for (int64_t i = 0; i < rows; ++i) {
       A* const to = mask_row(b, h, query + i) + key;
       const int64_t seen = larger(0, smaller(count, scores.visible(query + i) - key));
+      if (!sums_mask && seen == count && count % kLanes<A> == 0 && uintptr_t(to) % kVectorBytes == 0) {
+        for (int64_t k = 0; k < count; k += kLanes<A>) stream(to + k, load(grad_scores[i] + k));
+        continue;
+      }
       for (int64_t k = 0; k < count; k += kLanes<A>) {
         const int lanes = int(smaller(kLanes<A>, count - k)), used = int(larger(0, smaller(lanes, seen - k)));
         if (used == 0 && sums_mask) break;

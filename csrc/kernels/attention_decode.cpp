@@ -11,6 +11,7 @@ template <class T>
 struct Decode {
   using A = Accumulator<T>;
   static constexpr int64_t kChunk = 512;  // keys
+  static constexpr int64_t kAhead = 2048;
   static constexpr int64_t kScoreStride = kChunk + kLanes<A>;
 
   // What a chunk leaves, for each row: a query of one of the heads that share keys.
@@ -62,7 +63,7 @@ struct Decode {
     A* const probabilities = scores + share * rows * kScoreStride;
     const T** const x = queries + share * rows;
     for (int64_t row = 0; row < rows; ++row) x[row] = rows_of<T>(of.query, b, head_of(kv, row))[row % of.queries];
-    multiply_units_of_rows(keys[key], keys.stride, of.head_size, count, x, rows, probabilities, kScoreStride);
+    multiply_units_of_rows<kAhead>(keys[key], keys.stride, of.head_size, count, x, rows, probabilities, kScoreStride);
     for (int64_t row = 0; row < rows; ++row) {
       const Scores<T> of_head(of, b, head_of(kv, row));
       A* const own = probabilities + row * kScoreStride;
@@ -72,8 +73,8 @@ struct Decode {
     A* const outputs = parts.outputs + n * output_stride;
     __builtin_memset(outputs, 0, size_t(rows * output_stride) * sizeof(A));
     if (of.value_size > 0)
-      multiply_as_it_lies(probabilities, kScoreStride, rows, values[key], values.stride, count, of.value_size, outputs,
-                          output_stride);
+      multiply_as_it_lies<kAhead>(probabilities, kScoreStride, rows, values[key], values.stride, count, of.value_size,
+                                  outputs, output_stride);
   }
 
   // Makes a row's scores base^(score - most); returns `most`.

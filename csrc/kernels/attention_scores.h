@@ -252,10 +252,16 @@ struct Scores {
     for (int64_t i = 0; i < smaller(kRows, of.queries - query); ++i)
       for (int64_t v = 0; v < kVectors; ++v) {
         const int64_t first = key + v * kLanes<A>;
+        // The next keys' part lies a page further with each query, where the processor does not look for it.
+        __builtin_prefetch(row_of_mask<M>(query + i) + (first + kVectors * kLanes<A>)*of.mask.key);
         if (first < of.keys) sum[i][v] += load_mask<M>(query + i, first, of.keys - first) * A(1 / kLogBase<A>);
       }
   }
 
+  template <class M>
+  const M* row_of_mask(int64_t query) const {
+    return static_cast<const M*>(static_cast<const void*>(mask)) + query * of.mask.query;
+  }
   template <class M>
   Vector<A> load_mask(int64_t query, int64_t key, int64_t count) const {
     const M* const at =
