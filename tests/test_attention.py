@@ -475,10 +475,24 @@ class TestParity:
             values = arguments(2, 3, 35, 70, 16, dtype, mask=(2, 1, 35, 70), seed=seed)
             mask = torch.where(values["attn_mask"] > 0, 0, torch.finfo(dtype).min)
             mask[:, :, 5] = -1e9
+            mask[:, :, 6] = torch.finfo(dtype).min
             return values | {"attn_mask": mask.to(dtype)}
 
         # Of a row of -1e9 the scores themselves are rounded away.
         check(draw, outputs=("output",))
+
+    @each_dtype
+    @pytest.mark.parametrize("L", [2, 35])
+    @pytest.mark.parametrize("value", [-1e9, -1e4, -40.0])
+    def test_padding_on_the_left(self, value: float, L: int, dtype: torch.dtype) -> None:
+        """The first keys, more than a tile of them, are far below those that count."""
+
+        def draw(seed: int) -> dict[str, Any]:
+            values = arguments(1, 2, L, 260, 16, dtype, mask=(260,), seed=seed)
+            mask = torch.where(torch.arange(260) < 200, value, 0.0)
+            return values | {"attn_mask": mask.to(dtype)}
+
+        check(draw, 2)
 
     @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)

@@ -272,6 +272,9 @@ struct Backward {
           if (scores.needs_mask(query + first, key + column + kVectors * kLanes<A>)) {
             scores.apply_mask(query + first, key + column, sum);
             scale = 1;
+          } else if (has_scores) {
+            for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] *= scale; });
+            scale = 1;
           }
 #pragma GCC unroll 8
           for (int i = 0; i < kRows; ++i) {

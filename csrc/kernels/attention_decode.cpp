@@ -4,6 +4,9 @@
 namespace genkernels::GENKERNELS_LEVEL {
 namespace {
 
+// Those that the last query sees.
+int64_t seen_keys(const Attention& of) { return smaller(of.keys, of.queries + of.diagonal); }
+
 // Few queries read keys and values as they lie, once: packing them would be most of the work. Keys are cut into chunks,
 // which threads share out (Dao et al. 2023, https://pytorch.org/blog/flash-decoding). A chunk's length does not depend
 // on their number, and so the order of adding does not.
@@ -22,7 +25,7 @@ struct Decode {
   const AttentionForward& arguments;
   const Attention& of;
   const Runtime& runtime;
-  const int64_t groups, rows, chunks, kv_count, items, shares, output_stride;
+  const int64_t groups, rows, keys, chunks, kv_count, items, shares, output_stride;
   const Barrier barrier;
   Part parts;         // of all items
   A* scores;          // [shares, rows, kScoreStride]
@@ -34,7 +37,8 @@ struct Decode {
         runtime(r),
         groups(of.heads / larger(1, of.kv_heads)),
         rows(groups * of.queries),
-        chunks(ceil_div(of.keys, kChunk)),
+        keys(seen_keys(of)),
+        chunks(ceil_div(keys, kChunk)),
         kv_count(of.batch * of.kv_heads),
         items(kv_count * chunks),
         shares(larger(1, smaller(r.threads, items))),
@@ -48,7 +52,7 @@ struct Decode {
     parallel_ranges(runtime, shares, [&](int64_t first, int64_t last) {
       for (int64_t share = first; share < last; ++share)
         for (int64_t n = items * share / shares; n < items * (share + 1) / shares; ++n)
-          run_chunk(n / larger(1, chunks), n % larger(1, chunks), share);
+          run_chunk(n / chunks, n % chunks, share);
       barrier.wait(last - first, 1);
       for (int64_t kv = kv_count * first / shares; kv < kv_count * last / shares; ++kv) merge(kv);
     });
@@ -58,12 +62,13 @@ struct Decode {
 
   void run_chunk(int64_t kv, int64_t chunk, int64_t share) const {
     const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads, n = (kv * chunks + chunk) * rows;
-    const int64_t key = chunk * kChunk, count = smaller(kChunk, of.keys - key);
-    const Rows<const T> keys = rows_of<T>(of.key, b, h), values = rows_of<T>(of.value, b, h);
+    const int64_t key = chunk * kChunk, count = smaller(kChunk, keys - key);
+    const Rows<const T> key_rows = rows_of<T>(of.key, b, h), values = rows_of<T>(of.value, b, h);
     A* const probabilities = scores + share * rows * kScoreStride;
     const T** const x = queries + share * rows;
     for (int64_t row = 0; row < rows; ++row) x[row] = rows_of<T>(of.query, b, head_of(kv, row))[row % of.queries];
-    multiply_units_of_rows<kAhead>(keys[key], keys.stride, of.head_size, count, x, rows, probabilities, kScoreStride);
+    multiply_units_of_rows<kAhead>(key_rows[key], key_rows.stride, of.head_size, count, x, rows, probabilities,
+                                   kScoreStride);
     for (int64_t row = 0; row < rows; ++row) {
       const Scores<T> of_head(of, b, head_of(kv, row));
       A* const own = probabilities + row * kScoreStride;
@@ -136,7 +141,7 @@ struct Decode {
 }  // namespace
 
 bool is_decode(const Attention& of) {
-  return of.keys > 0 && of.heads / larger(1, of.kv_heads) * of.queries <= kFewRows;
+  return seen_keys(of) > 0 && of.heads / larger(1, of.kv_heads) * of.queries <= kFewRows;
 }
 
 void attention_decode(const AttentionForward& arguments, const Runtime& runtime) {

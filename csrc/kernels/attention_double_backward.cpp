@@ -411,7 +411,7 @@ struct DoubleBackward {
       const int64_t seen = larger(0, smaller(count, at.scores.visible(at.query + i) - at.key - k));
       Vector<A> x{};
       if (of.mask.type != MaskType::none && seen > 0)
-        x = at.scores.load_mask(at.query + i, at.key + k, seen) * A(1 / kLogBase<A>);
+        x = Scores<T>::as_exponents(at.scores.load_mask(at.query + i, at.key + k, seen));
       return lanes < Lane(seen) ? x : broadcast(-A(__builtin_inf()));
     });
   }

@@ -27,7 +27,7 @@ struct Forward {
     A* totals;        // [kBlockQueries, lanes] sums of the scores' exponentials
     A* most;          // [kBlockQueries]
     bool* has_most;   // [kBlockQueries] whether a key took part so far
-    bool* have_most;  // [kBlockQueries / kTileRows] whether that holds for all rows of a tile
+    bool* have_most;  // [kBlockQueries / kTileRows] whether find_most() is done with all rows of a tile
     E* keys;          // of a head of its own
     E* values;
   };
@@ -174,7 +174,7 @@ struct Forward {
     if (!have_most) {
       have_most = true;
       for_copy(x, [&](auto& copy) {
-        for (int i = 0; i < kRows; ++i) have_most &= find_most<kVectors>(block, first + i, scale, copy[i]);
+        for (int i = 0; i < kRows; ++i) have_most &= find_most<kVectors>(block, first + i, column, scale, copy[i]);
       });
     }
     Vector<A> tops[kVectors];
@@ -225,20 +225,24 @@ struct Forward {
     return top;
   }
 
-  // What is subtracted from a row's scores: nothing where the first of them are small anyway. Whether there are any.
+  // What is subtracted from a row's scores: nothing where the first of them are small anyway. Where they are far below,
+  // as those of masks of -1e9, each tile looks for larger ones, since beside such a number they lose their digits.
+  // Whether this need not be called again.
   template <int kVectors>
-  __attribute__((noinline)) bool find_most(const Block& block, int64_t i, A scale,
+  __attribute__((noinline)) bool find_most(const Block& block, int64_t i, int64_t column, A scale,
                                            const Vector<A> (&scores)[kVectors]) const {
     bool& has_most = block.has_most[i];
-    if (has_most) return true;
+    A& most = block.most[i];
+    if (has_most && most >= -kSlack) return true;
     Vector<A> scaled[kVectors];
     for (int v = 0; v < kVectors; ++v) scaled[v] = scores[v] * scale;
     const Vector<A> top = top_of(scaled);
-    if (any_above(top, -kSlack) && !any_above(top, kSlack)) return has_most = true;
-    const A most = max_of_lanes<A>(top);
-    if (!(most > -A(__builtin_inf()))) return false;
-    block.most[i] = most;
-    return has_most = true;
+    const A found = any_above(top, -kSlack) && !any_above(top, kSlack) ? A(0) : max_of_lanes<A>(top);
+    if (!(found > (has_most ? most : -A(__builtin_inf())))) return false;
+    if (has_most) rescale(block, i, column, most - found);
+    most = found;
+    has_most = true;
+    return most >= -kSlack;
   }
 
   // A score that exceeds `most` by so much becomes it, and what was computed of the row follows.
@@ -246,10 +250,15 @@ struct Forward {
   __attribute__((noinline)) void raise(const Block& block, int64_t i, int64_t column, Vector<A> (&x)[kVectors]) const {
     const Vector<A> top = top_of(x);
     if (!any_above(top, kSlack)) return;
-    const A rise = max_of_lanes<A>(top);
-    block.most[i] += rise;
+    const A most = block.most[i], raised = most + max_of_lanes<A>(top), rise = raised - most;
+    block.most[i] = raised;
     for (int v = 0; v < kVectors; ++v) x[v] -= rise;
-    const Vector<A> factor = power_of_base(several<1>([&](int) { return broadcast(-rise); }))[0];
+    rescale(block, i, column, -rise);
+  }
+
+  // Multiplies what was computed of a row, of its scores the first `column`, by base^exponent.
+  void rescale(const Block& block, int64_t i, int64_t column, A exponent) const {
+    const Vector<A> factor = power_of_base(several<1>([&](int) { return broadcast(exponent); }))[0];
     A* const total = block.totals + i * kLanes<A>;
     store(total, load(total) * factor);
     A* const output = block.outputs + i * output_stride;

@@ -1,4 +1,4 @@
-// What the forward and the backward pass of attention share: the packed keys, and which of them take part.
+// What the passes of attention share: the packed keys, and which of them take part.
 #pragma once
 
 #include "attention.h"
@@ -72,6 +72,10 @@ GENKERNELS_INLINE S sum_of_lanes(V x) {
   return reduce_lanes<S>(x, [](auto a, auto b) GENKERNELS_LAMBDA { return a + b; });
 }
 
+// Float32 masks from here on are doubled to become exponents: no score shows beside them, and what is saved of a row of
+// nothing else has to give back its exponents to the last bit, which twice a number and half of it do.
+constexpr double kDoubled = 1.3e9;
+
 // What is subtracted from a row's exponents to make them probabilities, in two parts: of its statistics.
 template <class A>
 struct Shift {
@@ -81,6 +85,7 @@ template <class A>
 Shift<A> shift_of(A near, A rest) {
   if (near == -A(__builtin_inf())) return {0, 0};  // a row without keys
   if constexpr (sizeof(A) == 8) return {near, rest};
+  if (near >= A(kDoubled) || near <= -A(kDoubled)) return {near * 2, A(double(rest) / kLogBase<A>)};
   const double shift = (double(near) + double(rest)) / kLogBase<A>;
   return {A(shift), A(shift - double(A(shift)))};
 }
@@ -92,7 +97,9 @@ GENKERNELS_INLINE void set_statistics(const AttentionForward& arguments, int64_t
   const Attention& of = arguments.of;
   A* const near = static_cast<A*>(arguments.statistics) + row;
   A* const rest = near + of.batch * of.heads * of.queries;
-  const double shift = double(most) * kLogBase<A>;
+  // Between the largest exponent that is not doubled and the least that is.
+  const bool is_doubled = sizeof(A) == 4 && (most > A(1.7 * kDoubled) || most < -A(1.7 * kDoubled));
+  const double shift = double(most) * (is_doubled ? 0.5 : kLogBase<A>);
   *near = total == 0 ? -A(__builtin_inf()) : A(shift + logarithm_of_total);
   *rest = total == 0 ? A(0) : A(logarithm_of_total - (double(*near) - shift));
 }
@@ -226,6 +233,19 @@ struct Scores {
   }
 
  public:
+  // A finite mask remains finite: a row of nothing but the least number has keys.
+  static GENKERNELS_INLINE Vector<A> as_exponents(Vector<A> x) {
+    if constexpr (sizeof(A) == 8) {
+      return x;
+    } else {
+      constexpr A kMost = A(3.40282347e38) / 2;
+      const Vector<A> bounded = x > kMost ? broadcast(kMost) : x < -kMost ? broadcast(-kMost) : x;
+      const Vector<A> size = x < A(0) ? -x : x;
+      const Vector<A> doubled = size - size == A(0) ? bounded + bounded : x;
+      return size >= A(kDoubled) ? doubled : x * A(1 / kLogBase<A>);
+    }
+  }
+
   // What is added to the scores of a query and of `count` keys, of which a register holds the first. There is a mask.
   Vector<A> load_mask(int64_t query, int64_t key, int64_t count) const {
     switch (of.mask.type) {
@@ -254,7 +274,7 @@ struct Scores {
         const int64_t first = key + v * kLanes<A>;
         // The next keys' part lies a page further with each query, where the processor does not look for it.
         __builtin_prefetch(row_of_mask<M>(query + i) + (first + kVectors * kLanes<A>)*of.mask.key);
-        if (first < of.keys) sum[i][v] += load_mask<M>(query + i, first, of.keys - first) * A(1 / kLogBase<A>);
+        if (first < of.keys) sum[i][v] += as_exponents(load_mask<M>(query + i, first, of.keys - first));
       }
   }
 

@@ -48,8 +48,8 @@ GENKERNELS_INLINE int64_t multiply_columns(const T* const* x, const T* const (&w
 }
 
 // to[i][u] = x[i] w[u] for kRows rows x and `units` rows of a weight as it lies in memory, w_stride elements apart, at
-// most a register of sums at a time: what packing would cost is more than what adding up their lanes does. Rounded up
-// to a multiple of the lanes, as many units are written.
+// most a register of sums at a time: what packing would cost is more than what adding up their lanes does. As many
+// units are written, rounded up to a multiple of kUnits.
 template <int64_t kAhead, class T, int kRows>
 void multiply_units(const T* weight, int64_t w_stride, int64_t K, int64_t units, const T* const* x, Accumulator<T>* to,
                     int64_t stride) {
