@@ -15,7 +15,7 @@ FIND_TORCH := from importlib import metadata, util; \
   print(util.find_spec("torch").origin.rsplit("/torch/", 1)[0])
 
 .DEFAULT_GOAL := help
-.PHONY: help train test bench bench-compare bench-gru bench-linear bench-attention bench-models convergence peers build lint format abi-check clean torch-requirement
+.PHONY: help train test mutation bench bench-compare bench-gru bench-linear bench-attention bench-models convergence peers build lint format abi-check clean torch-requirement
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -25,7 +25,10 @@ train: .venv/built .venv/installed  ## train a GRU language model on real text (
 	$(BIN)/genkernels train rnn $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: .venv/built .venv/installed  ## run the test suite (ARGS='-k gru')
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --ignore tests/test_mutation.py $(ARGS)
+
+mutation: .venv/built .venv/installed  ## break the kernels line by line and see the tests fail (ten builds)
+	$(PY) -m pytest tests/test_mutation.py $(ARGS)
 
 bench: .venv/built .venv/installed  ## run the benchmarks and print the table
 	$(PY) -m pytest benchmarks $(ARGS)
