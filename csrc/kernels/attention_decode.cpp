@@ -13,8 +13,8 @@ int64_t seen_keys(const Attention& of) { return smaller(of.keys, of.queries + of
 template <class T>
 struct Decode {
   using A = Accumulator<T>;
-  static constexpr int64_t kChunk = 512;  // keys
-  static constexpr int64_t kAhead = 2048;
+  static constexpr int64_t kChunk = 512;   // keys
+  static constexpr int64_t kAhead = 2048;  // elements, see fetch_ahead; 4096 read no faster
   static constexpr int64_t kScoreStride = kChunk + kLanes<A>;
 
   // What a chunk leaves, for each row: a query of one of the heads that share keys.
