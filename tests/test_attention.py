@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -125,6 +126,62 @@ def exact(causal: int = 0, **values: Any) -> tuple[Tensor, Tensor]:
     return output, logsumexp_of(scores).expand(output.shape[:-1])
 
 
+def in_float64(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.astype(np.float64))
+
+
+class InLongDouble(torch.autograd.Function):
+    """softmax(factor * query @ key.mT + mask) @ value, and the logsumexp. In float64, the scores of
+    a reference would be rounded as PyTorch's own are, and its error would not be seen."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, factor):
+        q, k, v, m = (t.detach().numpy().astype(np.longdouble) for t in (query, key, value, mask))
+        scores = np.longdouble(factor) * (q @ k.swapaxes(-1, -2)) + m
+        is_empty = np.all(scores == -np.inf, -1, keepdims=True)
+        most = np.where(is_empty, 0, scores.max(-1, keepdims=True, initial=-np.inf))
+        exponentials = np.exp(scores - most)
+        total = exponentials.sum(-1, keepdims=True)
+        weights = exponentials / np.where(is_empty, 1, total)
+        with np.errstate(divide="ignore"):
+            logsumexp = (most + np.log(total))[..., 0]
+        ctx.arrays = q, k, v, weights, factor
+        return in_float64(weights @ v), in_float64(logsumexp)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        q, k, v, weights, factor = ctx.arrays
+        grad_output, grad_logsumexp = (g.numpy().astype(np.longdouble) for g in gradients)
+        grad = grad_output @ v.swapaxes(-1, -2)
+        grad += grad_logsumexp[..., None] - (weights * grad).sum(-1, keepdims=True)
+        grad = weights * grad
+        products = (
+            factor * (grad @ k),
+            factor * (grad.swapaxes(-1, -2) @ q),
+            weights.swapaxes(-1, -2) @ grad_output,
+            grad,
+        )
+        return *map(in_float64, products), None
+
+
+def exact_float64(causal: int = 0, **values: Any) -> tuple[Tensor, Tensor]:
+    query, key, value = (values[name] for name in ("query", "key", "value"))
+    _, mask = scores_of(causal, **values)
+    if values.get("enable_gqa"):
+        repeats = query.size(-3) // key.size(-3)
+        key, value = (t.repeat_interleave(repeats, -3) for t in (key, value))
+    L, S, D = query.size(-2), key.size(-2), query.size(-1)
+    if mask is None:
+        mask = query.new_zeros(L, S)
+    elif mask.dtype == torch.bool:
+        mask = query.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+    leading = torch.broadcast_shapes(*(t.shape[:-2] for t in (query, key, value)))
+    tensors = (t.expand(*leading, *t.shape[-2:]) for t in (query, key, value))
+    scale = values.get("scale")
+    factor = scale if scale is not None else D**-0.5 if D else 1.0
+    return InLongDouble.apply(*tensors, mask.expand(*leading, L, S), factor)
+
+
 def scores_of(
     causal: int, attn_mask: Tensor | None = None, scale: float | None = None, **values: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -168,7 +225,9 @@ def check(draw: Callable[[int], dict[str, Any]], draws: int = 3, outputs: Any = 
 
         return call
 
-    assert_op_parity(some(op), some(plain), some(exact), outputs, *map(draw, range(draws)))
+    values = [draw(seed) for seed in range(draws)]
+    reference = exact_float64 if values[0]["query"].dtype == torch.float64 else exact
+    assert_op_parity(some(op), some(plain), some(reference), outputs, *values)
 
 
 def shape_id(value: Any) -> str | None:

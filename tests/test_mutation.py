@@ -59,7 +59,7 @@ MUTANTS = {
     ),
     "raised_maximum": (  # sums of the keys before a larger score
         "attention_forward.cpp",
-        "store(total, load(total) * factor);",
+        "store(block.totals + column, load(block.totals + column) * factor);",
         "",
         "output: largest error",
     ),

@@ -195,7 +195,7 @@ struct Backward {
       const int64_t first = block * kBlockKeys;
       keys.pack_transposed(key, first, head.keys);
       values.pack_transposed(value, first, head.values);
-      keys.pack_rows(key, first, head.key_rows);
+      keys.pack_rows(key, first, smaller(kBlockKeys, of.keys - first), head.key_rows);
     }
     const int64_t all = of.batch * of.heads * of.queries;
     for (int64_t n = member; n < groups * query_blocks; n += members) {

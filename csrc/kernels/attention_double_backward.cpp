@@ -468,9 +468,9 @@ struct DoubleBackward {
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
           const auto p = power_of_base(several<kVectors>([&](int v) GENKERNELS_LAMBDA {
-            const Vector<A> score = sum[i][v] * at.scores.scale;
-            return ((is_masked ? score + load(vector_of(head.p, i, v)) : score) - of_queries(block.shift, v)) -
-                   of_queries(block.rest, v);
+            const Vector<A> score =
+                is_masked ? at.scores.with_mask(sum[i][v], load(vector_of(head.p, i, v))) : sum[i][v] * at.scores.scale;
+            return (score - of_queries(block.shift, v)) - of_queries(block.rest, v);
           }));
           for (int v = 0; v < kVectors; ++v) store(vector_of(head.p, i, v), p[v]);
         }

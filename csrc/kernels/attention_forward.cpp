@@ -5,210 +5,192 @@ GENKERNELS_DECLARE_ATTENTION(GENKERNELS_LEVEL)
 namespace genkernels::GENKERNELS_LEVEL {
 namespace {
 
-// Blocks of queries go through the keys in blocks (Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 1). A
-// row's exponents are relative to `most`: 0, or the first scores' maximum if that is farther than kSlack from 0, or a
-// later one that exceeds it by kSlack. So most tiles need no reduction, and sums are kept by lanes until the end.
+// Blocks of queries go through the keys in blocks (Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 1).
+// Scores lie as [keys, queries]: then rows of keys and values are operands as they are, from the left of scores and
+// from the right of outputs, only queries are packed, and what is known of each query fills registers.
 //
-// Where there are heads enough, each thread has heads of its own, which it packs for itself. The heads left over are
-// packed by all threads, which then take blocks of queries in turns, the longest first.
+// A query's exponents are relative to `most`: 0, or the first scores' maximum if that is farther than kSlack from 0, or
+// a later one that exceeds it by kSlack. So most tiles change nothing that was computed before.
+//
+// Where there are heads enough, each thread has heads of its own. Of the heads left over threads take blocks of queries
+// in turns, the longest first.
 template <class T>
 struct Forward {
   using E = Operand<T>;
   using A = Accumulator<T>;
-  static constexpr int64_t kBlockQueries = 48;
-  static constexpr int64_t kScoreStride = kBlockKeys + 64 / int64_t(sizeof(E));
+  static constexpr int64_t kMostQueries = 96;
+  static constexpr int64_t kPartKeys = 64;
   static constexpr A kSlack = sizeof(A) == 8 ? 0 : 16;  // digits count in float64
 
-  // A thread's own block.
+  // A thread's own block of queries.
   struct Block {
-    E* queries;       // [kBlockQueries, query_stride]
-    E* scores;        // [kBlockQueries, kScoreStride], later base^(score - most)
-    A* outputs;       // [kBlockQueries, output_stride]
-    A* totals;        // [kBlockQueries, lanes] sums of the scores' exponentials
-    A* most;          // [kBlockQueries]
-    bool* has_most;   // [kBlockQueries] whether a key took part so far
-    bool* have_most;  // [kBlockQueries / kTileRows] whether find_most() is done with all rows of a tile
-    E* keys;          // of a head of its own
-    E* values;
+    E* queries;      // [D, queries], a right operand
+    E* scores;       // [block_keys, score_stride], later base^(score - most); with pairs of keys side by side for bf16
+    A* masks;        // [block_keys, score_stride]; unused without one
+    A* outputs;      // [queries, output_stride]
+    A* totals;       // [queries], the sums of the scores' exponentials
+    A* parts;        // [queries], the same of the last kPartKeys; of float64 what `totals` was rounded by
+    A* most;         // [queries]
+    bool* has_most;  // [queries], whether a key took part so far
+  };
+  // A head's keys and values, in memory of ours where they cannot be read as they lie.
+  struct Head {
+    E *keys, *values;
+  };
+  // A block of queries and one of keys.
+  struct Place {
+    const Scores<T>& scores;
+    const Block& block;
+    Rows<const E> keys;
+    const E* values;  // of the head, if packed
+    Rows<const T> value_rows;
+    int64_t query, rows, key, count;
+    bool is_first, is_last;
   };
 
   const AttentionForward& arguments;
   const Attention& of;
   const Runtime& runtime;
   const PackedHead<T, E> packed;
-  const int64_t groups, query_blocks, kv_count, shares, own_heads;  // own_heads: of each thread
-  const int64_t query_stride, output_stride;
+  const bool reads_keys, reads_values;  // as they lie
+  const int64_t groups, kv_count, block_queries, query_blocks, block_keys;
+  const int64_t shares, own_heads;  // own_heads: of each thread
+  const int64_t key_stride, score_stride, output_stride;
   const Barrier barrier;
-  E *shared_keys, *shared_values;
   int64_t* next_item;
   Block* blocks;
+  Head *heads, *shared_heads;
 
   Forward(const AttentionForward& forward, const Runtime& r)
       : arguments(forward),
         of(forward.of),
         runtime(r),
         packed(of.keys, of.head_size, of.value_size),
+        reads_keys(__is_same(T, E) && !collides<T>(of.key.row)),
+        reads_values(__is_same(T, E) && kGroup<E> == 1 && of.value_size % kLanes<A> == 0 && !collides<T>(of.value.row)),
         groups(of.heads / larger(1, of.kv_heads)),
-        query_blocks(ceil_div(of.queries, kBlockQueries)),
         kv_count(of.batch * of.kv_heads),
+        block_queries(in_blocks(of.queries, kv_count * groups < 2 * r.threads ? kMostQueries / 2 : kMostQueries,
+                                larger(kLanes<A>, kTileRows))),
+        query_blocks(ceil_div(of.queries, block_queries)),
+        block_keys(in_blocks(of.keys, kBlockKeys, kRandomKeys)),
         shares(larger(1, smaller(r.threads, kv_count * groups * query_blocks))),
         own_heads(kv_count / shares),
-        query_stride(staged_stride<E>(of.head_size)),
+        key_stride(staged_stride<E>(of.head_size)),
+        score_stride(odd_lines<A>(block_queries)),
         output_stride(packed.values.vectors * kLanes<A>),
         barrier(r, shares),
         next_item(allocate<int64_t>(r, 1)),
-        blocks(allocate<Block>(r, shares)) {
+        blocks(allocate<Block>(r, shares)),
+        heads(allocate<Head>(r, shares)),
+        shared_heads(allocate<Head>(r, kv_count - own_heads * shares)) {
     *next_item = 0;
-    const int64_t left_over = kv_count - own_heads * shares;
-    shared_keys = left_over ? allocate<E>(r, left_over * packed.transposed_size()) : nullptr;
-    shared_values = left_over ? allocate<E>(r, left_over * packed.rows_size()) : nullptr;
-    for (int64_t share = 0; share < shares; ++share)
-      blocks[share] = {allocate<E>(r, kBlockQueries * query_stride),
-                       allocate<E>(r, kBlockQueries * kScoreStride),
-                       allocate<A>(r, kBlockQueries * output_stride),
-                       allocate<A>(r, kBlockQueries * kLanes<A>),
-                       allocate<A>(r, kBlockQueries),
-                       allocate<bool>(r, kBlockQueries),
-                       allocate<bool>(r, kBlockQueries / kTileRows),
-                       own_heads ? allocate<E>(r, packed.transposed_size()) : nullptr,
-                       own_heads ? allocate<E>(r, packed.rows_size()) : nullptr};
+    const auto new_head = [&] {
+      return Head{reads_keys ? nullptr : allocate<E>(r, of.keys * key_stride),
+                  reads_values ? nullptr : allocate<E>(r, packed.rows_size())};
+    };
+    for (int64_t n = 0; n < kv_count - own_heads * shares; ++n) shared_heads[n] = new_head();
+    for (int64_t share = 0; share < shares; ++share) {
+      blocks[share] = {allocate<E>(r, ceil_div(of.head_size, kGroup<E>) * kGroup<E> * block_queries),
+                       allocate<E>(r, block_keys * score_stride),
+                       of.mask.type == MaskType::none ? nullptr : allocate<A>(r, block_keys * score_stride),
+                       allocate<A>(r, block_queries * output_stride),
+                       allocate<A>(r, block_queries),
+                       allocate<A>(r, block_queries),
+                       allocate<A>(r, block_queries),
+                       allocate<bool>(r, block_queries)};
+      if (own_heads > 0) heads[share] = new_head();
+    }
   }
 
   void run() const {
     parallel_ranges(runtime, shares, [&](int64_t first, int64_t last) {
+      const int64_t items = groups * query_blocks;
       for (int64_t share = first; share < last; ++share)
-        for (int64_t kv = share * own_heads; kv < (share + 1) * own_heads; ++kv) run_own_head(kv, blocks[share]);
+        for (int64_t kv = share * own_heads; kv < (share + 1) * own_heads; ++kv) {
+          for (int64_t key = 0; key < of.keys; key += block_keys) pack(kv, key, heads[share]);
+          for (int64_t n = 0; n < items; ++n) run_item(kv, n, heads[share], blocks[share]);
+        }
       const int64_t first_shared = own_heads * shares, left_over = kv_count - first_shared;
       if (left_over == 0) return;
-      const int64_t key_blocks = ceil_div(of.keys, kBlockKeys);
-      for (int64_t share = first; share < last; ++share)
-        for (int64_t n = share; n < left_over * key_blocks; n += shares)
-          pack(first_shared + n / key_blocks, n % key_blocks * kBlockKeys, keys_of(n / key_blocks),
-               values_of(n / key_blocks));
-      barrier.wait(last - first, 1);
-      const int64_t items = groups * query_blocks;
-      for (int64_t n; (n = __atomic_fetch_add(next_item, 1, __ATOMIC_RELAXED)) < left_over * items;) {
-        const int64_t kv = n / items;
-        run_item(first_shared + kv, n % items, keys_of(kv), values_of(kv), blocks[first]);
+      if (!reads_keys || !reads_values) {
+        const int64_t key_blocks = ceil_div(of.keys, block_keys);
+        for (int64_t share = first; share < last; ++share)
+          for (int64_t n = share; n < left_over * key_blocks; n += shares)
+            pack(first_shared + n / key_blocks, n % key_blocks * block_keys, shared_heads[n / key_blocks]);
+        barrier.wait(last - first, 1);
       }
+      for (int64_t n; (n = __atomic_fetch_add(next_item, 1, __ATOMIC_RELAXED)) < left_over * items;)
+        run_item(first_shared + n / items, n % items, shared_heads[n / items], blocks[first]);
     });
   }
 
-  E* keys_of(int64_t shared) const { return shared_keys + shared * packed.transposed_size(); }
-  E* values_of(int64_t shared) const { return shared_values + shared * packed.rows_size(); }
-
-  void pack(int64_t kv, int64_t first_key, E* keys, E* values) const {
-    const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads;
-    packed.pack_transposed(rows_of<T>(of.key, b, h), first_key, keys);
-    packed.pack_rows(rows_of<T>(of.value, b, h), first_key, values);
-  }
-
-  void run_own_head(int64_t kv, const Block& block) const {
-    for (int64_t key = 0; key < of.keys; key += kBlockKeys) pack(kv, key, block.keys, block.values);
-    for (int64_t n = 0; n < groups * query_blocks; ++n) run_item(kv, n, block.keys, block.values, block);
+  void pack(int64_t kv, int64_t key, const Head& head) const {
+    const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads, count = smaller(block_keys, of.keys - key);
+    if (!reads_keys) {
+      const Rows<const T> rows = rows_of<T>(of.key, b, h);
+      stage<E, T>(head.keys + key * key_stride, key_stride, count, of.head_size,
+                  [&](int64_t i) { return rows[key + i]; });
+    }
+    if (!reads_values) packed.pack_rows(rows_of<T>(of.value, b, h), key, count, head.values);
   }
 
   // The blocks that see most keys come first.
-  void run_item(int64_t kv, int64_t n, const E* keys, const E* values, const Block& block) const {
+  void run_item(int64_t kv, int64_t n, const Head& head, const Block& block) const {
     const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads * groups + n % groups;
-    const int64_t first = (query_blocks - 1 - n / groups) * kBlockQueries;
-    run_block(b, h, first, smaller(kBlockQueries, of.queries - first), keys, values, block);
-  }
-
-  void run_block(int64_t b, int64_t h, int64_t query, int64_t rows, const E* keys, const E* values,
-                 const Block& block) const {
+    const int64_t query = (query_blocks - 1 - n / groups) * block_queries;
+    const int64_t rows = smaller(block_queries, of.queries - query);
     const Scores<T> scores(of, b, h);
+    const Columns<E> columns(rows);
     const Rows<const T> from = rows_of<T>(of.query, b, h);
-    const Rows<const E> queries =
-        stage<E, T>(block.queries, query_stride, rows, of.head_size, [&](int64_t i) { return from[query + i]; });
+    for (int64_t p = 0; p < columns.panels; ++p)
+      columns.with_width(p, [&]<int kVectors>() {
+        const int64_t first = query + columns.first_column(p);
+        pack_panel_of_rows<E, T, kVectors>(
+            of.head_size, [&](int64_t i) { return first + i < query + rows ? from[first + i] : nullptr; },
+            block.queries + columns.offset(p, of.head_size));
+      });
     // What the next block reads and what this one writes last are on their way meanwhile.
     const Rows<T> output = rows_of<T>(arguments.output, b, h);
     for (int64_t i = 0; i < rows; ++i) {
-      if (query + i >= kBlockQueries) prefetch<false>(from[query + i - kBlockQueries], of.head_size);
+      if (query >= block_queries) prefetch<false>(from[query + i - block_queries], of.head_size);
       prefetch<true>(output[query + i], of.value_size);
     }
-    __builtin_memset(block.most, 0, sizeof(A) * kBlockQueries);
-    __builtin_memset(block.has_most, 0, sizeof(bool) * kBlockQueries);
-    __builtin_memset(block.have_most, 0, sizeof(bool) * kBlockQueries / kTileRows);
-    __builtin_memset(block.totals, 0, size_t(rows * kLanes<A>) * sizeof(A));
-    __builtin_memset(block.outputs, 0, size_t(rows * output_stride) * sizeof(A));
+    __builtin_memset(block.most, 0, sizeof(A) * size_t(block_queries));
+    __builtin_memset(block.totals, 0, sizeof(A) * size_t(block_queries));
+    __builtin_memset(block.parts, 0, sizeof(A) * size_t(block_queries));
+    __builtin_memset(block.has_most, 0, sizeof(bool) * size_t(block_queries));
+    bool have_most[kMostQueries] = {};  // whether find_most() is done with all of a panel
+    Rows<const E> keys{head.keys, key_stride};
+    if constexpr (__is_same(T, E))
+      if (reads_keys) keys = rows_of<T>(of.key, b, kv % of.kv_heads);
     const int64_t end = scores.visible(query + rows - 1);
-    for (int64_t key = 0; key < end; key += kBlockKeys) {
-      const Columns<E> columns = packed.columns(key);
-      for (int64_t p = 0; p < columns.panels; ++p) {
-        const int64_t column = columns.first_column(p);
-        if (key + column >= end) break;
-        // The first tile of rows that sees a key of the panel.
-        int64_t skipped = 0;
-        while (skipped + kTileRows < rows && scores.visible(query + skipped + kTileRows - 1) <= key + column)
-          skipped += kTileRows;
-        columns.with_width(p, [&]<int kPanel>() {
-          const E* const panel = packed.transposed_panel(keys, key, p);
-          for_row_tiles(rows - skipped, [&]<int kRows>(int64_t at) {
-            const int64_t row = skipped + at;
-            with_vectors<A, kRows, kPanel>(scores.visible(query + row + kRows - 1) - key - column, [&]<int kVectors>() {
-              Vector<A> sum[kRows][kVectors];
-              multiply_in_chains<kScoreChain<A>, kPanel>(queries[row], queries.stride, panel, of.head_size, sum);
-              A scale = scores.scale;
-              if (scores.needs_mask(query + row, key + column + kVectors * kLanes<A>)) {
-                scores.apply_mask(query + row, key + column, sum);
-                scale = 1;
-              }
-              exponentiate(block, row, column, scale, sum);
-            });
-          });
-        });
-      }
-      if (of.dropout.threshold)
-        scores.template drop<E>(query, rows, key, columns.count, Rows<E>{block.scores, kScoreStride});
-      add_values(scores, block, query, rows, key, columns.count, values);
+    for (int64_t key = 0; key < end || key == 0; key += block_keys) {
+      const Place at{scores,
+                     block,
+                     keys,
+                     head.values,
+                     rows_of<T>(of.value, b, kv % of.kv_heads),
+                     query,
+                     rows,
+                     key,
+                     smaller(block_keys, end - key),
+                     key == 0,
+                     key + block_keys >= end};
+      if (of.mask.type != MaskType::none) form_masks(at);
+      for (int64_t p = 0; p < columns.panels; ++p)
+        columns.with_width(p, [&]<int kVectors>() { form_scores<kVectors>(at, columns, p, have_most[p]); });
+      add_up_parts(block, 0, rows);
+      if (of.dropout.threshold) drop(at);
+      A factors[kMostQueries + kLanes<A>];
+      if (at.is_last)
+        for (int64_t i = 0; i < rows; i += kLanes<A>) {
+          const Vector<A> total = load(block.totals + i);
+          store(factors + i, A(of.dropout.scale) / (total == A(0) ? broadcast(A(__builtin_inf())) : total));
+        }
+      add_values(at, output, factors);
     }
     finish(b, h, query, rows, block);
-  }
-
-  // Makes the scores of a tile base^(score - most), and adds them up.
-  template <int kRows, int kVectors>
-  GENKERNELS_INLINE void exponentiate(const Block& block, int64_t first, int64_t column, A scale,
-                                      Vector<A> (&x)[kRows][kVectors]) const {
-    bool& have_most = block.have_most[first / kTileRows];
-    if (!have_most) {
-      have_most = true;
-      for_copy(x, [&](auto& copy) {
-        for (int i = 0; i < kRows; ++i) have_most &= find_most<kVectors>(block, first + i, column, scale, copy[i]);
-      });
-    }
-    Vector<A> tops[kVectors];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const Vector<A> most = broadcast(block.most[first + i]);
-#pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) {
-        x[i][v] = x[i][v] * scale - most;
-        tops[v] = i > 0 && tops[v] > x[i][v] ? tops[v] : x[i][v];
-      }
-    }
-    if (any_above(top_of(tops), kSlack))
-      for_copy(x, [&](auto& copy) {
-        for (int i = 0; i < kRows; ++i) raise<kVectors>(block, first + i, column, copy[i]);
-      });
-    constexpr int kTogether = kRows % 2 ? 1 : 2;
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; i += kTogether) {
-      const auto e = power_of_base(
-          several<kTogether * kVectors>([&](int j) GENKERNELS_LAMBDA { return x[i + j / kVectors][j % kVectors]; }));
-#pragma GCC unroll 2
-      for (int j = 0; j < kTogether; ++j) {
-        A* const total = block.totals + (first + i + j) * kLanes<A>;
-        E* const to = block.scores + (first + i + j) * kScoreStride + column;
-        Vector<A> added = e[j * kVectors];
-#pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) {
-          if (v > 0) added += e[j * kVectors + v];
-          store(to + v * kLanes<A>, e[j * kVectors + v]);
-        }
-        store(total, load(total) + added);
-      }
-    }
   }
 
   template <bool kForWriting, class S>
@@ -217,98 +199,334 @@ struct Forward {
     for (int64_t n = 0; n < count; n += kLine) __builtin_prefetch(row + n, kForWriting, 2);
   }
 
-  template <int kVectors>
-  static GENKERNELS_INLINE Vector<A> top_of(const Vector<A> (&x)[kVectors]) {
-    Vector<A> top = x[0];
+  // What is added to scores, of all queries and keys of a block.
+  void form_masks(const Place& at) const {
+    const Scores<T>& scores = at.scores;
+    const auto exponents = [&](int64_t i, int64_t k, int64_t count) {
+      return Scores<T>::as_exponents(scores.load_mask(at.query + i, at.key + k, count));
+    };
+    if (of.mask.query == 0 || of.queries == 1) {
+      for (int64_t k = 0; k < at.count; k += kLanes<A>) {
+        const int64_t count = smaller(kLanes<A>, at.count - k);
+        const Vector<A> masks = exponents(0, k, count);
+        for (int64_t n = 0; n < count; ++n)
+          for (int64_t i = 0; i < at.rows; i += kLanes<A>)
+            store(at.block.masks + (k + n) * score_stride + i, broadcast(A(masks[n])));
+      }
+      return;
+    }
+    for (int64_t i = 0; i < at.rows; i += kLanes<A>)
+      for (int64_t k = 0; k < at.count; k += kLanes<A>) {
+        const int64_t count = smaller(kLanes<A>, at.count - k);
+        Square<LaneOf<sizeof(A)>> square{};
+        for (int64_t n = 0; n < smaller(kLanes<A>, at.rows - i); ++n) {
+          const Vector<A> row = exponents(i + n, k, count);
+          __builtin_memcpy(&square.rows[n], &row, sizeof row);
+          // The next block's part lies a page further with each query, where the processor does not look for it.
+          scores.fetch_mask(at.query + i + n, at.key + k + block_keys);
+        }
+        square.transpose();
+        for (int64_t n = 0; n < count; ++n)
+          __builtin_memcpy(at.block.masks + (k + n) * score_stride + i, &square.rows[n], kVectorBytes);
+      }
+  }
+
+  // Of a panel of queries and a block of keys.
+  template <int kPanel>
+  GENKERNELS_INLINE void form_scores(const Place& at, const Columns<E>& columns, int64_t p, bool& have_most) const {
+    const E* const panel = at.block.queries + columns.offset(p, of.head_size);
+    const int64_t column = columns.first_column(p), end = smaller(at.rows, column + kPanel * kLanes<A>);
+    for_key_tiles(at.count, [&]<int kRows>(int64_t row) {
+      const int64_t key = at.key + row;
+      // The first query that sees the first key. A tile of outputs may begin before it: there, too, scores have to be.
+      const int64_t seeing = larger(0, key - of.diagonal - at.query) / kTileRows * kTileRows;
+      if (seeing >= end) return false;
+      if (row % kPartKeys == 0) add_up_parts(at.block, column, column + kPanel * kLanes<A>);
+      const int64_t skipped = larger(0, seeing - column) / kLanes<A>;
+      const auto form = [&]<int kVectors>(int64_t from) GENKERNELS_LAMBDA {
+        const int64_t first = column + from * kLanes<A>;
+        Vector<A> sum[kRows][kVectors];
+        for (bool is_raised = false;; is_raised = true) {
+          multiply_in_chains<kScoreChain<A>, kPanel>(at.keys[key], at.keys.stride, panel + from * kLanes<E> * kGroup<E>,
+                                                     of.head_size, sum);
+          A scale = at.scores.scale;
+          if (of.mask.type != MaskType::none) {
+            for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+              const Vector<A> masks = load(at.block.masks + (row + i) * score_stride + first + v * kLanes<A>);
+              sum[i][v] = at.scores.with_mask(sum[i][v], masks);
+            });
+            scale = 1;
+          }
+          if (key + kRows > at.scores.visible(at.query + first)) hide_keys(at.query + first, key, sum);
+          if (!have_most)
+            for_copy(sum, [&](auto& copy) { have_most = find_most(at, row, first, scale, copy) && from == 0; });
+          if (!subtract_most(at, row, first, scale, is_raised, sum)) break;
+        }
+        exponentiate(at, row, first, sum);
+      };
+      // As few vectors as have queries that see a key; of whole tiles, since each such body is much code.
+      if constexpr (kRows == kTileRows && kPanel > 1)
+        if (skipped > 0) {
+          if constexpr (kPanel > 2)
+            if (skipped == 1) return form.template operator()<2>(1), true;
+          return form.template operator()<1>(kPanel - 1), true;
+        }
+      return form.template operator()<kPanel>(0), true;
+    });
+  }
+
+  // body.operator()<rows>(first) for tiles of keys until it returns false: of kTileRows, and of the last half of them
+  // and so on, since each body is much code.
+  template <int kRows = kTileRows, class Body>
+  GENKERNELS_INLINE void for_key_tiles(int64_t count, const Body& body, int64_t first = 0) const {
+    for (; first + kRows <= count; first += kRows)
+      if (!body.template operator()<kRows>(first)) return;
+    if constexpr (kRows > 1) for_key_tiles<kRows / 2>(count, body, first);
+  }
+
+  // -inf where the diagonal hides a key.
+  template <int kRows, int kVectors>
+  GENKERNELS_INLINE void hide_keys(int64_t query, int64_t key, Vector<A> (&tile)[kRows][kVectors]) const {
+    typedef LaneOf<sizeof(A)> Lane;
+    typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
+    Lanes lanes{};
+    for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
+    const int64_t seeing = smaller(kVectors * kLanes<A>, key - of.diagonal - query);
+    for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+      tile[i][v] =
+          lanes + Lane(v * kLanes<A>) < Lane(larger(0, seeing + i)) ? broadcast(-A(__builtin_inf())) : tile[i][v];
+    });
+  }
+
+  // Makes the scores of a tile exponents. Whether they have to be computed again: of those that were far above `most`,
+  // the difference has lost digits.
+  template <int kRows, int kVectors>
+  GENKERNELS_INLINE bool subtract_most(const Place& at, int64_t row, int64_t column, A scale, bool is_raised,
+                                       Vector<A> (&x)[kRows][kVectors]) const {
+    Vector<A> tops[kVectors];
 #pragma GCC unroll 3
-    for (int v = 1; v < kVectors; ++v) top = x[v] > top ? x[v] : top;
-    return top;
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector<A> most = load(at.block.most + column + v * kLanes<A>);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRows; ++i) {
+        x[i][v] = x[i][v] * scale - most;
+        tops[v] = i > 0 && tops[v] > x[i][v] ? tops[v] : x[i][v];
+      }
+    }
+    Vector<A> top = tops[0];
+#pragma GCC unroll 3
+    for (int v = 1; v < kVectors; ++v) top = tops[v] > top ? tops[v] : top;
+    if (!any_above(top, kSlack) || is_raised) return false;
+    Vector<A> copies[kVectors];
+    for (int v = 0; v < kVectors; ++v) copies[v] = tops[v];
+    raise(at, row, column, copies);
+    return true;
   }
 
-  // What is subtracted from a row's scores: nothing where the first of them are small anyway. Where they are far below,
-  // as those of masks of -1e9, each tile looks for larger ones, since beside such a number they lose their digits.
-  // Whether this need not be called again.
+  // Makes the exponents of a tile its scores, and adds them up.
+  template <int kRows, int kVectors>
+  GENKERNELS_INLINE void exponentiate(const Place& at, int64_t row, int64_t column,
+                                      const Vector<A> (&x)[kRows][kVectors]) const {
+    const Block& block = at.block;
+    Vector<A> added[2][kVectors] = {};
+    constexpr int kTogether = kRows > 1 ? 2 : 1;
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; i += kTogether) {
+      const auto e = power_of_base(
+          several<kTogether * kVectors>([&](int j) GENKERNELS_LAMBDA { return x[i + j / kVectors][j % kVectors]; }));
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) {
+        E* const to = score_at(block, row + i, column + v * kLanes<A>);
+        if constexpr (kTogether == 2) {
+          store_scores(to, e[v], e[kVectors + v]);
+          added[i / 2 % 2][v] += e[v] + e[kVectors + v];
+        } else {
+          if constexpr (kGroup<E> == 2)
+            store_scores(to, e[v], Vector<A>{});
+          else
+            store(to, e[v]);
+          added[0][v] += e[v];
+        }
+      }
+    }
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) add_up(block, column + v * kLanes<A>, added[0][v] + added[1][v]);
+  }
+
+  // In one chain over all keys, sums would err by more than PyTorch's.
+  static GENKERNELS_INLINE void add_up_parts(const Block& block, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i += kLanes<A>) {
+      store(block.totals + i, load(block.totals + i) + load(block.parts + i));
+      store(block.parts + i, Vector<A>{});
+    }
+  }
+  static GENKERNELS_INLINE void add_up(const Block& block, int64_t column, Vector<A> x) {
+    A* const part = block.parts + column;
+    if constexpr (sizeof(A) == 8) {  // Knuth, The Art of Computer Programming 2, 4.2.2, theorem B
+      A* const total = block.totals + column;
+      const Vector<A> before = load(total), sum = before + x, added = sum - before;
+      store(total, sum);
+      x = (before - (sum - added)) + (x - added);
+    }
+    store(part, load(part) + x);
+  }
+
+  E* score_at(const Block& block, int64_t row, int64_t column) const {
+    if constexpr (kGroup<E> == 2) return block.scores + row / 2 * 2 * score_stride + column * 2;
+    return block.scores + row * score_stride + column;
+  }
+  // Of a key and the next.
+  GENKERNELS_INLINE void store_scores(E* to, Vector<A> x, Vector<A> next) const {
+    if constexpr (kGroup<E> == 2) {
+      store(reinterpret_cast<uint32_t*>(to), rounded_bits(x) | rounded_bits(next) << 16);
+    } else {
+      store(to, x);
+      store(to + score_stride, next);
+    }
+  }
+
+  // What is subtracted from a query's scores: nothing where the first of them are small anyway. Where they are far
+  // below, as those of masks of -1e9, each tile looks for larger ones, since beside such a number they lose their
+  // digits. Whether this need not be called again.
+  template <int kRows, int kVectors>
+  __attribute__((noinline)) bool find_most(const Place& at, int64_t row, int64_t column, A scale,
+                                           const Vector<A> (&scores)[kRows][kVectors]) const {
+    const Block& block = at.block;
+    bool is_done = true;
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t first = column + v * kLanes<A>;
+      Vector<A> top = scores[0][v] * scale, change{};
+      for (int i = 1; i < kRows; ++i) {
+        const Vector<A> x = scores[i][v] * scale;
+        top = x > top ? x : top;
+      }
+      bool changes = false;
+      for (int l = 0; l < kLanes<A>; ++l) {
+        bool& has_most = block.has_most[first + l];
+        A& most = block.most[first + l];
+        if (has_most && most >= -kSlack) continue;
+        const A found = top[l] > -kSlack && !(top[l] > kSlack) ? A(0) : top[l];
+        if (found > (has_most ? most : -A(__builtin_inf()))) {
+          if (has_most) change[l] = most - found;
+          changes |= has_most;
+          most = found;
+          has_most = true;
+        }
+        is_done &= has_most && most >= -kSlack;
+      }
+      if (changes) rescale(at, row, first, change);
+    }
+    return is_done;
+  }
+
+  // Scores that exceed `most` by so much become it, and what was computed of their queries follows.
   template <int kVectors>
-  __attribute__((noinline)) bool find_most(const Block& block, int64_t i, int64_t column, A scale,
-                                           const Vector<A> (&scores)[kVectors]) const {
-    bool& has_most = block.has_most[i];
-    A& most = block.most[i];
-    if (has_most && most >= -kSlack) return true;
-    Vector<A> scaled[kVectors];
-    for (int v = 0; v < kVectors; ++v) scaled[v] = scores[v] * scale;
-    const Vector<A> top = top_of(scaled);
-    const A found = any_above(top, -kSlack) && !any_above(top, kSlack) ? A(0) : max_of_lanes<A>(top);
-    if (!(found > (has_most ? most : -A(__builtin_inf())))) return false;
-    if (has_most) rescale(block, i, column, most - found);
-    most = found;
-    has_most = true;
-    return most >= -kSlack;
+  __attribute__((noinline)) void raise(const Place& at, int64_t row, int64_t column,
+                                       const Vector<A> (&tops)[kVectors]) const {
+    for (int v = 0; v < kVectors; ++v) {
+      A* const to = at.block.most + column + v * kLanes<A>;
+      const Vector<A> most = load(to), raised = most + (tops[v] > kSlack ? tops[v] : Vector<A>{});
+      if (!any_above(tops[v], kSlack)) continue;
+      store(to, raised);
+      rescale(at, row, column + v * kLanes<A>, most - raised);
+    }
   }
 
-  // A score that exceeds `most` by so much becomes it, and what was computed of the row follows.
-  template <int kVectors>
-  __attribute__((noinline)) void raise(const Block& block, int64_t i, int64_t column, Vector<A> (&x)[kVectors]) const {
-    const Vector<A> top = top_of(x);
-    if (!any_above(top, kSlack)) return;
-    const A most = block.most[i], raised = most + max_of_lanes<A>(top), rise = raised - most;
-    block.most[i] = raised;
-    for (int v = 0; v < kVectors; ++v) x[v] -= rise;
-    rescale(block, i, column, -rise);
+  // Multiplies what was computed of a register of queries, of the block's scores the first `row` keys', by
+  // base^exponent.
+  void rescale(const Place& at, int64_t row, int64_t column, Vector<A> exponent) const {
+    const Block& block = at.block;
+    const Vector<A> factor = power_of_base(several<1>([&](int) { return exponent; }))[0];
+    store(block.totals + column, load(block.totals + column) * factor);
+    store(block.parts + column, load(block.parts + column) * factor);
+    for (int64_t k = 0; k < row; k += kGroup<E>) {
+      E* const to = score_at(block, k, column);
+      if constexpr (kGroup<E> == 2) {
+        const Vector<uint32_t> pair = load(reinterpret_cast<const uint32_t*>(to));
+        store_scores(to, (Vector<A>)(pair << 16) * factor, (Vector<A>)(pair & 0xffff0000u) * factor);
+      } else {
+        store(to, load(to) * factor);
+      }
+    }
+    for (int l = 0; l < kLanes<A> && !at.is_first; ++l) {
+      A* const output = block.outputs + (column + l) * output_stride;
+      for (int64_t n = 0; n < output_stride && exponent[l] != 0; n += kLanes<A>)
+        store(output + n, load(output + n) * factor[l]);
+    }
   }
 
-  // Multiplies what was computed of a row, of its scores the first `column`, by base^exponent.
-  void rescale(const Block& block, int64_t i, int64_t column, A exponent) const {
-    const Vector<A> factor = power_of_base(several<1>([&](int) { return broadcast(exponent); }))[0];
-    A* const total = block.totals + i * kLanes<A>;
-    store(total, load(total) * factor);
-    A* const output = block.outputs + i * output_stride;
-    for (int64_t n = 0; n < output_stride; n += kLanes<A>) store(output + n, load(output + n) * factor);
-    E* const scores = block.scores + i * kScoreStride;
-    for (int64_t n = 0; n < column; n += kLanes<A>) store(scores + n, load(scores + n) * factor);
+  // Sets what dropout does not keep to zero.
+  void drop(const Place& at) const {
+    uint32_t numbers[4][kRandomQueries];
+    for (int64_t key = 0; key < at.count; key += kRandomKeys)
+      for (int64_t i = 0; i < at.rows; i += kRandomQueries)
+        for (int64_t n = 0; n < smaller(kRandomKeys / 4, at.count - key); ++n) {
+          random_queries(of.dropout.seed, at.scores.index, uint32_t(at.query + i),
+                         uint32_t((at.key + key) / kRandomKeys), uint32_t(n), numbers);
+          for (int64_t word = 0; word < 4; ++word) {
+            const int64_t k = key + n + word * kRandomKeys / 4;
+            if (k >= at.count) break;
+            E* const to = score_at(at.block, k, i) + k % kGroup<E>;
+            for (int64_t q = 0; q < smaller(kRandomQueries, block_queries - i); ++q)
+              if (numbers[word][q] < of.dropout.threshold) to[q * kGroup<E>] = E{};
+          }
+        }
   }
 
-  void add_values(const Scores<T>& scores, const Block& block, int64_t query, int64_t rows, int64_t key, int64_t keys,
-                  const E* values) const {
+  // Adds P V to the outputs, or makes them the result.
+  void add_values(const Place& at, Rows<T> result, const A* factors) const {
     for (int64_t p = 0; p < packed.values.panels; ++p)
       packed.values.with_width(p, [&]<int kVectors>() {
-        const E* const panel = packed.rows_panel(values, key, p);
-        for_row_tiles(rows, [&]<int kRows>(int64_t first) {
-          const int64_t count = smaller(keys, scores.visible(query + first + kRows - 1) - key);
-          if (count <= 0) return;
-          Vector<A> sum[kRows][kVectors];
-          multiply_in_chains<kKeyChain<A>, kVectors>(block.scores + first * kScoreStride, kScoreStride, panel, count,
-                                                     sum);
-          A* const to = block.outputs + first * output_stride + packed.values.first_column(p);
-          for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
-            A* const at = to + i * output_stride + v * kLanes<A>;
-            store(at, load(at) + sum[i][v]);
+        const int64_t column = packed.values.first_column(p);
+        const E* values = nullptr;
+        int64_t value_step = Panel<E, kVectors>::kStep;
+        if (!reads_values) {
+          values = packed.rows_panel(at.values, at.key, p);
+        } else if constexpr (__is_same(T, E)) {
+          values = at.value_rows[at.key] + column;
+          value_step = at.value_rows.stride;
+        }
+        for (int64_t first = 0; first < at.rows; first += kTileRows) {
+          const int64_t last = smaller(first + kTileRows, at.rows) - 1;
+          const int64_t count = larger(0, smaller(at.count, at.scores.visible(at.query + last) - at.key));
+          if (count == 0 && !at.is_first && !at.is_last) continue;
+          Vector<A> sum[kTileRows][kVectors] = {};
+          add_in_chains<kKeyChain<A>>(score_at(at.block, 0, first), kGroup<E>, score_stride * kGroup<E>, values,
+                                      value_step, count, sum);
+          A* const to = at.block.outputs + first * output_stride + column;
+          if (!at.is_first)
+            for_tile<kTileRows, kVectors>(
+                [&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] += load(to + i * output_stride + v * kLanes<A>); });
+          if (!at.is_last) {
+            for_tile<kTileRows, kVectors>(
+                [&](int i, int v) GENKERNELS_LAMBDA { store(to + i * output_stride + v * kLanes<A>, sum[i][v]); });
+            continue;
+          }
+          T* const at_result = result[at.query + first] + column;
+          if (last - first + 1 == kTileRows && column + kVectors * kLanes<A> <= of.value_size) {
+            for_tile<kTileRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+              store(at_result + i * result.stride + v * kLanes<A>, sum[i][v] * factors[first + i]);
+            });
+            continue;
+          }
+          for_copy(sum, [&](auto& copy) {
+            for (int i = 0; i <= last - first; ++i)
+              for (int v = 0; v < kVectors; ++v)
+                store(at_result + i * result.stride + v * kLanes<A>, copy[i][v] * factors[first + i],
+                      int(smaller(kLanes<A>, of.value_size - column - v * kLanes<A>)));
           });
-        });
+        }
       });
   }
 
   void finish(int64_t b, int64_t h, int64_t query, int64_t rows, const Block& block) const {
-    const Rows<T> output = rows_of<T>(arguments.output, b, h);
-    double totals[kBlockQueries], logarithms[kBlockQueries];
-    A factors[kBlockQueries];
-    for (int64_t first = 0; first < rows; first += kLanes<A>) {
-      Vector<A> lanes[kLanes<A>];
-      for (int i = 0; i < kLanes<A>; ++i) lanes[i] = load(block.totals + (first + i) * kLanes<A>);
-      const Vector<A> sums = sums_of_lanes<A>(lanes);
-      store(factors + first, A(of.dropout.scale) / (sums == A(0) ? broadcast(A(__builtin_inf())) : sums));
-      for (int i = 0; i < kLanes<A>; ++i) totals[first + i] = double(sums[i]);
-    }
+    double totals[kMostQueries + kLanes<double>], logarithms[kMostQueries + kLanes<double>];
+    for (int64_t i = 0; i < rows; ++i) totals[i] = double(block.totals[i]);
+    for (int64_t i = rows; i < rows + kLanes<double>; ++i) totals[i] = 1;
     for (int64_t i = 0; i < rows; i += kLanes<double>) store(logarithms + i, logarithm<A>(load(totals + i)));
     for (int64_t i = 0; i < rows; ++i)
       set_statistics<A>(arguments, (b * of.heads + h) * of.queries + query + i, block.most[i], totals[i],
                         logarithms[i]);
-    for (int64_t i = 0; i < rows; ++i) {
-      const A* const from = block.outputs + i * output_stride;
-      T* const to = output[query + i];
-      int64_t n = 0;
-      for (; n + kLanes<A> <= of.value_size; n += kLanes<A>) store(to + n, load(from + n) * factors[i]);
-      if (n < of.value_size) store(to + n, load(from + n) * factors[i], int(of.value_size - n));
-    }
   }
 };
 

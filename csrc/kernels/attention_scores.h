@@ -1,4 +1,4 @@
-// What the passes of attention share: the packed keys, and which of them take part.
+// What the passes of attention share: which keys take part, and how they are packed.
 #pragma once
 
 #include "attention.h"
@@ -18,6 +18,18 @@ constexpr int64_t kScoreChain = sizeof(A) == 8 ? 16 : 64;
 template <class A>
 constexpr int64_t kKeyChain = sizeof(A) == 8 ? 16 : kChain;
 static_assert(kBlockKeys <= kChain && kBlockKeys % kRandomKeys == 0);
+
+// The size of blocks of at most `most` that are about as large as each other, a multiple of `unit`.
+inline int64_t in_blocks(int64_t count, int64_t most, int64_t unit) {
+  const int64_t blocks = larger(1, ceil_div(count, most));
+  return larger(1, ceil_div(ceil_div(count, blocks), unit)) * unit;
+}
+// Elements from one row to the next, so that rows do not share sets of the cache.
+template <class E>
+int64_t odd_lines(int64_t columns) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(E));
+  return (ceil_div(columns, kLine) | 1) * kLine;
+}
 
 // The natural logarithm of the base that scores are exponents of: a power of 2 takes fewer operations than one of e,
 // but float64 has the C library's.
@@ -214,10 +226,11 @@ struct Scores {
  private:
   template <int kRows, int kVectors>
   __attribute__((noinline)) void apply_mask_to(int64_t query, int64_t key, Vector<A> (&sum)[kRows][kVectors]) const {
-    for (int i = 0; i < kRows; ++i)
-      for (int v = 0; v < kVectors; ++v) sum[i][v] *= scale;
     switch (of.mask.type) {
-      case MaskType::none: break;
+      case MaskType::none:
+        for (int i = 0; i < kRows; ++i)
+          for (int v = 0; v < kVectors; ++v) sum[i][v] *= scale;
+        break;
       case MaskType::boolean: add_mask<bool>(query, key, sum); break;
       case MaskType::of_dtype: add_mask<T>(query, key, sum); break;
       case MaskType::of_accumulator: add_mask<A>(query, key, sum); break;
@@ -233,6 +246,11 @@ struct Scores {
   }
 
  public:
+  // A product and its mask as an exponent, the same in every pass: rounded twice, as PyTorch's.
+  GENKERNELS_INLINE Vector<A> with_mask(Vector<A> product, Vector<A> masks) const {
+    return rounded(product * scale) + masks;
+  }
+
   // A finite mask remains finite: a row of nothing but the least number has keys.
   static GENKERNELS_INLINE Vector<A> as_exponents(Vector<A> x) {
     if constexpr (sizeof(A) == 8) {
@@ -255,6 +273,13 @@ struct Scores {
     }
   }
 
+  void fetch_mask(int64_t query, int64_t key) const {
+    const int64_t element = of.mask.type == MaskType::boolean    ? 1
+                            : of.mask.type == MaskType::of_dtype ? int64_t(sizeof(T))
+                                                                 : int64_t(sizeof(A));
+    __builtin_prefetch(mask + (query * of.mask.query + key * of.mask.key) * element);
+  }
+
   // Sets what dropout does not keep to zero: of queries [query, query + run) and keys [key, key + count).
   template <class E>
   void drop(int64_t query, int64_t run, int64_t key, int64_t count, Rows<E> probabilities) const {
@@ -274,7 +299,9 @@ struct Scores {
         const int64_t first = key + v * kLanes<A>;
         // The next keys' part lies a page further with each query, where the processor does not look for it.
         __builtin_prefetch(row_of_mask<M>(query + i) + (first + kVectors * kLanes<A>)*of.mask.key);
-        if (first < of.keys) sum[i][v] += as_exponents(load_mask<M>(query + i, first, of.keys - first));
+        const Vector<A> masks =
+            first < of.keys ? as_exponents(load_mask<M>(query + i, first, of.keys - first)) : Vector<A>{};
+        sum[i][v] = with_mask(sum[i][v], masks);
       }
   }
 
@@ -354,8 +381,7 @@ struct PackedHead {
   }
 
   // Values from first_key on as rows: [keys, Dv].
-  void pack_rows(Rows<const T> rows, int64_t first_key, E* to) const {
-    const int64_t count = smaller(kBlockKeys, keys - first_key);
+  void pack_rows(Rows<const T> rows, int64_t first_key, int64_t count, E* to) const {
     for (int64_t p = 0; p < values.panels; ++p)
       pack_panel<E, T>(
           values, p, count, [&](int64_t k) { return rows[first_key + k]; },

@@ -366,10 +366,24 @@ void pack_panel_of_rows(int64_t K, const Row& row, E* to) {
   const int64_t groups = ceil_div(K, kGroupSize);
   for (int64_t v = 0; v < kVectors; ++v) {
     const T* rows[kLanes<E>];
-    for (int64_t n = 0; n < kLanes<E>; ++n) rows[n] = row(v * kLanes<E> + n);
-    for (int64_t k = 0; k < K; k += kElements) {
+    bool are_whole = true;
+    for (int64_t n = 0; n < kLanes<E>; ++n) {
+      rows[n] = row(v * kLanes<E> + n);
+      are_whole &= rows[n] != nullptr;
+    }
+    int64_t k = 0;
+    for (; are_whole && k + kElements <= K; k += kElements) {
       Square<LaneOf<sizeof(E) * kGroupSize>> square;
       static_assert(square.kRows == kLanes<E>);
+#pragma GCC unroll 16
+      for (int64_t n = 0; n < kLanes<E>; ++n) load_operands<E>(rows[n] + k, kElements, square.rows[n]);
+      square.transpose();
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kLanes<E>; ++i)
+        __builtin_memcpy(to + (k / kGroupSize + i) * kStep + v * kElements, &square.rows[i], kVectorBytes);
+    }
+    for (; k < K; k += kElements) {
+      Square<LaneOf<sizeof(E) * kGroupSize>> square;
 #pragma GCC unroll 16
       for (int64_t n = 0; n < kLanes<E>; ++n)
         load_operands<E>(rows[n] ? rows[n] + k : nullptr, rows[n] ? smaller(kElements, K - k) : 0, square.rows[n]);

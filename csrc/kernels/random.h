@@ -65,4 +65,18 @@ GENKERNELS_INLINE void random_keys(uint64_t seed, uint32_t head, uint32_t query,
   }
 }
 
+// The same numbers of keys n, n + 16, n + 32 and n + 48 of such a group and of 16 queries from `query` on.
+constexpr int64_t kRandomQueries = 16;
+GENKERNELS_INLINE void random_queries(uint64_t seed, uint32_t head, uint32_t query, uint32_t group, uint32_t n,
+                                      uint32_t (&numbers)[4][kRandomQueries]) {
+  constexpr int kCount = kVectorBytes / 4;
+  Words lanes{};
+  for (int i = 0; i < kCount; ++i) lanes[i] = uint32_t(i);
+  for (int first = 0; first < kRandomQueries; first += kCount) {
+    Words counter[4] = {Words{} + (group * 16 + n), lanes + (query + uint32_t(first)), Words{} + head, Words{}};
+    philox(counter, seed);
+    for (int word = 0; word < 4; ++word) __builtin_memcpy(numbers[word] + first, &counter[word], kVectorBytes);
+  }
+}
+
 }  // namespace genkernels::GENKERNELS_LEVEL

@@ -62,6 +62,19 @@ GENKERNELS_INLINE Vector<S> broadcast(S value) {
   return value - Vector<S>{};  // 0 + value would have to be computed: it is not value for -0
 }
 
+// A product that is rounded before it is added to anything: the compiler does not fuse the two.
+template <class V>
+GENKERNELS_INLINE V rounded(V product) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(product));
+#elif defined(__x86_64__)
+  asm("" : "+x"(product));
+#elif defined(__aarch64__)
+  asm("" : "+w"(product));
+#endif
+  return product;
+}
+
 template <class S>
 GENKERNELS_INLINE Vector<S> load(const S* from) {
   Vector<S> v;
@@ -90,18 +103,21 @@ GENKERNELS_INLINE void store(S* to, Vector<S> v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
 
-// Rounds to nearest, ties to even. A NaN keeps its sign and becomes quiet: rounding its payload up
-// could carry into the exponent and turn it into an infinity.
-GENKERNELS_INLINE void store(bfloat16* to, Vector<float> v) {
+// As bf16, in the lower half of each lane. Rounds to nearest, ties to even. A NaN keeps its sign and becomes quiet:
+// rounding its payload up could carry into the exponent and turn it into an infinity.
+GENKERNELS_INLINE Vector<uint32_t> rounded_bits(Vector<float> v) {
   const Vector<uint32_t> bits = (Vector<uint32_t>)v;
   const Vector<uint32_t> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Vector<uint32_t> quiet = (bits >> 16) | 0x40;
+  return v == v ? rounded : quiet;
+}
+
+GENKERNELS_INLINE void store(bfloat16* to, Vector<float> v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)(v == v ? rounded : quiet)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)rounded_bits(v)));
 #else
   typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
-  const Narrow narrow = __builtin_convertvector(v == v ? rounded : quiet, Narrow);
+  const Narrow narrow = __builtin_convertvector(rounded_bits(v), Narrow);
   __builtin_memcpy(to, &narrow, sizeof narrow);
 #endif
 }
