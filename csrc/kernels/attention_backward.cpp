@@ -505,6 +505,7 @@ struct Backward {
 }  // namespace
 
 void attention_backward(const AttentionBackward& arguments, const Runtime& runtime) {
+  if (is_decode(arguments.of) && arguments.grad_mask == nullptr) return attention_decode_backward(arguments, runtime);
   switch (arguments.of.dtype) {
     case DType::float32: return Backward<float>(arguments, runtime).run();
     case DType::float64: return Backward<double>(arguments, runtime).run();

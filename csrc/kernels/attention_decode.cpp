@@ -9,31 +9,21 @@ int64_t seen_keys(const Attention& of) { return smaller(of.keys, of.queries + of
 
 // Few queries read keys and values as they lie, once: packing them would be most of the work. Keys are cut into chunks,
 // which threads share out (Dao et al. 2023, https://pytorch.org/blog/flash-decoding). A chunk's length does not depend
-// on their number, and so the order of adding does not.
+// on their number, and so the order of adding does not. A row is a query of one of the heads that share keys.
 template <class T>
-struct Decode {
+struct Chunks {
   using A = Accumulator<T>;
   static constexpr int64_t kChunk = 512;   // keys
   static constexpr int64_t kAhead = 2048;  // elements, see fetch_ahead; 4096 read no faster
   static constexpr int64_t kScoreStride = kChunk + kLanes<A>;
 
-  // What a chunk leaves, for each row: a query of one of the heads that share keys.
-  struct Part {
-    A *outputs, *totals, *most;  // [rows, output_stride], [rows], [rows]
-  };
-
-  const AttentionForward& arguments;
   const Attention& of;
   const Runtime& runtime;
-  const int64_t groups, rows, keys, chunks, kv_count, items, shares, output_stride;
+  const int64_t groups, rows, keys, chunks, kv_count, items, shares;
   const Barrier barrier;
-  Part parts;         // of all items
-  A* scores;          // [shares, rows, kScoreStride]
-  const T** queries;  // [shares, rows]
 
-  Decode(const AttentionForward& forward, const Runtime& r)
-      : arguments(forward),
-        of(forward.of),
+  Chunks(const Attention& attention, const Runtime& r)
+      : of(attention),
         runtime(r),
         groups(of.heads / larger(1, of.kv_heads)),
         rows(groups * of.queries),
@@ -42,13 +32,11 @@ struct Decode {
         kv_count(of.batch * of.kv_heads),
         items(kv_count * chunks),
         shares(larger(1, smaller(r.threads, items))),
-        output_stride(ceil_div(of.value_size, kLanes<A>) * kLanes<A>),
-        barrier(r, shares),
-        parts{allocate<A>(r, items * rows * output_stride), allocate<A>(r, items * rows), allocate<A>(r, items * rows)},
-        scores(allocate<A>(r, shares * rows * kScoreStride)),
-        queries(allocate<const T*>(r, shares * rows)) {}
+        barrier(r, shares) {}
 
-  void run() const {
+  // run_chunk(kv, chunk, share) for all chunks of all heads, and then merge(kv).
+  template <class RunChunk, class Merge>
+  void for_chunks(const RunChunk& run_chunk, const Merge& merge) const {
     parallel_ranges(runtime, shares, [&](int64_t first, int64_t last) {
       for (int64_t share = first; share < last; ++share)
         for (int64_t n = items * share / shares; n < items * (share + 1) / shares; ++n)
@@ -59,6 +47,60 @@ struct Decode {
   }
 
   int64_t head_of(int64_t kv, int64_t row) const { return kv % of.kv_heads * groups + row / of.queries; }
+  const T* row_of(const HeadsInput& from, int64_t kv, int64_t row) const {
+    return rows_of<T>(from, kv / of.kv_heads, head_of(kv, row))[row % of.queries];
+  }
+  // Where a row stands in [B, H, L].
+  int64_t place_of(int64_t kv, int64_t row) const {
+    return (kv / of.kv_heads * of.heads + head_of(kv, row)) * of.queries + row % of.queries;
+  }
+
+  // A row's scores as exponents, -inf where a key takes no part; returns the largest of each lane.
+  static Vector<A> form_exponents(const Scores<T>& of_head, int64_t query, int64_t key, int64_t count, A* row) {
+    Vector<A> top = broadcast(-A(__builtin_inf()));
+    for (int64_t n = 0; n < count; n += kLanes<A>) {
+      Vector<A> x[1][1] = {{load(row + n)}};
+      if (of_head.needs_mask(query, key + n + kLanes<A>))
+        of_head.apply_mask(query, key + n, x);
+      else
+        x[0][0] *= of_head.scale;
+      store(row + n, x[0][0]);
+      top = x[0][0] > top ? x[0][0] : top;
+    }
+    return top;
+  }
+};
+
+template <class T>
+struct Decode : Chunks<T> {
+  using typename Chunks<T>::A;
+  using Chunks<T>::kChunk, Chunks<T>::kAhead, Chunks<T>::kScoreStride;
+  using Chunks<T>::of, Chunks<T>::rows, Chunks<T>::keys, Chunks<T>::chunks, Chunks<T>::items, Chunks<T>::shares;
+  using Chunks<T>::head_of;
+
+  // What a chunk leaves, for each row.
+  struct Part {
+    A *outputs, *totals, *most;  // [rows, output_stride], [rows], [rows]
+  };
+
+  const AttentionForward& arguments;
+  const int64_t output_stride;
+  Part parts;         // of all items
+  A* scores;          // [shares, rows, kScoreStride]
+  const T** queries;  // [shares, rows]
+
+  Decode(const AttentionForward& forward, const Runtime& r)
+      : Chunks<T>(forward.of, r),
+        arguments(forward),
+        output_stride(ceil_div(of.value_size, kLanes<A>) * kLanes<A>),
+        parts{allocate<A>(r, items * rows * output_stride), allocate<A>(r, items * rows), allocate<A>(r, items * rows)},
+        scores(allocate<A>(r, shares * rows * kScoreStride)),
+        queries(allocate<const T*>(r, shares * rows)) {}
+
+  void run() const {
+    this->for_chunks([&](int64_t kv, int64_t chunk, int64_t share) { run_chunk(kv, chunk, share); },
+                     [&](int64_t kv) { merge(kv); });
+  }
 
   void run_chunk(int64_t kv, int64_t chunk, int64_t share) const {
     const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads, n = (kv * chunks + chunk) * rows;
@@ -66,7 +108,7 @@ struct Decode {
     const Rows<const T> key_rows = rows_of<T>(of.key, b, h), values = rows_of<T>(of.value, b, h);
     A* const probabilities = scores + share * rows * kScoreStride;
     const T** const x = queries + share * rows;
-    for (int64_t row = 0; row < rows; ++row) x[row] = rows_of<T>(of.query, b, head_of(kv, row))[row % of.queries];
+    for (int64_t row = 0; row < rows; ++row) x[row] = this->row_of(of.query, kv, row);
     multiply_units_of_rows<kAhead>(key_rows[key], key_rows.stride, of.head_size, count, x, rows, probabilities,
                                    kScoreStride);
     for (int64_t row = 0; row < rows; ++row) {
@@ -84,17 +126,7 @@ struct Decode {
 
   // Makes a row's scores base^(score - most); returns `most`.
   static A exponentiate(const Scores<T>& of_head, int64_t query, int64_t key, int64_t count, A* row, A& total) {
-    Vector<A> top = broadcast(-A(__builtin_inf()));
-    for (int64_t n = 0; n < count; n += kLanes<A>) {
-      Vector<A> x[1][1] = {{load(row + n)}};
-      if (of_head.needs_mask(query, key + n + kLanes<A>))
-        of_head.apply_mask(query, key + n, x);
-      else
-        x[0][0] *= of_head.scale;
-      store(row + n, x[0][0]);
-      top = x[0][0] > top ? x[0][0] : top;
-    }
-    A most = max_of_lanes<A>(top);
+    A most = max_of_lanes<A>(Chunks<T>::form_exponents(of_head, query, key, count, row));
     if (!(most > -A(__builtin_inf()))) most = 0;  // no key takes part
     Vector<A> sum = {};
     for (int64_t n = 0; n < count; n += kLanes<A>) {
@@ -108,7 +140,6 @@ struct Decode {
 
   // Adds up a head's chunks, as parts of one sum.
   void merge(int64_t kv) const {
-    const int64_t b = kv / of.kv_heads;
     for (int64_t row = 0; row < rows; ++row) {
       const auto at = [&](int64_t chunk) { return (kv * chunks + chunk) * rows + row; };
       A most = -A(__builtin_inf());
@@ -126,14 +157,162 @@ struct Decode {
           store(sum + n, chunk == 0 ? x : load(sum + n) + x);
         }
       }
-      const int64_t h = head_of(kv, row), query = row % of.queries;
       const double logarithm_of_total = logarithm<A>(broadcast(double(total)))[0];
-      set_statistics<A>(arguments, (b * of.heads + h) * of.queries + query, total == 0 ? 0 : most, total,
-                        logarithm_of_total);
+      set_statistics<A>(arguments, this->place_of(kv, row), total == 0 ? 0 : most, total, logarithm_of_total);
       const A factor = total == 0 ? A(0) : A(of.dropout.scale) / total;
-      T* const to = rows_of<T>(arguments.output, b, h)[query];
+      T* const to = rows_of<T>(arguments.output, kv / of.kv_heads, head_of(kv, row))[row % of.queries];
       for (int64_t n = 0; n < of.value_size; n += kLanes<A>)
         store(to + n, load(sum + n) * factor, int(smaller(kLanes<A>, of.value_size - n)));
+    }
+  }
+};
+
+// A chunk's keys and values get their gradients at once, since all rows that these are sums over are there.
+template <class T>
+struct DecodeBackward : Chunks<T> {
+  using typename Chunks<T>::A;
+  using Chunks<T>::kChunk, Chunks<T>::kAhead, Chunks<T>::kScoreStride;
+  using Chunks<T>::of, Chunks<T>::rows, Chunks<T>::keys, Chunks<T>::chunks, Chunks<T>::items, Chunks<T>::shares;
+
+  // A thread's own memory.
+  struct Block {
+    A *probabilities, *kept, *grad_scores;  // [rows, kScoreStride]; the second only with dropout
+    A *queries, *grad_outputs;              // [rows, ..]
+    const T **query_rows, **grad_rows;      // the same as they lie
+  };
+
+  const AttentionBackward& arguments;
+  const Columns<A> query_columns, value_columns;
+  A* grad_queries;  // what a chunk leaves, [items, rows, query columns]
+  Block* blocks;
+
+  DecodeBackward(const AttentionBackward& backward, const Runtime& r)
+      : Chunks<T>(backward.of, r),
+        arguments(backward),
+        query_columns(of.head_size),
+        value_columns(of.value_size),
+        grad_queries(allocate<A>(r, items * rows * width(query_columns))),
+        blocks(allocate<Block>(r, shares)) {
+    for (int64_t share = 0; share < shares; ++share) {
+      const auto scores = [&] { return allocate<A>(r, rows * kScoreStride); };
+      blocks[share] = {scores(),
+                       of.dropout.threshold ? scores() : nullptr,
+                       scores(),
+                       allocate<A>(r, rows * width(query_columns)),
+                       allocate<A>(r, rows * width(value_columns)),
+                       allocate<const T*>(r, rows),
+                       allocate<const T*>(r, rows)};
+    }
+  }
+
+  static int64_t width(const Columns<A>& columns) { return columns.vectors * kLanes<A>; }
+
+  void run() const {
+    this->for_chunks([&](int64_t kv, int64_t chunk, int64_t share) { run_chunk(kv, chunk, blocks[share]); },
+                     [&](int64_t kv) { merge(kv); });
+  }
+
+  void run_chunk(int64_t kv, int64_t chunk, const Block& block) const {
+    const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads;
+    const int64_t key = chunk * kChunk, count = smaller(kChunk, keys - key);
+    const Rows<const T> key_rows = rows_of<T>(of.key, b, h), values = rows_of<T>(of.value, b, h);
+    for (int64_t row = 0; row < rows; ++row) {
+      block.query_rows[row] = this->row_of(of.query, kv, row);
+      block.grad_rows[row] = this->row_of(arguments.grad_output, kv, row);
+      copy(block.query_rows[row], query_columns, block.queries + row * width(query_columns));
+      copy(block.grad_rows[row], value_columns, block.grad_outputs + row * width(value_columns));
+    }
+    multiply_units_of_rows<kAhead>(key_rows[key], key_rows.stride, of.head_size, count, block.query_rows, rows,
+                                   block.probabilities, kScoreStride);
+    multiply_units_of_rows<kAhead>(values[key], values.stride, of.value_size, count, block.grad_rows, rows,
+                                   block.grad_scores, kScoreStride);
+    for (int64_t row = 0; row < rows; ++row) form_grad_scores(kv, row, key, count, block);
+    const Rows<T> grad_key = rows_of<T>(arguments.grad_key, b, h), grad_value = rows_of<T>(arguments.grad_value, b, h);
+    set_keys(block.grad_scores, block.queries, query_columns, key, count, A(of.scale), grad_key);
+    set_keys(of.dropout.threshold ? block.kept : block.probabilities, block.grad_outputs, value_columns, key, count,
+             A(of.dropout.scale), grad_value);
+    for (int64_t k = keys; k < of.keys && chunk + 1 == chunks; ++k) {
+      __builtin_memset(grad_key[k], 0, size_t(of.head_size) * sizeof(T));
+      __builtin_memset(grad_value[k], 0, size_t(of.value_size) * sizeof(T));
+    }
+    A* const to = grad_queries + (kv * chunks + chunk) * rows * width(query_columns);
+    __builtin_memset(to, 0, size_t(rows * width(query_columns)) * sizeof(A));
+    if (of.head_size > 0)
+      multiply_as_it_lies<kAhead>(block.grad_scores, kScoreStride, rows, key_rows[key], key_rows.stride, count,
+                                  of.head_size, to, width(query_columns));
+  }
+
+  static void copy(const T* from, const Columns<A>& columns, A* to) {
+    for (int64_t n = 0; n < columns.count; n += kLanes<A>)
+      store(to + n, load(from + n, int(smaller(kLanes<A>, columns.count - n))));
+  }
+
+  // Makes a row's scores probabilities, and its dP dS: see attention_backward.cpp.
+  void form_grad_scores(int64_t kv, int64_t row, int64_t key, int64_t count, const Block& block) const {
+    const Scores<T> of_head(of, kv / of.kv_heads, this->head_of(kv, row));
+    const int64_t query = row % of.queries, place = this->place_of(kv, row);
+    const int64_t seen = larger(0, smaller(count, of_head.visible(query) - key));
+    A* const probabilities = block.probabilities + row * kScoreStride;
+    A* const grad_scores = block.grad_scores + row * kScoreStride;
+    A* const kept = of.dropout.threshold ? block.kept + row * kScoreStride : nullptr;
+    const A* const statistics = static_cast<const A*>(arguments.statistics) + place;
+    const Shift<A> shift = shift_of(statistics[0], statistics[of.batch * of.heads * of.queries]);
+    this->form_exponents(of_head, query, key, count, probabilities);
+    for (int64_t n = 0; n < count; n += kLanes<A>) {
+      const Vector<A> p =
+          power_of_base(several<1>([&](int) { return (load(probabilities + n) - shift.near) - shift.rest; }))[0];
+      store(probabilities + n, p);
+      if (kept != nullptr) store(kept + n, p);
+    }
+    if (kept != nullptr) of_head.template drop<A>(query, 1, key, count, Rows<A>{kept, kScoreStride});
+    double sum = 0;
+    for (int64_t n = 0; n < count; n += kLanes<A>) {
+      Vector<A> x = load(grad_scores + n, int(larger(0, smaller(kLanes<A>, seen - n))));
+      if (kept != nullptr) x = load(kept + n) == A(0) ? Vector<A>{} : x * A(of.dropout.scale);
+      store(grad_scores + n, x);
+      if (sums_delta()) sum += double(sum_of_lanes<A>(load(probabilities + n) * x));
+    }
+    if (!sums_delta()) {
+      const T *const output = this->row_of(arguments.output, kv, row), *const grad = block.grad_rows[row];
+      for (int64_t n = 0; n < of.value_size; n += kLanes<A>) {
+        const int lanes = int(smaller(kLanes<A>, of.value_size - n));
+        sum += double(sum_of_lanes<A>(load(grad + n, lanes) * load(output + n, lanes)));
+      }
+    }
+    if (arguments.grad_logsumexp != nullptr) sum -= double(static_cast<const A*>(arguments.grad_logsumexp)[place]);
+    for (int64_t n = 0; n < count; n += kLanes<A>)
+      store(grad_scores + n, load(probabilities + n) * (load(grad_scores + n) - A(sum)));
+  }
+  // See there, too.
+  bool sums_delta() const { return chunks == 1; }
+
+  // to[k][:] = factor sum_row scores[row][k] of[row][:].
+  void set_keys(const A* scores, const A* of_rows, const Columns<A>& columns, int64_t key, int64_t count, A factor,
+                Rows<T> to) const {
+    for_row_tiles(count, [&]<int kRows>(int64_t first) {
+      for (int64_t p = 0; p < columns.panels; ++p)
+        columns.with_width(p, [&]<int kVectors>() {
+          const int64_t column = columns.first_column(p);
+          Vector<A> sum[kRows][kVectors] = {};
+          multiply<A, kRows, kVectors>(scores + first, 1, kScoreStride, of_rows + column, rows, sum, NothingAhead{},
+                                       width(columns));
+          for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+            const int64_t at = column + v * kLanes<A>;
+            store(to[key + first + i] + at, sum[i][v] * factor, int(smaller(kLanes<A>, columns.count - at)));
+          });
+        });
+    });
+  }
+
+  void merge(int64_t kv) const {
+    for (int64_t row = 0; row < rows; ++row) {
+      T* const to = rows_of<T>(arguments.grad_query, kv / of.kv_heads, this->head_of(kv, row))[row % of.queries];
+      const A* const parts = grad_queries + (kv * chunks * rows + row) * width(query_columns);
+      for (int64_t n = 0; n < of.head_size; n += kLanes<A>) {
+        Vector<A> sum = load(parts + n);
+        for (int64_t chunk = 1; chunk < chunks; ++chunk) sum += load(parts + chunk * rows * width(query_columns) + n);
+        store(to + n, sum * A(of.scale), int(smaller(kLanes<A>, of.head_size - n)));
+      }
     }
   }
 };
@@ -149,6 +328,14 @@ void attention_decode(const AttentionForward& arguments, const Runtime& runtime)
     case DType::float32: return Decode<float>(arguments, runtime).run();
     case DType::float64: return Decode<double>(arguments, runtime).run();
     case DType::bfloat16: return Decode<bfloat16>(arguments, runtime).run();
+  }
+}
+
+void attention_decode_backward(const AttentionBackward& arguments, const Runtime& runtime) {
+  switch (arguments.of.dtype) {
+    case DType::float32: return DecodeBackward<float>(arguments, runtime).run();
+    case DType::float64: return DecodeBackward<double>(arguments, runtime).run();
+    case DType::bfloat16: return DecodeBackward<bfloat16>(arguments, runtime).run();
   }
 }
 

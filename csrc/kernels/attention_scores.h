@@ -183,10 +183,11 @@ Rows<T> rows_of(const HeadsOutput& of, int64_t b, int64_t h) {
   return {static_cast<T*>(of.data) + b * of.batch + h * of.head, of.row};
 }
 
-// The forward pass for few queries, attention_decode.cpp.
+// The passes of few queries, attention_decode.cpp. The second gives no gradient of a mask.
 constexpr int64_t kFewRows = 8;
 bool is_decode(const Attention& of);
 void attention_decode(const AttentionForward& arguments, const Runtime& runtime);
+void attention_decode_backward(const AttentionBackward& arguments, const Runtime& runtime);
 
 // A head's scores: which keys take part for a query, and what is added to them.
 template <class T>

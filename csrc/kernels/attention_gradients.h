@@ -1,0 +1,443 @@
+// What the backward pass and its own share. A block of queries goes through the blocks of keys, and both hand on what
+// they get from each other. Scores lie as [keys, queries]: sums over keys are then sums of registers, and rows of keys
+// and values are operands as they are, from the left of scores and from the right of what queries get.
+//
+// A team of threads goes through a head: each member has blocks of keys of its own, and when the scores of some queries
+// are known the members share the rows of what these queries get. Where there are heads enough a team has one member.
+#pragma once
+
+#include "attention_scores.h"
+
+namespace genkernels::GENKERNELS_LEVEL {
+
+template <class T, class Arguments>
+struct Gradients {
+  using A = Accumulator<T>;
+  using E = A;
+  typedef LaneOf<sizeof(A)> Lane;
+  typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
+
+  struct Team {
+    int64_t members, meeting_members;  // the second: of this range, see Barrier
+    int64_t first, last;               // members that this thread is
+    mutable int64_t meetings;
+
+    template <class Body>
+    void each(const Body& body) const {
+      for (int64_t member = first; member < last; ++member) body(member);
+    }
+  };
+  // The next block of queries, and whether it is of another head.
+  struct Next {
+    int64_t kv, group, query;
+    bool is_new_head, is_there;
+  };
+  // A block of queries, of the head h that has the keys of kv_head.
+  struct Queries {
+    const Scores<T>& scores;
+    int64_t b, h, kv_head, query, rows;
+    bool is_first_head;  // of those that share the keys
+    Columns<E> columns;  // the queries as columns
+    Next next;
+  };
+  // The same beside a block of keys.
+  struct Place : Queries {
+    int64_t key, count, key_block;
+  };
+
+  const Arguments& arguments;
+  const Attention& of;
+  const Runtime& runtime;
+  const bool has_dropout, sums_mask, sums_rows_for_mask, is_mask_shared;
+  const Columns<E> head_columns, value_columns;
+  const int64_t groups, kv_count, block_keys, key_blocks, block_queries;
+  const int64_t score_stride, head_stride, value_stride;
+  const int64_t shares, own_heads;
+  const Barrier barrier;
+  A* grad_mask;
+
+  Gradients(const Arguments& gradients, const Runtime& r, int64_t most_queries)
+      : arguments(gradients),
+        of(arguments.of),
+        runtime(r),
+        has_dropout(of.dropout.threshold != 0),
+        sums_mask(arguments.grad_mask != nullptr &&
+                  arguments.grad_mask_size != of.batch * of.heads * of.queries * of.keys),
+        sums_rows_for_mask(arguments.grad_mask != nullptr && arguments.grad_mask_key == 0 && of.keys > 1),
+        is_mask_shared(arguments.grad_mask != nullptr && ((of.batch > 1 && arguments.grad_mask_batch == 0) ||
+                                                          (of.heads > 1 && arguments.grad_mask_head == 0))),
+        head_columns(of.head_size),
+        value_columns(of.value_size),
+        groups(of.heads / larger(1, of.kv_heads)),
+        kv_count(of.batch * of.kv_heads),
+        block_keys(in_blocks(of.keys, kBlockKeys, has_dropout ? kRandomKeys : kTileRows)),
+        key_blocks(ceil_div(of.keys, block_keys)),
+        block_queries(in_blocks(of.queries, most_queries, kLanes<E>)),
+        score_stride(odd_lines(block_queries)),
+        head_stride(odd_lines(of.head_size)),
+        value_stride(odd_lines(of.value_size)),
+        shares(larger(1, smaller(r.threads, is_mask_shared ? key_blocks : larger(kv_count, key_blocks)))),
+        own_heads(is_mask_shared ? 0 : kv_count / shares),
+        barrier(r, shares),
+        grad_mask(static_cast<A*>(arguments.grad_mask)) {
+    if (grad_mask != nullptr && narrows_mask()) grad_mask = allocate<A>(r, arguments.grad_mask_size);
+  }
+
+  // The size of blocks of at most `most` that are about as large as each other, a multiple of `unit`.
+  static int64_t in_blocks(int64_t count, int64_t most, int64_t unit) {
+    const int64_t blocks = larger(1, ceil_div(count, most));
+    return larger(1, ceil_div(ceil_div(count, blocks), unit)) * unit;
+  }
+  // Elements from one row to the next, so that rows do not share sets of the cache.
+  static int64_t odd_lines(int64_t columns) {
+    constexpr int64_t kLine = 64 / int64_t(sizeof(E));
+    return (ceil_div(columns, kLine) | 1) * kLine;
+  }
+  static int64_t width(const Columns<E>& columns) { return columns.vectors * kLanes<A>; }
+  static constexpr bool adds_in_place() { return __is_same(T, A); }
+  bool narrows_mask() const { return !__is_same(T, A) && of.mask.type == MaskType::of_dtype; }
+  // Teams use the memory of the first.
+  bool has_own_memory(int64_t share) const { return share == 0 || own_heads > 0; }
+  bool has_teams() const { return own_heads * shares < kv_count; }
+
+  // run_head(kv, share, team, is_last) for all heads, with the memory of a share.
+  template <class RunHead>
+  void run_heads(const RunHead& run_head) const {
+    parallel_ranges(runtime, shares, [&](int64_t first, int64_t last) {
+      const Team all{shares, last - first, first, last, 0};
+      const auto part = [&](int64_t share) { return arguments.grad_mask_size * share / shares; };
+      if (sums_mask) {
+        __builtin_memset(grad_mask + part(first), 0, size_t(part(last) - part(first)) * sizeof(A));
+        meet(all);
+      }
+      for (int64_t share = first; share < last; ++share)
+        for (int64_t kv = share * own_heads; kv < (share + 1) * own_heads; ++kv)
+          run_head(kv, share, Team{1, 1, 0, 1, 0}, kv + 1 == (share + 1) * own_heads);
+      for (int64_t kv = own_heads * shares; kv < kv_count; ++kv) {
+        meet(all);  // the head's memory is free, for own heads too
+        run_head(kv, 0, all, kv + 1 == kv_count);
+      }
+      finish_streams();
+      if (grad_mask != nullptr && narrows_mask()) {
+        meet(all);
+        narrow<T>(static_cast<T*>(arguments.grad_mask) + part(first), grad_mask + part(first),
+                  part(last) - part(first));
+      }
+    });
+  }
+
+  void meet(const Team& team) const {
+    if (team.members > 1) barrier.wait(team.meeting_members, ++team.meetings);
+  }
+
+  // body(queries) for all blocks of queries that see a head of keys.
+  template <class Body>
+  void each_queries(int64_t kv, bool is_last, const Body& body) const {
+    const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads;
+    for (int64_t g = 0; g < groups; ++g) {
+      const Scores<T> scores(of, b, h * groups + g);
+      for (int64_t query = 0; query < of.queries; query += block_queries) {
+        const int64_t rows = smaller(block_queries, of.queries - query);
+        const bool ends_group = query + rows == of.queries, ends_head = ends_group && g + 1 == groups;
+        const Next next{ends_head ? kv + 1 : kv,
+                        ends_head    ? 0
+                        : ends_group ? g + 1
+                                     : g,
+                        ends_group ? 0 : query + rows, ends_head, !(ends_head && is_last)};
+        body(Queries{scores, b, h * groups + g, h, query, rows, g == 0, Columns<E>(rows), next});
+      }
+    }
+  }
+  // body(key, count, key_block) for a member's blocks of keys.
+  template <class Body>
+  void each_key_block(int64_t member, const Team& team, const Body& body) const {
+    for (int64_t block = member; block < key_blocks; block += team.members)
+      body(block * block_keys, smaller(block_keys, of.keys - block * block_keys), block);
+  }
+  template <class Body>
+  void each_place(const Queries& queries, int64_t member, const Team& team, const Body& body) const {
+    each_key_block(member, team, [&](int64_t key, int64_t count, int64_t block) {
+      body(Place{queries, key, count, block});
+    });
+  }
+
+  // Rows as operands, with zeros up to the end of a register.
+  static void copy_rows(Rows<const T> from, int64_t first, int64_t rows, int64_t size, E* to, int64_t stride) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t n = 0; n < size; n += kLanes<E>)
+        store(to + i * stride + n, load(from[first + i] + n, int(smaller(kLanes<E>, size - n))));
+  }
+  // A block's rows of queries, as they are and transposed.
+  void copy_queries(const Queries& at, const HeadsInput& from, int64_t size, E* to, int64_t stride, E* panels) const {
+    copy_rows(rows_of<T>(from, at.b, at.h), at.query, at.rows, size, to, stride);
+    for (int64_t p = 0; p < at.columns.panels; ++p)
+      at.columns.with_width(p, [&]<int kVectors>() {
+        const int64_t first = at.columns.first_column(p);
+        pack_panel_of_rows<E, E, kVectors>(
+            size, [&](int64_t n) { return first + n < at.rows ? to + (first + n) * stride : nullptr; },
+            panels + at.columns.offset(p, size));
+      });
+  }
+  // Each query's shift and the gradient of its logsumexp, up to the end of a register.
+  void copy_statistics(const Queries& at, A* near, A* rest, A* grad_logsumexp) const {
+    const int64_t row = (at.b * of.heads + at.h) * of.queries + at.query, all = of.batch * of.heads * of.queries;
+    const A* const statistics = static_cast<const A*>(arguments.statistics) + row;
+    const A* const grad = static_cast<const A*>(arguments.grad_logsumexp);
+    for (int64_t i = 0; i < width(at.columns); ++i) {
+      const Shift<A> shift = i < at.rows ? shift_of(statistics[i], statistics[all + i]) : Shift<A>{0, 0};
+      near[i] = shift.near;
+      rest[i] = shift.rest;
+      grad_logsumexp[i] = grad == nullptr || i >= at.rows ? A(0) : grad[row + i];
+    }
+  }
+
+  static void fetch_rows(Rows<const T> rows, int64_t row, int64_t end, int64_t size) {
+    for (; row < end; ++row)
+      for (int64_t n = 0; n < size; n += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows[row] + n, 0, 2);
+  }
+  // What is copied next is fetched while a tile is multiplied: fetch(is_of_queries, h, from, to, size) is called
+  // for the share of keys [first, first + run) among those that the block sees. To wait for memory when it is copied
+  // would take a tenth of the time.
+  template <class Query, class Key>
+  void fetch_next(const Place& at, int64_t first, int64_t run, const Query& fetch_queries, const Key& fetch_keys) const {
+    if (!at.next.is_there) return;
+    const int64_t seen = at.scores.visible(at.query + at.rows - 1), key = smaller(at.key + first, seen);
+    const int64_t end = smaller(key + run, seen), rows = smaller(block_queries, of.queries - at.next.query);
+    fetch_queries(at.next.kv / of.kv_heads, at.next.kv % of.kv_heads * groups + at.next.group,
+                  at.next.query + rows * key / seen, at.next.query + rows * end / seen);
+    if (at.next.is_new_head)
+      fetch_keys(at.next.kv / of.kv_heads, at.next.kv % of.kv_heads, of.keys * key / seen, of.keys * end / seen);
+  }
+
+  // The first of the block's queries that sees a key.
+  int64_t first_seeing(const Queries& at, int64_t key) const {
+    return larger(0, smaller(at.rows, key - of.diagonal - at.query));
+  }
+  E* tile(E* scores, int64_t first, int64_t column) const { return scores + first * score_stride + column; }
+
+  // A block's scores, where of_keys(query, key, count) is a register of a query's keys.
+  template <class Of>
+  void transpose(const Place& at, E* to, const Of& of_keys) const {
+    for (int64_t i = 0; i < at.rows; i += kLanes<A>)
+      for (int64_t k = 0; k < at.count; k += kLanes<A>) {
+        const int64_t count = smaller(kLanes<A>, at.count - k);
+        Square<LaneOf<sizeof(A)>> square{};
+        for (int64_t n = 0; n < smaller(kLanes<A>, at.rows - i); ++n) {
+          const Vector<A> row = of_keys(i + n, k, int(count));
+          __builtin_memcpy(&square.rows[n], &row, sizeof row);
+        }
+        square.transpose();
+        for (int64_t n = 0; n < count; ++n) __builtin_memcpy(tile(to, k + n, i), &square.rows[n], kVectorBytes);
+      }
+  }
+  // What a mask adds to scores. Where a query does not see a key this may be anything.
+  void form_mask(const Place& at, E* to) const {
+    if (of.mask.query == 0) {
+      for (int64_t k = 0; k < at.count; k += kLanes<A>) {
+        const Vector<A> x = Scores<T>::as_exponents(
+            at.scores.load_mask(at.query, at.key + k, smaller(kLanes<A>, at.count - k)));
+        for (int64_t n = 0; n < smaller(kLanes<A>, at.count - k); ++n)
+          for (int64_t i = 0; i < at.rows; i += kLanes<A>) store(tile(to, k + n, i), broadcast(A(x[n])));
+      }
+      return;
+    }
+    transpose(at, to, [&](int64_t i, int64_t k, int count) {
+      at.scores.fetch_mask(at.query + i, at.key + k + block_keys);
+      return Scores<T>::as_exponents(at.scores.load_mask(at.query + i, at.key + k, count));
+    });
+  }
+  // What dropout multiplies with.
+  void form_factors(const Place& at, E* to) const {
+    E factors[kChain][kRandomKeys];
+    for (Place part = at; part.key < at.key + at.count; part.key += kRandomKeys) {
+      part.count = smaller(kRandomKeys, at.key + at.count - part.key);
+      for (int64_t i = 0; i < at.rows; ++i)
+        for (E& factor : factors[i]) factor = E(of.dropout.scale);
+      at.scores.template drop<E>(at.query, at.rows, part.key, part.count, {factors[0], kRandomKeys});
+      transpose(part, to + (part.key - at.key) * score_stride,
+                [&](int64_t i, int64_t k, int) { return load(factors[i] + k); });
+    }
+  }
+
+  // Scores of a tile as exponents less the queries' shift, -inf where a key takes no part: form(i, exponents) for its
+  // rows. `column` is the first of its queries, `first` the first of its keys, and `mask` what is added to it, or null.
+  template <int kRows, int kVectors, class Form>
+  GENKERNELS_INLINE void shift_scores(const Place& at, int64_t first, int64_t column, const E* mask, const A* near,
+                                      const A* rest, Vector<A> (&sum)[kRows][kVectors], const Form& form) const {
+    A scale = at.scores.scale;
+    if (mask != nullptr) {
+      for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+        sum[i][v] = rounded(sum[i][v] * scale) + load(mask + i * score_stride + v * kLanes<A>);
+      });
+      scale = 1;
+    }
+    const int64_t hidden = at.key + first - of.diagonal - at.query - column;  // queries, for the first key
+    const bool hides = hidden + kRows > 1;
+    Lanes lanes{};
+    for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      auto x = several<kVectors>([&](int v) GENKERNELS_LAMBDA {
+        return (sum[i][v] * scale - load(near + column + v * kLanes<A>)) - load(rest + column + v * kLanes<A>);
+      });
+      if (hides) {
+        const Lanes begin = Lanes{} + Lane(larger(0, smaller(kVectors * kLanes<A>, hidden + i)));
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v)
+          x.at[v] = lanes + Lane(v * kLanes<A>) >= begin ? x.at[v] : broadcast(-A(__builtin_inf()));
+      }
+      form(i, x);
+    }
+  }
+
+  // to[i][:] += sum_k scores[k][i] rows[k][:], or =, over the keys that query i sees.
+  void add_to_queries(const Place& at, const E* scores, Rows<const E> rows, const Columns<E>& columns, A* to,
+                      bool is_first) const {
+    for (int64_t p = 0; p < columns.panels; ++p)
+      columns.with_width(p, [&]<int kVectors>() {
+        const int64_t column = columns.first_column(p);
+        for_row_tiles(at.rows, [&]<int kRows>(int64_t first) {
+          const int64_t seen = at.scores.visible(at.query + first + kRows - 1) - at.key;
+          if (seen <= 0 && !is_first) return;
+          Vector<A> sum[kRows][kVectors] = {};
+          add_in_chains<kKeyChain<A>>(scores + first, 1, score_stride, rows.first + column, rows.stride,
+                                      larger(0, smaller(at.count, seen)), sum);
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v) {
+              A* const each = to + (first + i) * width(columns) + column + v * kLanes<A>;
+              store(each, is_first ? sum[i][v] : load(each) + sum[i][v]);
+            }
+        });
+      });
+  }
+
+  struct Factor {
+    const E* scores;
+    Rows<const E> rows;
+  };
+  // to[k][:] += factor (sum_i scores[k][i] rows[i][:] + ..), or = where no query before saw the key, over the queries
+  // that see key k.
+  void add_to_keys(const Place& at, const Factor& one, const Factor* other, const Columns<E>& columns, A factor,
+                   Rows<A> to) const {
+    for (int64_t p = 0; p < columns.panels; ++p)
+      columns.with_width(p, [&]<int kVectors>() {
+        const int64_t column = columns.first_column(p);
+        for_row_tiles(at.count, [&]<int kRows>(int64_t first) {
+          const int64_t skipped = first_seeing(at, at.key + first);
+          if (skipped == at.rows) return;
+          const bool is_first =
+              at.is_first_head && (at.query == 0 || at.scores.visible(at.query - 1) <= at.key + first);
+          A* const each = to[at.key + first] + column;
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v) __builtin_prefetch(each + i * to.stride + v * kLanes<A>, 1);
+          Vector<A> sum[kRows][kVectors] = {};
+          const auto add = [&](const Factor& by) GENKERNELS_LAMBDA {
+            add_in_chains<kKeyChain<A>>(by.scores + first * score_stride + skipped, score_stride, 1,
+                                        by.rows[skipped] + column, by.rows.stride, at.rows - skipped, sum);
+          };
+          add(one);
+          if (other != nullptr) add(*other);
+#pragma GCC unroll 8
+          for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 3
+            for (int v = 0; v < kVectors; ++v) {
+              A* const value = each + i * to.stride + v * kLanes<A>;
+              const int lanes = int(smaller(kLanes<A>, columns.count - column - v * kLanes<A>));
+              store(value, is_first ? sum[i][v] * factor : load(value, lanes) + sum[i][v] * factor, lanes);
+            }
+        });
+      });
+  }
+  // Where the sums of keys are added up: in the results, or in a head's own memory.
+  Rows<A> key_sums(int64_t b, int64_t h, A* own) const {
+    if constexpr (adds_in_place()) return rows_of<T>(arguments.grad_key, b, h);
+    return {own, width(head_columns)};
+  }
+  Rows<A> value_sums(int64_t b, int64_t h, A* own) const {
+    if constexpr (adds_in_place()) return rows_of<T>(arguments.grad_value, b, h);
+    return {own, width(value_columns)};
+  }
+  // Zeros for what add_to_keys() never reaches: tiles of keys that no query sees.
+  void clear_unseen(int64_t key, int64_t count, const Columns<E>& columns, Rows<A> to) const {
+    const int64_t seen = groups * of.queries == 0 ? 0 : larger(0, smaller(of.keys, of.queries + of.diagonal));
+    for (int64_t k = larger(key, ceil_div(seen, kTileRows) * kTileRows); k < key + count; ++k)
+      __builtin_memset(to[k], 0, size_t(columns.count) * sizeof(A));
+  }
+  void narrow_rows(const HeadsOutput& to, int64_t b, int64_t h, int64_t key, int64_t count, int64_t size,
+                   Rows<A> from) const {
+    if constexpr (!adds_in_place())
+      for (int64_t k = key; k < key + count; ++k) narrow<T>(rows_of<T>(to, b, h)[k], from[k], size);
+  }
+
+  // to = factor times the sum of `count` parts, in their order.
+  void add_parts(T* to, const A* parts, int64_t count, const Columns<E>& columns, A factor) const {
+    for (int64_t n = 0; n < columns.count; n += kLanes<A>) {
+      Vector<A> sum{};
+      for (int64_t part = 0; part < count; ++part) sum += load(parts + part * block_queries * width(columns) + n);
+      store(to + n, sum * factor, int(smaller(kLanes<A>, columns.count - n)));
+    }
+  }
+
+  A* mask_row(int64_t b, int64_t h, int64_t query) const {
+    return grad_mask + b * arguments.grad_mask_batch + h * arguments.grad_mask_head + query * arguments.grad_mask_query;
+  }
+
+  // The gradient of a mask that has keys: of the block's scores, += or, where nothing is broadcast, =.
+  void add_to_mask(const Place& at, E* grad_scores) const {
+    if (arguments.grad_mask_query == 0 && of.queries > 1) {
+      for (int64_t k = 0; k < at.count && first_seeing(at, at.key + k) < at.rows; ++k) {
+        Vector<A> sum{};
+        const int64_t first = first_seeing(at, at.key + k / kTileRows * kTileRows) / kLanes<A> * kLanes<A>;
+        for (int64_t i = first; i < at.rows; i += kLanes<A>)
+          sum += load(tile(grad_scores, k, i), int(smaller(kLanes<A>, at.rows - i)));
+        mask_row(at.b, at.h, at.query)[at.key + k] += sum_of_lanes<A>(sum);
+      }
+      return;
+    }
+    Lanes lanes{};
+    for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
+    for (int64_t i = 0; i < at.rows; i += kLanes<A>)
+      for (int64_t k = 0; k < at.count; k += kLanes<A>) {
+        const int64_t count = smaller(kLanes<A>, at.count - k), rows = smaller(kLanes<A>, at.rows - i);
+        const bool is_seen = at.scores.visible(at.query + i + rows - 1) > at.key + k;
+        if (!is_seen && sums_mask) break;
+        Square<LaneOf<sizeof(A)>> square{};
+        for (int64_t n = 0; n < count && is_seen; ++n)
+          __builtin_memcpy(&square.rows[n], tile(grad_scores, k + n, i), kVectorBytes);
+        square.transpose();
+        for (int64_t n = 0; n < rows; ++n) {
+          const int64_t seen = larger(0, smaller(count, at.scores.visible(at.query + i + n) - at.key - k));
+          A* const to = mask_row(at.b, at.h, at.query + i + n) + at.key + k;
+          Vector<A> x;
+          __builtin_memcpy(&x, &square.rows[n], sizeof x);
+          if (sums_mask) {
+            if (seen > 0) store(to, load(to, int(seen)) + x, int(seen));
+            continue;
+          }
+          x = lanes < Lane(seen) ? x : Vector<A>{};
+          if (count == kLanes<A> && uintptr_t(to) % kVectorBytes == 0)
+            stream(to, x);
+          else
+            store(to, x, int(count));
+        }
+      }
+  }
+
+  // The gradient of a mask that all keys share, from the sums over `parts` blocks of keys: a member's rows.
+  void add_rows_to_mask(const Queries& at, const A* sums, int64_t parts, int64_t member, int64_t members) const {
+    const bool is_one_row = arguments.grad_mask_query == 0 && of.queries > 1;
+    if (is_one_row && member > 0) return;
+    for (int64_t i = is_one_row ? 0 : member; i < at.rows; i += is_one_row ? 1 : members) {
+      double sum = 0;
+      for (int64_t part = 0; part < parts; ++part) sum += double(sums[part * block_queries + i]);
+      A* const to = mask_row(at.b, at.h, at.query + i);
+      *to = A(double(*to) + sum);
+    }
+  }
+};
+
+}  // namespace genkernels::GENKERNELS_LEVEL
