@@ -156,9 +156,8 @@ struct Gradients {
   }
   template <class Body>
   void each_place(const Queries& queries, int64_t member, const Team& team, const Body& body) const {
-    each_key_block(member, team, [&](int64_t key, int64_t count, int64_t block) {
-      body(Place{queries, key, count, block});
-    });
+    each_key_block(member, team,
+                   [&](int64_t key, int64_t count, int64_t block) { body(Place{queries, key, count, block}); });
   }
 
   // Rows as operands, with zeros up to the end of a register.
@@ -199,7 +198,8 @@ struct Gradients {
   // for the share of keys [first, first + run) among those that the block sees. To wait for memory when it is copied
   // would take a tenth of the time.
   template <class Query, class Key>
-  void fetch_next(const Place& at, int64_t first, int64_t run, const Query& fetch_queries, const Key& fetch_keys) const {
+  void fetch_next(const Place& at, int64_t first, int64_t run, const Query& fetch_queries,
+                  const Key& fetch_keys) const {
     if (!at.next.is_there) return;
     const int64_t seen = at.scores.visible(at.query + at.rows - 1), key = smaller(at.key + first, seen);
     const int64_t end = smaller(key + run, seen), rows = smaller(block_queries, of.queries - at.next.query);
@@ -234,8 +234,8 @@ struct Gradients {
   void form_mask(const Place& at, E* to) const {
     if (of.mask.query == 0) {
       for (int64_t k = 0; k < at.count; k += kLanes<A>) {
-        const Vector<A> x = Scores<T>::as_exponents(
-            at.scores.load_mask(at.query, at.key + k, smaller(kLanes<A>, at.count - k)));
+        const Vector<A> x =
+            Scores<T>::as_exponents(at.scores.load_mask(at.query, at.key + k, smaller(kLanes<A>, at.count - k)));
         for (int64_t n = 0; n < smaller(kLanes<A>, at.count - k); ++n)
           for (int64_t i = 0; i < at.rows; i += kLanes<A>) store(tile(to, k + n, i), broadcast(A(x[n])));
       }

@@ -198,14 +198,15 @@ struct Scores {
 
   const Attention& of;
   const char* mask;  // of the head
+  int64_t element;   // bytes of one of the mask
   uint32_t index;    // of the head among all
   A scale;           // of scores as exponents of the base
 
   Scores(const Attention& attention, int64_t b, int64_t h)
       : of(attention), index(uint32_t(b * of.heads + h)), scale(A(of.scale / kLogBase<A>)) {
-    const int64_t element = of.mask.type == MaskType::boolean    ? 1
-                            : of.mask.type == MaskType::of_dtype ? int64_t(sizeof(T))
-                                                                 : int64_t(sizeof(A));
+    element = of.mask.type == MaskType::boolean    ? 1
+              : of.mask.type == MaskType::of_dtype ? int64_t(sizeof(T))
+                                                   : int64_t(sizeof(A));
     mask = static_cast<const char*>(of.mask.data) + (b * of.mask.batch + h * of.mask.head) * element;
   }
 
@@ -274,10 +275,8 @@ struct Scores {
     }
   }
 
-  void fetch_mask(int64_t query, int64_t key) const {
-    const int64_t element = of.mask.type == MaskType::boolean    ? 1
-                            : of.mask.type == MaskType::of_dtype ? int64_t(sizeof(T))
-                                                                 : int64_t(sizeof(A));
+  // Where the mask's next part lies the processor does not look for it: a page further with each query.
+  GENKERNELS_INLINE void fetch_mask(int64_t query, int64_t key) const {
     __builtin_prefetch(mask + (query * of.mask.query + key * of.mask.key) * element);
   }
 
