@@ -17,12 +17,17 @@ struct Backward : Gradients<T, AttentionBackward> {
       Base::value_columns, Base::key_blocks, Base::block_keys, Base::block_queries, Base::score_stride,
       Base::head_stride, Base::value_stride, Base::shares, Base::grad_mask;
   using Base::first_seeing, Base::tile, Base::width, Base::adds_in_place;
-  using typename Base::A, typename Base::E, typename Base::Team, typename Base::Queries, typename Base::Place;
+  using typename Base::A, typename Base::E, typename Base::Team, typename Base::Queries, typename Base::Place,
+      typename Base::Span;
   static constexpr int64_t kMostQueries = 192;
   static_assert(kMostQueries <= kChain);
 
   struct Keys {
     E *k, *v;
+  };
+  // Rows of queries and of grad_output, or of keys and values, as they are multiplied.
+  struct Operands {
+    Rows<const E> heads, values;
   };
   // A thread's own memory.
   struct Block {
@@ -45,12 +50,17 @@ struct Backward : Gradients<T, AttentionBackward> {
     A *grad_keys, *grad_values;  // [keys, ..]; unused where sums go to the results themselves
   };
 
+  const bool keys_lie, values_lie, queries_lie, grads_lie;  // what is multiplied as it lies
   const bool keeps_keys, has_scores;
   Block* blocks;
   Head* heads;
 
   Backward(const AttentionBackward& backward, const Runtime& r)
       : Base(backward, r, kMostQueries),
+        keys_lie(Base::lie_well(of.key, smaller(of.keys, block_keys), of.head_size)),
+        values_lie(Base::lie_well(of.value, kTileRows)),
+        queries_lie(Base::lie_well(of.query, smaller(of.queries, block_queries), of.head_size)),
+        grads_lie(Base::lie_well(arguments.grad_output, smaller(of.queries, block_queries), of.value_size)),
         keeps_keys(of.keys * (head_stride + value_stride) * int64_t(sizeof(E)) <= 2 * r.cache),
         has_scores(is_decode(of)),
         blocks(allocate<Block>(r, shares)),
@@ -113,23 +123,23 @@ struct Backward : Gradients<T, AttentionBackward> {
       A* const parts = team.members > 1 ? head.parts[turn] : nullptr;
       team.each([&](int64_t member) {
         const Block& block = members[member];
-        copy_queries(queries, block);
+        const Operands rows = copy_queries(queries, block);
         this->each_place(queries, member, team, [&](const Place& at) {
           if (first_seeing(at, at.key) == at.rows) {
             if (grad_mask != nullptr && !sums_mask) this->add_to_mask(at, block.e);
             return;
           }
-          const Keys keys = keys_at(at, head, block);
+          const Operands keys = keys_at(at, head, block);
           form_grad_scores(at, keys, block);
           if (sums_rows_for_mask)
             sum_rows(at, block, mask_sums + at.key_block * block_queries);
           else if (grad_mask != nullptr)
             this->add_to_mask(at, block.e);
-          this->add_to_queries(at, block.e, {keys.k, head_stride}, head_columns,
+          this->add_to_queries(at, block.e, keys.heads, head_columns,
                                parts ? parts + at.key_block * block_queries * width(head_columns) : block.grad_queries,
                                parts || at.key == 0);
-          this->add_to_keys(at, {block.e, {block.q, head_stride}}, nullptr, head_columns, A(of.scale), grad_keys);
-          this->add_to_keys(at, {block.p, {block.g, value_stride}}, nullptr, value_columns, A(1), grad_values);
+          this->add_to_keys(at, {block.e, rows.heads}, nullptr, head_columns, A(of.scale), grad_keys);
+          this->add_to_keys(at, {block.p, rows.values}, nullptr, value_columns, A(1), grad_values);
         });
       });
       this->meet(team);
@@ -153,47 +163,53 @@ struct Backward : Gradients<T, AttentionBackward> {
   }
 
   void copy_keys(int64_t b, int64_t h, int64_t key, int64_t count, const Keys& to) const {
-    this->copy_rows(rows_of<T>(of.key, b, h), key, count, of.head_size, to.k, head_stride);
-    this->copy_rows(rows_of<T>(of.value, b, h), key, count, of.value_size, to.v, value_stride);
+    if (!keys_lie) this->copy_rows(rows_of<T>(of.key, b, h), key, count, of.head_size, to.k, head_stride);
+    if (!values_lie) this->copy_rows(rows_of<T>(of.value, b, h), key, count, of.value_size, to.v, value_stride);
   }
   Keys keys_from(const Keys& all, int64_t key) const { return {all.k + key * head_stride, all.v + key * value_stride}; }
-  Keys keys_at(const Place& at, const Head& head, const Block& block) const {
-    if (keeps_keys) return keys_from(head.keys, at.key);
-    copy_keys(at.b, at.kv_head, at.key, at.count, block.keys);
-    return block.keys;
+  Operands keys_at(const Place& at, const Head& head, const Block& block) const {
+    if (!keeps_keys) copy_keys(at.b, at.kv_head, at.key, at.count, block.keys);
+    const Keys copied = keeps_keys ? keys_from(head.keys, at.key) : block.keys;
+    return {keys_lie ? this->as_they_lie(of.key, at.b, at.kv_head, at.key) : Rows<const E>{copied.k, head_stride},
+            values_lie ? this->as_they_lie(of.value, at.b, at.kv_head, at.key) : Rows<const E>{copied.v, value_stride}};
   }
 
-  void copy_queries(const Queries& at, const Block& block) const {
-    Base::copy_queries(at, of.query, of.head_size, block.q, head_stride, block.q_panels);
-    Base::copy_queries(at, arguments.grad_output, of.value_size, block.g, value_stride, block.g_panels);
+  Operands copy_queries(const Queries& at, const Block& block) const {
+    const Operands rows{
+        this->take_queries(at, of.query, of.head_size, block.q, head_stride, block.q_panels, queries_lie),
+        this->take_queries(at, arguments.grad_output, of.value_size, block.g, value_stride, block.g_panels, grads_lie)};
     this->copy_statistics(at, block.shift, block.rest, block.delta);
     const Rows<const T> output = rows_of<T>(arguments.output, at.b, at.h);
     for (int64_t i = 0; i < at.rows; i += kLanes<A>) {
       Vector<A> products[kLanes<A>] = {};
       for (int64_t n = 0; n < smaller(kLanes<A>, at.rows - i) && !sums_delta(); ++n) {
         const T* const row = output[at.query + i + n];
-        const E* const grad = block.g + (i + n) * value_stride;
+        const E* const grad = rows.values[i + n];
         for (int64_t c = 0; c < of.value_size; c += kLanes<A>)
           products[n] += load(grad + c) * load(row + c, int(smaller(kLanes<A>, of.value_size - c)));
       }
       store(block.delta + i, sums_of_lanes<A>(products) - load(block.delta + i));
     }
+    return rows;
   }
   // Where one block holds all keys, delta is the sum that it stands for: of few keys, dP - delta loses digits that an
   // output, once rounded, does not give back.
   bool sums_delta() const { return key_blocks == 1; }
 
   void fetch_next(const Place& at, int64_t first, int64_t run) const {
+    const Span own = this->share_of(at, first, run, at.rows);
+    this->template fetch_rows<true>(rows_of<T>(arguments.grad_query, at.b, at.h),
+                                    {at.query + own.begin, at.query + own.end}, of.head_size);
     Base::fetch_next(
         at, first, run,
-        [&](int64_t b, int64_t h, int64_t row, int64_t end) {
-          this->fetch_rows(rows_of<T>(of.query, b, h), row, end, of.head_size);
-          this->fetch_rows(rows_of<T>(arguments.grad_output, b, h), row, end, of.value_size);
-          if (!sums_delta()) this->fetch_rows(rows_of<T>(arguments.output, b, h), row, end, of.value_size);
+        [&](int64_t b, int64_t h, const Span& span) {
+          this->fetch_rows(rows_of<T>(of.query, b, h), span, of.head_size);
+          this->fetch_rows(rows_of<T>(arguments.grad_output, b, h), span, of.value_size);
+          if (!sums_delta()) this->fetch_rows(rows_of<T>(arguments.output, b, h), span, of.value_size);
         },
-        [&](int64_t b, int64_t h, int64_t key, int64_t end) {
-          this->fetch_rows(rows_of<T>(of.key, b, h), key, end, of.head_size);
-          this->fetch_rows(rows_of<T>(of.value, b, h), key, end, of.value_size);
+        [&](int64_t b, int64_t h, const Span& span) {
+          this->fetch_rows(rows_of<T>(of.key, b, h), span, of.head_size);
+          this->fetch_rows(rows_of<T>(of.value, b, h), span, of.value_size);
         });
   }
 
@@ -259,7 +275,7 @@ struct Backward : Gradients<T, AttentionBackward> {
   }
 
   // Z P and dS.
-  void form_grad_scores(const Place& at, const Keys& keys, const Block& block) const {
+  void form_grad_scores(const Place& at, const Operands& keys, const Block& block) const {
     const bool has_mask = of.mask.type != MaskType::none;
     if (has_mask) this->form_mask(at, block.p);
     if (has_dropout) this->form_factors(at, block.z);
@@ -274,7 +290,7 @@ struct Backward : Gradients<T, AttentionBackward> {
           sum[i][v] = load(tile(block.e, first + i, column) + v * kLanes<A>);
         });
       else
-        multiply_rows<kPanel>(at, {keys.k, head_stride}, block.q_panels, of.head_size, panel, column, first, sum);
+        multiply_rows<kPanel>(at, keys.heads, block.q_panels, of.head_size, panel, column, first, sum);
       this->shift_scores(at, first, column, has_mask ? tile(block.p, first, column) : nullptr, block.shift, block.rest,
                          sum, [&](int i, const auto& exponents) GENKERNELS_LAMBDA {
                            const auto p = power_of_base(exponents);
@@ -285,7 +301,7 @@ struct Backward : Gradients<T, AttentionBackward> {
     });
     for_small_tiles(at, [&]<int kPanel, int kRows, int kVectors>(int64_t panel, int64_t column, int64_t first) {
       Vector<A> sum[kRows][kVectors];
-      multiply_rows<kPanel>(at, {keys.v, value_stride}, block.g_panels, of.value_size, panel, column, first, sum);
+      multiply_rows<kPanel>(at, keys.values, block.g_panels, of.value_size, panel, column, first, sum);
       E *const p = tile(block.p, first, column), *const e = tile(block.e, first, column);
       const E* const z = has_dropout ? tile(block.z, first, column) : nullptr;
       if (z != nullptr)

@@ -23,7 +23,7 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
       Base::head_stride, Base::value_stride, Base::shares, Base::grad_mask;
   using Base::first_seeing, Base::width, Base::adds_in_place, Base::meet;
   using typename Base::A, typename Base::E, typename Base::Team, typename Base::Queries, typename Base::Place,
-      typename Base::Factor;
+      typename Base::Span, typename Base::Factor;
   static constexpr int64_t kMostQueries = 128;
   static_assert(kMostQueries <= kChain);
 
@@ -189,28 +189,31 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
   }
 
   void copy_queries(const Queries& at, const Block& block) const {
-    Base::copy_queries(at, of.query, of.head_size, block.q, head_stride, block.q_panels);
-    if (has_a) Base::copy_queries(at, arguments.grad_grad_query, of.head_size, block.a, head_stride, block.a_panels);
-    Base::copy_queries(at, arguments.grad_output, of.value_size, block.g, value_stride, block.g_panels);
+    const auto copy = [&](const HeadsInput& from, int64_t size, E* to, int64_t stride, E* panels) {
+      this->take_queries(at, from, size, to, stride, panels, false);
+    };
+    copy(of.query, of.head_size, block.q, head_stride, block.q_panels);
+    if (has_a) copy(arguments.grad_grad_query, of.head_size, block.a, head_stride, block.a_panels);
+    copy(arguments.grad_output, of.value_size, block.g, value_stride, block.g_panels);
     this->copy_statistics(at, block.shift, block.rest, block.grad_logsumexp);
   }
 
   void fetch_next(const Place& at, int64_t first, int64_t run) const {
-    const auto fetch = [&](const HeadsInput& from, int64_t b, int64_t h, int64_t row, int64_t end, int64_t size) {
-      if (from.data != nullptr) this->fetch_rows(rows_of<T>(from, b, h), row, end, size);
+    const auto fetch = [&](const HeadsInput& from, int64_t b, int64_t h, const Span& span, int64_t size) {
+      if (from.data != nullptr) this->fetch_rows(rows_of<T>(from, b, h), span, size);
     };
     Base::fetch_next(
         at, first, run,
-        [&](int64_t b, int64_t h, int64_t row, int64_t end) {
-          fetch(of.query, b, h, row, end, of.head_size);
-          fetch(arguments.grad_grad_query, b, h, row, end, of.head_size);
-          fetch(arguments.grad_output, b, h, row, end, of.value_size);
+        [&](int64_t b, int64_t h, const Span& span) {
+          fetch(of.query, b, h, span, of.head_size);
+          fetch(arguments.grad_grad_query, b, h, span, of.head_size);
+          fetch(arguments.grad_output, b, h, span, of.value_size);
         },
-        [&](int64_t b, int64_t h, int64_t key, int64_t end) {
-          fetch(of.key, b, h, key, end, of.head_size);
-          fetch(arguments.grad_grad_key, b, h, key, end, of.head_size);
-          fetch(of.value, b, h, key, end, of.value_size);
-          fetch(arguments.grad_grad_value, b, h, key, end, of.value_size);
+        [&](int64_t b, int64_t h, const Span& span) {
+          fetch(of.key, b, h, span, of.head_size);
+          fetch(arguments.grad_grad_key, b, h, span, of.head_size);
+          fetch(of.value, b, h, span, of.value_size);
+          fetch(arguments.grad_grad_value, b, h, span, of.value_size);
         });
   }
 

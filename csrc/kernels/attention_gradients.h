@@ -166,16 +166,36 @@ struct Gradients {
       for (int64_t n = 0; n < size; n += kLanes<E>)
         store(to + i * stride + n, load(from[first + i] + n, int(smaller(kLanes<E>, size - n))));
   }
-  // A block's rows of queries, as they are and transposed.
-  void copy_queries(const Queries& at, const HeadsInput& from, int64_t size, E* to, int64_t stride, E* panels) const {
-    copy_rows(rows_of<T>(from, at.b, at.h), at.query, at.rows, size, to, stride);
+  // Whether rows are operands as they lie: as many of them as are read again and again have room in half of the L1
+  // cache, whose 64 sets they fill the more unevenly the more often 2 divides their distance.
+  static bool lie_well(const HeadsInput& from, int64_t rows) {
+    const int64_t bytes = from.row * int64_t(sizeof(E)), apart = larger(64, bytes & -bytes);
+    return __is_same(T, E) && bytes > 0 && rows * apart <= 64 * 384;
+  }
+  // Those that are read from the right also have to fill registers.
+  static bool lie_well(const HeadsInput& from, int64_t rows, int64_t size) {
+    return size % kLanes<E> == 0 && lie_well(from, rows);
+  }
+  static Rows<const E> as_they_lie(const HeadsInput& from, int64_t b, int64_t h, int64_t first) {
+    const Rows<const T> rows = rows_of<T>(from, b, h);
+    return {static_cast<const E*>(static_cast<const void*>(rows[first])), rows.stride};
+  }
+  // A block's rows of queries, and transposed; copied to `to`, or as they lie where `may_lie`.
+  Rows<const E> take_queries(const Queries& at, const HeadsInput& from, int64_t size, E* to, int64_t stride, E* panels,
+                             bool may_lie) const {
+    Rows<const E> rows{to, stride};
+    if (may_lie)
+      rows = as_they_lie(from, at.b, at.h, at.query);
+    else
+      copy_rows(rows_of<T>(from, at.b, at.h), at.query, at.rows, size, to, stride);
     for (int64_t p = 0; p < at.columns.panels; ++p)
       at.columns.with_width(p, [&]<int kVectors>() {
         const int64_t first = at.columns.first_column(p);
         pack_panel_of_rows<E, E, kVectors>(
-            size, [&](int64_t n) { return first + n < at.rows ? to + (first + n) * stride : nullptr; },
+            size, [&](int64_t n) { return first + n < at.rows ? rows[first + n] : nullptr; },
             panels + at.columns.offset(p, size));
       });
+    return rows;
   }
   // Each query's shift and the gradient of its logsumexp, up to the end of a register.
   void copy_statistics(const Queries& at, A* near, A* rest, A* grad_logsumexp) const {
@@ -190,23 +210,29 @@ struct Gradients {
     }
   }
 
-  static void fetch_rows(Rows<const T> rows, int64_t row, int64_t end, int64_t size) {
-    for (; row < end; ++row)
-      for (int64_t n = 0; n < size; n += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows[row] + n, 0, 2);
+  struct Span {
+    int64_t begin, end;
+  };
+  template <bool kForWriting = false, class Element>
+  static void fetch_rows(Rows<Element> rows, const Span& span, int64_t size) {
+    for (int64_t row = span.begin; row < span.end; ++row)
+      for (int64_t n = 0; n < size; n += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows[row] + n, kForWriting, 2);
   }
-  // What is copied next is fetched while a tile is multiplied: fetch(is_of_queries, h, from, to, size) is called
-  // for the share of keys [first, first + run) among those that the block sees. To wait for memory when it is copied
-  // would take a tenth of the time.
+  // Of `count` rows, those that go with keys [first, first + run) among the keys that a block of queries sees.
+  Span share_of(const Place& at, int64_t first, int64_t run, int64_t count) const {
+    const int64_t seen = at.scores.visible(at.query + at.rows - 1), key = smaller(at.key + first, seen);
+    return {count * key / seen, count * smaller(key + run, seen) / seen};
+  }
+  // What is copied next is fetched while a tile is multiplied, the share of a run of keys: fetch_queries(b, h, span)
+  // and, with a new head, fetch_keys(b, h, span). To wait for memory when it is copied would take a tenth of the time.
   template <class Query, class Key>
   void fetch_next(const Place& at, int64_t first, int64_t run, const Query& fetch_queries,
                   const Key& fetch_keys) const {
     if (!at.next.is_there) return;
-    const int64_t seen = at.scores.visible(at.query + at.rows - 1), key = smaller(at.key + first, seen);
-    const int64_t end = smaller(key + run, seen), rows = smaller(block_queries, of.queries - at.next.query);
-    fetch_queries(at.next.kv / of.kv_heads, at.next.kv % of.kv_heads * groups + at.next.group,
-                  at.next.query + rows * key / seen, at.next.query + rows * end / seen);
-    if (at.next.is_new_head)
-      fetch_keys(at.next.kv / of.kv_heads, at.next.kv % of.kv_heads, of.keys * key / seen, of.keys * end / seen);
+    const int64_t b = at.next.kv / of.kv_heads, h = at.next.kv % of.kv_heads, query = at.next.query;
+    const Span rows = share_of(at, first, run, smaller(block_queries, of.queries - query));
+    fetch_queries(b, h * groups + at.next.group, Span{query + rows.begin, query + rows.end});
+    if (at.next.is_new_head) fetch_keys(b, h, share_of(at, first, run, of.keys));
   }
 
   // The first of the block's queries that sees a key.
