@@ -63,11 +63,11 @@ MUTANTS = {
         "",
         "output: largest error",
     ),
-    "later_keys": (  # of 192 keys each
-        "attention_backward.cpp",
-        "key == 0 ? x : load(at, lanes) + x",
-        "x",
-        "grad of query: largest error",
+    "later_queries": (  # of 192 queries each
+        "attention_gradients.h",
+        "load(value, lanes) + sum[i][v] * factor",
+        "sum[i][v] * factor",
+        "grad of key: largest error",
     ),
     "later_chunk": (  # of 512 keys each, whose exponents are relative to another maximum
         "attention_decode.cpp",
@@ -81,7 +81,7 @@ SUITES = {
     "linear.cpp": ("test_linear.py", "TestParity and (many_rows or activations)"),
     "linear_cross_entropy.cpp": ("test_linear_cross_entropy.py", "TestParity and shapes"),
     **dict.fromkeys(
-        ("attention_forward.cpp", "attention_backward.cpp", "attention_decode.cpp"),
+        ("attention_forward.cpp", "attention_gradients.h", "attention_decode.cpp"),
         ("test_attention.py", "TestParity and (test_order_of_scores or test_long)"),
     ),
 }

@@ -57,10 +57,10 @@ struct Backward : Gradients<T, AttentionBackward> {
 
   Backward(const AttentionBackward& backward, const Runtime& r)
       : Base(backward, r, kMostQueries),
-        keys_lie(Base::lie_well(of.key, smaller(of.keys, block_keys), of.head_size)),
-        values_lie(Base::lie_well(of.value, kTileRows)),
-        queries_lie(Base::lie_well(of.query, smaller(of.queries, block_queries), of.head_size)),
-        grads_lie(Base::lie_well(arguments.grad_output, smaller(of.queries, block_queries), of.value_size)),
+        keys_lie(lie_well<T, E>(of.key, smaller(of.keys, block_keys), of.head_size)),
+        values_lie(lie_well<T, E>(of.value, kTileRows)),
+        queries_lie(lie_well<T, E>(of.query, smaller(of.queries, block_queries), of.head_size)),
+        grads_lie(lie_well<T, E>(arguments.grad_output, smaller(of.queries, block_queries), of.value_size)),
         keeps_keys(of.keys * (head_stride + value_stride) * int64_t(sizeof(E)) <= 2 * r.cache),
         has_scores(is_decode(of)),
         blocks(allocate<Block>(r, shares)),

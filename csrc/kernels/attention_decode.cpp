@@ -59,13 +59,9 @@ struct Chunks {
   static Vector<A> form_exponents(const Scores<T>& of_head, int64_t query, int64_t key, int64_t count, A* row) {
     Vector<A> top = broadcast(-A(__builtin_inf()));
     for (int64_t n = 0; n < count; n += kLanes<A>) {
-      Vector<A> x[1][1] = {{load(row + n)}};
-      if (of_head.needs_mask(query, key + n + kLanes<A>))
-        of_head.apply_mask(query, key + n, x);
-      else
-        x[0][0] *= of_head.scale;
-      store(row + n, x[0][0]);
-      top = x[0][0] > top ? x[0][0] : top;
+      const Vector<A> x = of_head.exponents_of(query, key + n, load(row + n));
+      store(row + n, x);
+      top = x > top ? x : top;
     }
     return top;
   }

@@ -42,7 +42,7 @@ struct Forward {
     const Scores<T>& scores;
     const Block& block;
     Rows<const E> keys;
-    const E* values;  // of the head, if packed
+    E* values;  // of the head, if packed
     Rows<const T> value_rows;
     int64_t query, rows, key, count;
     bool is_first, is_last;
@@ -51,7 +51,7 @@ struct Forward {
   const AttentionForward& arguments;
   const Attention& of;
   const Runtime& runtime;
-  const PackedHead<T, E> packed;
+  const Columns<E> value_columns;
   const bool reads_keys, reads_values;  // as they lie
   const int64_t groups, kv_count, block_queries, query_blocks, block_keys;
   const int64_t shares, own_heads;  // own_heads: of each thread
@@ -65,9 +65,9 @@ struct Forward {
       : arguments(forward),
         of(forward.of),
         runtime(r),
-        packed(of.keys, of.head_size, of.value_size),
-        reads_keys(__is_same(T, E) && !collides<T>(of.key.row)),
-        reads_values(__is_same(T, E) && kGroup<E> == 1 && of.value_size % kLanes<A> == 0 && !collides<T>(of.value.row)),
+        value_columns(of.value_size),
+        reads_keys(lie_well<T, E>(of.key, kTileRows)),
+        reads_values(lie_well<T, E>(of.value, smaller(of.keys, kBlockKeys), of.value_size)),
         groups(of.heads / larger(1, of.kv_heads)),
         kv_count(of.batch * of.kv_heads),
         block_queries(in_blocks(of.queries, kv_count * groups < 2 * r.threads ? kMostQueries / 2 : kMostQueries,
@@ -78,7 +78,7 @@ struct Forward {
         own_heads(kv_count / shares),
         key_stride(staged_stride<E>(of.head_size)),
         score_stride(odd_lines<A>(block_queries)),
-        output_stride(packed.values.vectors * kLanes<A>),
+        output_stride(value_columns.vectors * kLanes<A>),
         barrier(r, shares),
         next_item(allocate<int64_t>(r, 1)),
         blocks(allocate<Block>(r, shares)),
@@ -87,7 +87,7 @@ struct Forward {
     *next_item = 0;
     const auto new_head = [&] {
       return Head{reads_keys ? nullptr : allocate<E>(r, of.keys * key_stride),
-                  reads_values ? nullptr : allocate<E>(r, packed.rows_size())};
+                  reads_values ? nullptr : allocate<E>(r, value_columns.packed_size(of.keys))};
     };
     for (int64_t n = 0; n < kv_count - own_heads * shares; ++n) shared_heads[n] = new_head();
     for (int64_t share = 0; share < shares; ++share) {
@@ -132,7 +132,16 @@ struct Forward {
       stage<E, T>(head.keys + key * key_stride, key_stride, count, of.head_size,
                   [&](int64_t i) { return rows[key + i]; });
     }
-    if (!reads_values) packed.pack_rows(rows_of<T>(of.value, b, h), key, count, head.values);
+    if (reads_values) return;
+    const Rows<const T> rows = rows_of<T>(of.value, b, h);
+    for (int64_t p = 0; p < value_columns.panels; ++p)
+      pack_panel<E, T>(
+          value_columns, p, count, [&](int64_t i) { return rows[key + i]; }, values_at(head.values, key, p));
+  }
+
+  // Packed values from a key on: a panel holds all keys.
+  E* values_at(E* values, int64_t key, int64_t p) const {
+    return values + value_columns.offset(p, of.keys) + key * value_columns.width(p) * kLanes<E>;
   }
 
   // The blocks that see most keys come first.
@@ -457,31 +466,22 @@ struct Forward {
 
   // Sets what dropout does not keep to zero.
   void drop(const Place& at) const {
-    uint32_t numbers[4][kRandomQueries];
-    for (int64_t key = 0; key < at.count; key += kRandomKeys)
-      for (int64_t i = 0; i < at.rows; i += kRandomQueries)
-        for (int64_t n = 0; n < smaller(kRandomKeys / 4, at.count - key); ++n) {
-          random_queries(of.dropout.seed, at.scores.index, uint32_t(at.query + i),
-                         uint32_t((at.key + key) / kRandomKeys), uint32_t(n), numbers);
-          for (int64_t word = 0; word < 4; ++word) {
-            const int64_t k = key + n + word * kRandomKeys / 4;
-            if (k >= at.count) break;
-            E* const to = score_at(at.block, k, i) + k % kGroup<E>;
-            for (int64_t q = 0; q < smaller(kRandomQueries, block_queries - i); ++q)
-              if (numbers[word][q] < of.dropout.threshold) to[q * kGroup<E>] = E{};
-          }
-        }
+    at.scores.each_random(at.query, at.rows, at.key, at.count, [&](int64_t k, int64_t i, const uint32_t* numbers) {
+      E* const to = score_at(at.block, k, i) + k % kGroup<E>;
+      for (int64_t n = 0; n < smaller(kRandomQueries, block_queries - i); ++n)
+        if (numbers[n] < of.dropout.threshold) to[n * kGroup<E>] = E{};
+    });
   }
 
   // Adds P V to the outputs, or makes them the result.
   void add_values(const Place& at, Rows<T> result, const A* factors) const {
-    for (int64_t p = 0; p < packed.values.panels; ++p)
-      packed.values.with_width(p, [&]<int kVectors>() {
-        const int64_t column = packed.values.first_column(p);
+    for (int64_t p = 0; p < value_columns.panels; ++p)
+      value_columns.with_width(p, [&]<int kVectors>() {
+        const int64_t column = value_columns.first_column(p);
         const E* values = nullptr;
         int64_t value_step = Panel<E, kVectors>::kStep;
         if (!reads_values) {
-          values = packed.rows_panel(at.values, at.key, p);
+          values = values_at(at.values, at.key, p);
         } else if constexpr (__is_same(T, E)) {
           values = at.value_rows[at.key] + column;
           value_step = at.value_rows.stride;

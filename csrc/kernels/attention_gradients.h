@@ -73,9 +73,9 @@ struct Gradients {
         block_keys(in_blocks(of.keys, kBlockKeys, has_dropout ? kRandomKeys : kTileRows)),
         key_blocks(ceil_div(of.keys, block_keys)),
         block_queries(in_blocks(of.queries, most_queries, kLanes<E>)),
-        score_stride(odd_lines(block_queries)),
-        head_stride(odd_lines(of.head_size)),
-        value_stride(odd_lines(of.value_size)),
+        score_stride(odd_lines<E>(block_queries)),
+        head_stride(odd_lines<E>(of.head_size)),
+        value_stride(odd_lines<E>(of.value_size)),
         shares(larger(1, smaller(r.threads, is_mask_shared ? key_blocks : larger(kv_count, key_blocks)))),
         own_heads(is_mask_shared ? 0 : kv_count / shares),
         barrier(r, shares),
@@ -83,16 +83,6 @@ struct Gradients {
     if (grad_mask != nullptr && narrows_mask()) grad_mask = allocate<A>(r, arguments.grad_mask_size);
   }
 
-  // The size of blocks of at most `most` that are about as large as each other, a multiple of `unit`.
-  static int64_t in_blocks(int64_t count, int64_t most, int64_t unit) {
-    const int64_t blocks = larger(1, ceil_div(count, most));
-    return larger(1, ceil_div(ceil_div(count, blocks), unit)) * unit;
-  }
-  // Elements from one row to the next, so that rows do not share sets of the cache.
-  static int64_t odd_lines(int64_t columns) {
-    constexpr int64_t kLine = 64 / int64_t(sizeof(E));
-    return (ceil_div(columns, kLine) | 1) * kLine;
-  }
   static int64_t width(const Columns<E>& columns) { return columns.vectors * kLanes<A>; }
   static constexpr bool adds_in_place() { return __is_same(T, A); }
   bool narrows_mask() const { return !__is_same(T, A) && of.mask.type == MaskType::of_dtype; }
@@ -165,16 +155,6 @@ struct Gradients {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t n = 0; n < size; n += kLanes<E>)
         store(to + i * stride + n, load(from[first + i] + n, int(smaller(kLanes<E>, size - n))));
-  }
-  // Whether rows are operands as they lie: as many of them as are read again and again have room in half of the L1
-  // cache, whose 64 sets they fill the more unevenly the more often 2 divides their distance.
-  static bool lie_well(const HeadsInput& from, int64_t rows) {
-    const int64_t bytes = from.row * int64_t(sizeof(E)), apart = larger(64, bytes & -bytes);
-    return __is_same(T, E) && bytes > 0 && rows * apart <= 64 * 384;
-  }
-  // Those that are read from the right also have to fill registers.
-  static bool lie_well(const HeadsInput& from, int64_t rows, int64_t size) {
-    return size % kLanes<E> == 0 && lie_well(from, rows);
   }
   static Rows<const E> as_they_lie(const HeadsInput& from, int64_t b, int64_t h, int64_t first) {
     const Rows<const T> rows = rows_of<T>(from, b, h);
@@ -274,15 +254,11 @@ struct Gradients {
   }
   // What dropout multiplies with.
   void form_factors(const Place& at, E* to) const {
-    E factors[kChain][kRandomKeys];
-    for (Place part = at; part.key < at.key + at.count; part.key += kRandomKeys) {
-      part.count = smaller(kRandomKeys, at.key + at.count - part.key);
-      for (int64_t i = 0; i < at.rows; ++i)
-        for (E& factor : factors[i]) factor = E(of.dropout.scale);
-      at.scores.template drop<E>(at.query, at.rows, part.key, part.count, {factors[0], kRandomKeys});
-      transpose(part, to + (part.key - at.key) * score_stride,
-                [&](int64_t i, int64_t k, int) { return load(factors[i] + k); });
-    }
+    at.scores.each_random(at.query, at.rows, at.key, at.count, [&](int64_t k, int64_t i, const uint32_t* numbers) {
+      E* const factors = tile(to, k, i);
+      for (int64_t n = 0; n < smaller(kRandomQueries, block_queries - i); ++n)
+        factors[n] = numbers[n] >= of.dropout.threshold ? E(of.dropout.scale) : E{};
+    });
   }
 
   // Scores of a tile as exponents less the queries' shift, -inf where a key takes no part: form(i, exponents) for its
@@ -293,7 +269,7 @@ struct Gradients {
     A scale = at.scores.scale;
     if (mask != nullptr) {
       for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
-        sum[i][v] = rounded(sum[i][v] * scale) + load(mask + i * score_stride + v * kLanes<A>);
+        sum[i][v] = at.scores.with_mask(sum[i][v], load(mask + i * score_stride + v * kLanes<A>));
       });
       scale = 1;
     }

@@ -1,4 +1,4 @@
-// What the passes of attention share: which keys take part, and how they are packed.
+// What the passes of attention share: which keys take part, and what is added to their scores.
 #pragma once
 
 #include "attention.h"
@@ -213,44 +213,20 @@ struct Scores {
   // Keys [0, visible(i)) take part for query i as far as the diagonal goes.
   int64_t visible(int64_t query) const { return larger(0, smaller(of.keys, query + of.diagonal + 1)); }
 
-  // Whether scores of these queries and of keys up to `last_key` are not all scale q k.
-  bool needs_mask(int64_t first_query, int64_t last_key) const {
-    return of.mask.type != MaskType::none || last_key > visible(first_query);
-  }
-
-  // sum = scale sum + mask, as exponents of the base, of queries from `query` and keys from `key` on; -inf where a key
-  // takes no part.
-  template <int kRows, int kVectors>
-  GENKERNELS_INLINE void apply_mask(int64_t query, int64_t key, Vector<A> (&tile)[kRows][kVectors]) const {
-    for_copy(tile, [&](auto& sum) { apply_mask_to(query, key, sum); });
-  }
-
- private:
-  template <int kRows, int kVectors>
-  __attribute__((noinline)) void apply_mask_to(int64_t query, int64_t key, Vector<A> (&sum)[kRows][kVectors]) const {
-    switch (of.mask.type) {
-      case MaskType::none:
-        for (int i = 0; i < kRows; ++i)
-          for (int v = 0; v < kVectors; ++v) sum[i][v] *= scale;
-        break;
-      case MaskType::boolean: add_mask<bool>(query, key, sum); break;
-      case MaskType::of_dtype: add_mask<T>(query, key, sum); break;
-      case MaskType::of_accumulator: add_mask<A>(query, key, sum); break;
-    }
-    if (key + kVectors * kLanes<A> <= visible(query)) return;
-    Lanes lanes{};
-    for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
-    for (int i = 0; i < kRows; ++i) {
-      const Lanes end = Lanes{} + Lane(larger(0, smaller(kVectors * kLanes<A>, visible(query + i) - key)));
-      for (int v = 0; v < kVectors; ++v)
-        sum[i][v] = lanes + Lane(v * kLanes<A>) < end ? sum[i][v] : broadcast(-A(__builtin_inf()));
-    }
-  }
-
- public:
   // A product and its mask as an exponent, the same in every pass: rounded twice, as PyTorch's.
   GENKERNELS_INLINE Vector<A> with_mask(Vector<A> product, Vector<A> masks) const {
     return rounded(product * scale) + masks;
+  }
+  // The same of a query and the keys that a register holds, -inf where one takes no part.
+  Vector<A> exponents_of(int64_t query, int64_t key, Vector<A> product) const {
+    const Vector<A> x = of.mask.type == MaskType::none
+                            ? product * scale
+                            : with_mask(product, as_exponents(load_mask(query, key, of.keys - key)));
+    const int64_t seen = visible(query) - key;
+    if (seen >= kLanes<A>) return x;
+    Lanes lanes{};
+    for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
+    return lanes < Lane(larger(0, seen)) ? x : broadcast(-A(__builtin_inf()));
   }
 
   // A finite mask remains finite: a row of nothing but the least number has keys.
@@ -280,35 +256,36 @@ struct Scores {
     __builtin_prefetch(mask + (query * of.mask.query + key * of.mask.key) * element);
   }
 
-  // Sets what dropout does not keep to zero: of queries [query, query + run) and keys [key, key + count).
+  // Sets what dropout does not keep to zero: of queries [query, query + run) and keys [key, key + most).
   template <class E>
-  void drop(int64_t query, int64_t run, int64_t key, int64_t count, Rows<E> probabilities) const {
-    where_dropped<E>(query, run, key, count, probabilities, [](E) GENKERNELS_LAMBDA { return E{}; });
+  void drop(int64_t query, int64_t run, int64_t key, int64_t most, Rows<E> probabilities) const {
+    uint32_t numbers[kRandomKeys];
+    for (int64_t i = 0; i < run; ++i) {
+      const int64_t count = smaller(most, visible(query + i) - key);
+      for (int64_t first = key; first < key + count; first += kRandomKeys) {
+        random_keys(of.dropout.seed, index, uint32_t(query + i), uint32_t(first / kRandomKeys), numbers);
+        E* const to = probabilities[i] + first - key;
+        for (int64_t k = 0; k < smaller(kRandomKeys, key + count - first); ++k)
+          to[k] = numbers[k] >= of.dropout.threshold ? to[k] : E{};
+      }
+    }
   }
-  // Marks it with a minus sign.
-  template <class E>
-  void mark_dropped(int64_t query, int64_t run, int64_t key, int64_t count, Rows<E> probabilities) const {
-    where_dropped<E>(query, run, key, count, probabilities, [](E p) GENKERNELS_LAMBDA { return -p; });
+  // body(k, i, numbers): the same numbers of key `key + k` and of the kRandomQueries queries from `query + i` on.
+  template <class Body>
+  void each_random(int64_t query, int64_t rows, int64_t key, int64_t count, const Body& body) const {
+    constexpr int64_t kTogether = kRandomKeys / 4;
+    uint32_t numbers[4][kRandomQueries];
+    for (int64_t group = 0; group < count; group += kRandomKeys)
+      for (int64_t i = 0; i < rows; i += kRandomQueries)
+        for (int64_t k = group; k < smaller(count, group + kTogether); ++k) {
+          random_queries(of.dropout.seed, index, uint32_t(query + i), uint32_t((key + group) / kRandomKeys),
+                         uint32_t(k - group), numbers);
+          for (int64_t word = 0; word < 4 && k + word * kTogether < count; ++word)
+            body(k + word * kTogether, i, numbers[word]);
+        }
   }
 
  private:
-  template <class M, int kRows, int kVectors>
-  void add_mask(int64_t query, int64_t key, Vector<A> (&sum)[kRows][kVectors]) const {
-    for (int64_t i = 0; i < smaller(kRows, of.queries - query); ++i)
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const int64_t first = key + v * kLanes<A>;
-        // The next keys' part lies a page further with each query, where the processor does not look for it.
-        __builtin_prefetch(row_of_mask<M>(query + i) + (first + kVectors * kLanes<A>)*of.mask.key);
-        const Vector<A> masks =
-            first < of.keys ? as_exponents(load_mask<M>(query + i, first, of.keys - first)) : Vector<A>{};
-        sum[i][v] = with_mask(sum[i][v], masks);
-      }
-  }
-
-  template <class M>
-  const M* row_of_mask(int64_t query) const {
-    return static_cast<const M*>(static_cast<const void*>(mask)) + query * of.mask.query;
-  }
   template <class M>
   Vector<A> load_mask(int64_t query, int64_t key, int64_t count) const {
     const M* const at =
@@ -333,63 +310,19 @@ struct Scores {
     else
       return as<A>(x);
   }
-
-  template <class E, class Of>
-  void where_dropped(int64_t query, int64_t run, int64_t key, int64_t most, Rows<E> probabilities,
-                     const Of& of_p) const {
-    uint32_t numbers[kRandomKeys];
-    for (int64_t i = 0; i < run; ++i) {
-      const int64_t count = smaller(most, visible(query + i) - key);
-      for (int64_t first = key; first < key + count; first += kRandomKeys) {
-        random_keys(of.dropout.seed, index, uint32_t(query + i), uint32_t(first / kRandomKeys), numbers);
-        E* const to = probabilities[i] + first - key;
-        for (int64_t k = 0; k < smaller(kRandomKeys, key + count - first); ++k)
-          to[k] = numbers[k] >= of.dropout.threshold ? to[k] : of_p(to[k]);
-      }
-    }
-  }
 };
 
-// The keys of a head, packed as the columns of a right operand, a block of keys after the other; and rows of values (or
-// keys) as they are multiplied with probabilities.
+// Whether rows are operands as they lie: as many of them as are read again and again have room in half of the L1 cache,
+// whose 64 sets they fill the more unevenly the more often 2 divides their distance.
 template <class T, class E>
-struct PackedHead {
-  const int64_t keys, head_size;
-  const Columns<E> values;
-
-  PackedHead(int64_t key_count, int64_t size, int64_t value_size)
-      : keys(key_count), head_size(size), values(value_size) {}
-
-  Columns<E> columns(int64_t first_key) const { return Columns<E>(smaller(kBlockKeys, keys - first_key)); }
-  int64_t depth() const { return ceil_div(head_size, kGroup<E>) * kGroup<E>; }
-  int64_t transposed_size() const { return ceil_div(keys, kLanes<E>) * kLanes<E> * depth(); }
-  int64_t rows_size() const { return values.packed_size(keys); }
-
-  // Keys from first_key on as columns: [D, keys].
-  void pack_transposed(Rows<const T> rows, int64_t first_key, E* to) const {
-    const Columns<E> block = columns(first_key);
-    for (int64_t p = 0; p < block.panels; ++p)
-      block.with_width(p, [&]<int kVectors>() {
-        const int64_t first = block.first_column(p);
-        pack_panel_of_rows<E, T, kVectors>(
-            head_size, [&](int64_t n) { return first + n < block.count ? rows[first_key + first + n] : nullptr; },
-            to + first_key * depth() + block.offset(p, head_size));
-      });
-  }
-  const E* transposed_panel(const E* packed, int64_t first_key, int64_t p) const {
-    return packed + first_key * depth() + columns(first_key).offset(p, head_size);
-  }
-
-  // Values from first_key on as rows: [keys, Dv].
-  void pack_rows(Rows<const T> rows, int64_t first_key, int64_t count, E* to) const {
-    for (int64_t p = 0; p < values.panels; ++p)
-      pack_panel<E, T>(
-          values, p, count, [&](int64_t k) { return rows[first_key + k]; },
-          to + values.offset(p, keys) + first_key * values.width(p) * kLanes<E>);
-  }
-  const E* rows_panel(const E* packed, int64_t first_key, int64_t p) const {
-    return packed + values.offset(p, keys) + first_key * values.width(p) * kLanes<E>;
-  }
-};
+bool lie_well(const HeadsInput& from, int64_t rows) {
+  const int64_t bytes = from.row * int64_t(sizeof(E)), apart = larger(64, bytes & -bytes);
+  return __is_same(T, E) && bytes > 0 && rows * apart <= 64 * 384;
+}
+// Those that are read from the right also have to fill registers.
+template <class T, class E>
+bool lie_well(const HeadsInput& from, int64_t rows, int64_t size) {
+  return size % kLanes<E> == 0 && lie_well<T, E>(from, rows);
+}
 
 }  // namespace genkernels::GENKERNELS_LEVEL
