@@ -315,6 +315,21 @@ class TestParity:
 
     @each_dtype
     @pytest.mark.parametrize("boolean", [False, True], ids=["additive", "boolean"])
+    @pytest.mark.parametrize("mask", [(209, 401), (1, 401), (209, 1)], ids=shape_id)
+    def test_masks_of_blocks(
+        self, mask: tuple[int, ...], boolean: bool, dtype: torch.dtype
+    ) -> None:
+        """Of several blocks of queries and of keys, whose last ones are not full."""
+        causal = UPPER_LEFT * (mask[0] == 1)
+        check(
+            lambda seed: arguments(
+                1, 2, 209, 401, 8, dtype, mask=mask, boolean=boolean, causal=causal, seed=seed
+            ),
+            2,
+        )
+
+    @each_dtype
+    @pytest.mark.parametrize("boolean", [False, True], ids=["additive", "boolean"])
     @pytest.mark.parametrize(
         "layout", ["transposed", "expanded_t", "expanded_b", "offset", "strided", "scalar"]
     )

@@ -56,7 +56,7 @@ struct Backward : Gradients<T, AttentionBackward> {
   Head* heads;
 
   Backward(const AttentionBackward& backward, const Runtime& r)
-      : Base(backward, r, kMostQueries),
+      : Base(backward, r, most_queries(backward.of)),
         keys_lie(lie_well<T, E>(of.key, smaller(of.keys, block_keys), of.head_size)),
         values_lie(lie_well<T, E>(of.value, kTileRows)),
         queries_lie(lie_well<T, E>(of.query, smaller(of.queries, block_queries), of.head_size)),
@@ -96,6 +96,8 @@ struct Backward : Gradients<T, AttentionBackward> {
     }
   }
 
+  // Of many keys, what a team's members leave for each other is megabytes.
+  static int64_t most_queries(const Attention& of) { return of.keys > 4096 ? kMostQueries / 2 : kMostQueries; }
   Keys new_keys(int64_t count) const {
     return {allocate<E>(this->runtime, count * head_stride), allocate<E>(this->runtime, count * value_stride)};
   }

@@ -37,17 +37,19 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     E *q_panels, *a_panels, *g_panels;  // transposed, as right operands
     Keys keys;                          // of one block; unused where the team keeps all
     A *shift, *rest, *grad_logsumexp;   // [block_queries]
-    A *w, *mean, *t;                    // of each query: rowsum(P W), that of P Z (G V^T) - grad_logsumexp, that of P T
+    A* p;                               // of each query the sum of P, as the next are sums over keys
+    A *w, *mean, *t;                    // of P W, of P Z (G V^T) less grad_logsumexp, and of P T
   };
   // A team's memory.
   struct Head {
     Keys keys;
-    E* p;                         // P, then Z P; [keys, score_stride] as the next four
-    E* e;                         // Z (G V^T), then P E
-    E* w;                         // W, then Z P U
-    E* t;                         // Z (G C^T), then P T, then the gradient of S
-    E* z;                         // with dropout alone
-    A *w_sums, *mean_sums;        // of a block's keys, [key_blocks, block_queries] as the next two
+    E* p;       // P, then Z P; [keys, score_stride] as the next four
+    E* e;       // Z (G V^T), then P E
+    E* w;       // W, then Z P U
+    E* t;       // Z (G C^T), then P T, then the gradient of S
+    E* z;       // with dropout alone
+    A* p_sums;  // of a block's keys, [key_blocks, block_queries] as the next four
+    A *w_sums, *mean_sums;
     A *t_sums, *mask_sums;        // the second: of the gradient of S
     A *grad_queries, *grad_rows;  // what Q and G get from a block's keys, [key_blocks, block_queries, ..]
     A *grad_keys, *grad_values;   // [keys, ..]; unused where sums go to the results themselves
@@ -85,6 +87,7 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
                        per_query(),
                        per_query(),
                        per_query(),
+                       per_query(),
                        per_query()};
       if (!this->has_own_memory(share)) continue;
       const auto scores = [&] { return allocate<E>(r, of.keys * score_stride); };
@@ -95,6 +98,7 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
                       scores(),
                       scores(),
                       has_dropout ? scores() : nullptr,
+                      sums(),
                       sums(),
                       sums(),
                       sums(),
@@ -144,14 +148,16 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
       meet(team);
       team.each([&](int64_t member) {
         const Block& block = members[member];
-        add_up(head.w_sums, nullptr, block.w);
-        add_up(head.mean_sums, block.grad_logsumexp, block.mean);
+        add_up(head.p_sums, block.p);
+        mean_of(head.w_sums, block, block.w);
+        mean_of(head.mean_sums, block, block.mean);
+        for (int64_t i = 0; i < block_queries; ++i) block.mean[i] -= block.grad_logsumexp[i];
         this->each_place(queries, member, team, [&](const Place& at) { form_products(at, head, block); });
       });
       meet(team);
       team.each([&](int64_t member) {
         const Block& block = members[member];
-        add_up(head.t_sums, nullptr, block.t);
+        mean_of(head.t_sums, block, block.t);
         this->each_place(queries, member, team, [&](const Place& at) {
           form_grad_scores(at, head, block);
           if (grad_mask != nullptr && !sums_rows_for_mask) this->add_to_mask(at, at_block(head.t, at));
@@ -239,8 +245,10 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
 
   // P, Z (G V^T), W and Z (G C^T) of a block of keys, and the sums over its keys.
   void form_scores(const Place& at, const Head& head, const Block& block) const {
+    A* const p_sums = head.p_sums + at.key_block * block_queries;
     A* const w_sums = head.w_sums + at.key_block * block_queries;
     A* const mean_sums = head.mean_sums + at.key_block * block_queries;
+    __builtin_memset(p_sums, 0, size_t(block_queries) * sizeof(A));
     __builtin_memset(w_sums, 0, size_t(block_queries) * sizeof(A));
     __builtin_memset(mean_sums, 0, size_t(block_queries) * sizeof(A));
     if (first_seeing(at, at.key) == at.rows) return;
@@ -275,11 +283,16 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
         };
         Tile sum;
         multiply_rows(keys.k, head_stride, block.q_panels, of.head_size, sum);
+        Vector<A> weights[kVectors] = {};
         this->shift_scores(at, first, column, has_mask ? tile(head.p, at, first, column) : nullptr, block.shift,
                            block.rest, sum, [&](int i, const auto& exponents) GENKERNELS_LAMBDA {
                              const auto p = power_of_base(exponents);
-                             for (int v = 0; v < kVectors; ++v) store(vector_of(head.p, i, v), p[v]);
+                             for (int v = 0; v < kVectors; ++v) {
+                               weights[v] += p[v];
+                               store(vector_of(head.p, i, v), p[v]);
+                             }
                            });
+        add_to(p_sums, weights);
         if (has_w) {
           multiply_rows(keys.v, value_stride, block.g_panels, of.value_size, sum);
           Vector<A> part[kVectors] = {};
@@ -326,11 +339,20 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
   }
 
   // The sum of what the blocks of keys have for each query, in their order.
-  void add_up(const A* parts, const A* less, A* to) const {
+  void add_up(const A* parts, A* to) const {
     for (int64_t i = 0; i < block_queries; i += kLanes<A>) {
       Vector<A> sum{};
       for (int64_t block = 0; block < key_blocks; ++block) sum += load(parts + block * block_queries + i);
-      store(to + i, less == nullptr ? sum : sum - load(less + i));
+      store(to + i, sum);
+    }
+  }
+  // The same of what P weighs. It adds up to one but for what the logsumexp was rounded by, and differences from a mean
+  // of other weights would have that error of the mean itself, which may be many times as large as they.
+  void mean_of(const A* parts, const Block& block, A* to) const {
+    add_up(parts, to);
+    for (int64_t i = 0; i < block_queries; i += kLanes<A>) {
+      const Vector<A> weights = load(block.p + i);
+      store(to + i, load(to + i) / (weights == A(0) ? broadcast(A(1)) : weights));
     }
   }
 

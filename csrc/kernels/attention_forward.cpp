@@ -67,7 +67,7 @@ struct Forward {
         runtime(r),
         value_columns(of.value_size),
         reads_keys(lie_well<T, E>(of.key, kTileRows)),
-        reads_values(lie_well<T, E>(of.value, smaller(of.keys, kBlockKeys), of.value_size)),
+        reads_values(kGroup<E> == 1 && lie_well<T, E>(of.value, smaller(of.keys, kBlockKeys), of.value_size)),
         groups(of.heads / larger(1, of.kv_heads)),
         kv_count(of.batch * of.kv_heads),
         block_queries(in_blocks(of.queries, kv_count * groups < 2 * r.threads ? kMostQueries / 2 : kMostQueries,
