@@ -52,8 +52,10 @@ struct Forward {
   const Attention& of;
   const Runtime& runtime;
   const Columns<E> value_columns;
-  const bool reads_keys, reads_values;  // as they lie
-  const int64_t groups, kv_count, block_queries, query_blocks, block_keys;
+  const bool reads_keys;
+  const int64_t groups, kv_count, block_queries, query_blocks;
+  const bool reads_values;  // as they lie, as keys
+  const int64_t block_keys;
   const int64_t shares, own_heads;  // own_heads: of each thread
   const int64_t key_stride, score_stride, output_stride;
   const Barrier barrier;
@@ -67,12 +69,13 @@ struct Forward {
         runtime(r),
         value_columns(of.value_size),
         reads_keys(lie_well<T, E>(of.key, kTileRows)),
-        reads_values(kGroup<E> == 1 && lie_well<T, E>(of.value, smaller(of.keys, kBlockKeys), of.value_size)),
         groups(of.heads / larger(1, of.kv_heads)),
         kv_count(of.batch * of.kv_heads),
         block_queries(in_blocks(of.queries, kv_count * groups < 2 * r.threads ? kMostQueries / 2 : kMostQueries,
                                 larger(kLanes<A>, kTileRows))),
         query_blocks(ceil_div(of.queries, block_queries)),
+        reads_values(kGroup<E> == 1 &&
+                     lie_well<T, E>(of.value, are_read_often() ? smaller(of.keys, kBlockKeys) : 1, of.value_size)),
         block_keys(in_blocks(of.keys, kBlockKeys, kRandomKeys)),
         shares(larger(1, smaller(r.threads, kv_count * groups * query_blocks))),
         own_heads(kv_count / shares),
@@ -102,6 +105,9 @@ struct Forward {
       if (own_heads > 0) heads[share] = new_head();
     }
   }
+
+  // For few blocks of queries, packing costs more than it saves.
+  bool are_read_often() const { return groups * query_blocks > 2; }
 
   void run() const {
     parallel_ranges(runtime, shares, [&](int64_t first, int64_t last) {
