@@ -286,6 +286,7 @@ struct Backward : Gradients<T, AttentionBackward> {
 
     for_small_tiles(at, [&]<int kPanel, int kRows, int kVectors>(int64_t panel, int64_t column, int64_t first) {
       if (panel + 1 == at.columns.panels) fetch_next(at, first, kRows);
+      if (has_mask) this->fetch_mask(at, column, column + kVectors * kLanes<A>, first);
       Vector<A> sum[kRows][kVectors];
       if (has_scores)
         for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {

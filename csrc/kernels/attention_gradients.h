@@ -227,9 +227,9 @@ struct Gradients {
     for (int64_t i = 0; i < at.rows; i += kLanes<A>)
       for (int64_t k = 0; k < at.count; k += kLanes<A>) {
         const int64_t count = smaller(kLanes<A>, at.count - k);
-        Square<LaneOf<sizeof(A)>> square{};
-        for (int64_t n = 0; n < smaller(kLanes<A>, at.rows - i); ++n) {
-          const Vector<A> row = of_keys(i + n, k, int(count));
+        Square<LaneOf<sizeof(A)>> square;
+        for (int64_t n = 0; n < kLanes<A>; ++n) {
+          const Vector<A> row = i + n < at.rows ? of_keys(i + n, k, int(count)) : Vector<A>{};
           __builtin_memcpy(&square.rows[n], &row, sizeof row);
         }
         square.transpose();
@@ -248,9 +248,16 @@ struct Gradients {
       return;
     }
     transpose(at, to, [&](int64_t i, int64_t k, int count) {
-      at.scores.fetch_mask(at.query + i, at.key + k + block_keys);
       return Scores<T>::as_exponents(at.scores.load_mask(at.query + i, at.key + k, count));
     });
+  }
+  // What form_mask() reads next, for a tile: it lies a page further with each query, where the processor does not look.
+  void fetch_mask(const Place& at, int64_t column, int64_t end, int64_t first) const {
+    const bool ends_row = at.key + at.count == of.keys;
+    const int64_t query = at.query + (ends_row ? block_queries : 0),
+                  key = ends_row ? first : at.key + block_keys + first;
+    if (of.mask.query == 0 || first * at.scores.element % 64 != 0 || key >= of.keys) return;
+    for (int64_t i = column; i < smaller(end, of.queries - query); ++i) at.scores.fetch_mask(query + i, key);
   }
   // What dropout multiplies with.
   void form_factors(const Place& at, E* to) const {
@@ -402,31 +409,42 @@ struct Gradients {
     }
     Lanes lanes{};
     for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
-    for (int64_t i = 0; i < at.rows; i += kLanes<A>)
+    A lines[kLanes<A>][kBlockKeys];
+    for (int64_t i = 0; i < at.rows; i += kLanes<A>) {
       for (int64_t k = 0; k < at.count; k += kLanes<A>) {
         const int64_t count = smaller(kLanes<A>, at.count - k), rows = smaller(kLanes<A>, at.rows - i);
         const bool is_seen = at.scores.visible(at.query + i + rows - 1) > at.key + k;
         if (!is_seen && sums_mask) break;
-        Square<LaneOf<sizeof(A)>> square{};
-        for (int64_t n = 0; n < count && is_seen; ++n)
-          __builtin_memcpy(&square.rows[n], tile(grad_scores, k + n, i), kVectorBytes);
+        Square<LaneOf<sizeof(A)>> square;
+        for (int64_t n = 0; n < kLanes<A>; ++n) {
+          const Vector<A> row = n < count && is_seen ? load(tile(grad_scores, k + n, i)) : Vector<A>{};
+          __builtin_memcpy(&square.rows[n], &row, sizeof row);
+        }
         square.transpose();
         for (int64_t n = 0; n < rows; ++n) {
           const int64_t seen = larger(0, smaller(count, at.scores.visible(at.query + i + n) - at.key - k));
-          A* const to = mask_row(at.b, at.h, at.query + i + n) + at.key + k;
           Vector<A> x;
           __builtin_memcpy(&x, &square.rows[n], sizeof x);
-          if (sums_mask) {
-            if (seen > 0) store(to, load(to, int(seen)) + x, int(seen));
-            continue;
-          }
-          x = lanes < Lane(seen) ? x : Vector<A>{};
-          if (count == kLanes<A> && uintptr_t(to) % kVectorBytes == 0)
-            stream(to, x);
-          else
-            store(to, x, int(count));
+          A* const to = mask_row(at.b, at.h, at.query + i + n) + at.key + k;
+          if (!sums_mask)
+            store(lines[n] + k, lanes < Lane(seen) ? x : Vector<A>{});
+          else if (seen > 0)
+            store(to, load(to, int(seen)) + x, int(seen));
         }
       }
+      // Row by row: memory takes a line from each of many pages far more slowly.
+      for (int64_t n = 0; n < smaller(kLanes<A>, at.rows - i) && !sums_mask; ++n) {
+        A* const to = mask_row(at.b, at.h, at.query + i + n) + at.key;
+        const bool streams = uintptr_t(to) % kVectorBytes == 0;
+        int64_t k = 0;
+        for (; k + kLanes<A> <= at.count; k += kLanes<A>)
+          if (streams)
+            stream(to + k, load(lines[n] + k));
+          else
+            store(to + k, load(lines[n] + k));
+        if (k < at.count) store(to + k, load(lines[n] + k), int(at.count - k));
+      }
+    }
   }
 
   // The gradient of a mask that all keys share, from the sums over `parts` blocks of keys: a member's rows.

@@ -251,9 +251,8 @@ struct Scores {
     }
   }
 
-  // Where the mask's next part lies the processor does not look for it: a page further with each query.
   GENKERNELS_INLINE void fetch_mask(int64_t query, int64_t key) const {
-    __builtin_prefetch(mask + (query * of.mask.query + key * of.mask.key) * element);
+    __builtin_prefetch(mask + (query * of.mask.query + key * of.mask.key) * element, 0, 2);
   }
 
   // Sets what dropout does not keep to zero: of queries [query, query + run) and keys [key, key + most).
