@@ -342,7 +342,8 @@ struct Backward : Gradients<T, AttentionBackward> {
     for (int64_t i = 0; i < at.rows; ++i) rows[i] = queries[at.query + i];
     A scores[kFewRows * kStride];
     multiply_units_of_rows(keys[at.key], keys.stride, of.head_size, at.count, rows, at.rows, scores, kStride);
-    this->transpose(at, to, [&](int64_t i, int64_t k, int) { return load(scores + i * kStride + k); });
+    Scores<T>::transpose(at.rows, at.count, to, score_stride,
+                         [&](int64_t i, int64_t k, int64_t) { return load(scores + i * kStride + k); });
   }
 
   void take_off_mean(const Place& at, const Block& block) const {

@@ -258,9 +258,9 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     if (has_dropout) this->form_factors(at, at_block(head.z, at));
     if (has_m) {
       const Scores<T> cotangent(of_mask_cotangent, at.b, at.h);
-      this->transpose(at, at_block(head.w, at), [&](int64_t i, int64_t k, int count) {
-        return cotangent.load_mask(at.query + i, at.key + k, count);
-      });
+      Scores<T>::transpose(
+          at.rows, at.count, at_block(head.w, at), score_stride,
+          [&](int64_t i, int64_t k, int64_t count) { return cotangent.load_mask(at.query + i, at.key + k, count); });
     }
     const A scale = A(of.scale);
 

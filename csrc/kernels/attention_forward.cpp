@@ -72,7 +72,7 @@ struct Forward {
         groups(of.heads / larger(1, of.kv_heads)),
         kv_count(of.batch * of.kv_heads),
         block_queries(in_blocks(of.queries, kv_count * groups < 2 * r.threads ? kMostQueries / 2 : kMostQueries,
-                                larger(kLanes<A>, kTileRows))),
+                                larger(of.dropout.threshold ? kRandomQueries : kLanes<A>, kTileRows))),
         query_blocks(ceil_div(of.queries, block_queries)),
         reads_values(kGroup<E> == 1 &&
                      lie_well<T, E>(of.value, are_read_often() ? smaller(of.keys, kBlockKeys) : 1, of.value_size)),
@@ -192,7 +192,8 @@ struct Forward {
                      smaller(block_keys, end - key),
                      key == 0,
                      key + block_keys >= end};
-      if (of.mask.type != MaskType::none) form_masks(at);
+      if (of.mask.type != MaskType::none)
+        scores.form_mask(query, rows, key, at.count, block_keys, block.masks, score_stride);
       for (int64_t p = 0; p < columns.panels; ++p)
         columns.with_width(p, [&]<int kVectors>() { form_scores<kVectors>(at, columns, p, have_most[p]); });
       add_up_parts(block, 0, rows);
@@ -212,38 +213,6 @@ struct Forward {
   static GENKERNELS_INLINE void prefetch(S* row, int64_t count) {
     constexpr int64_t kLine = 64 / int64_t(sizeof(S));
     for (int64_t n = 0; n < count; n += kLine) __builtin_prefetch(row + n, kForWriting, 2);
-  }
-
-  // What is added to scores, of all queries and keys of a block.
-  void form_masks(const Place& at) const {
-    const Scores<T>& scores = at.scores;
-    const auto exponents = [&](int64_t i, int64_t k, int64_t count) {
-      return Scores<T>::as_exponents(scores.load_mask(at.query + i, at.key + k, count));
-    };
-    if (of.mask.query == 0 || of.queries == 1) {
-      for (int64_t k = 0; k < at.count; k += kLanes<A>) {
-        const int64_t count = smaller(kLanes<A>, at.count - k);
-        const Vector<A> masks = exponents(0, k, count);
-        for (int64_t n = 0; n < count; ++n)
-          for (int64_t i = 0; i < at.rows; i += kLanes<A>)
-            store(at.block.masks + (k + n) * score_stride + i, broadcast(A(masks[n])));
-      }
-      return;
-    }
-    for (int64_t i = 0; i < at.rows; i += kLanes<A>)
-      for (int64_t k = 0; k < at.count; k += kLanes<A>) {
-        const int64_t count = smaller(kLanes<A>, at.count - k);
-        Square<LaneOf<sizeof(A)>> square{};
-        for (int64_t n = 0; n < smaller(kLanes<A>, at.rows - i); ++n) {
-          const Vector<A> row = exponents(i + n, k, count);
-          __builtin_memcpy(&square.rows[n], &row, sizeof row);
-          // The next block's part lies a page further with each query, where the processor does not look for it.
-          scores.fetch_mask(at.query + i + n, at.key + k + block_keys);
-        }
-        square.transpose();
-        for (int64_t n = 0; n < count; ++n)
-          __builtin_memcpy(at.block.masks + (k + n) * score_stride + i, &square.rows[n], kVectorBytes);
-      }
   }
 
   // Of a panel of queries and a block of keys.
@@ -472,10 +441,14 @@ struct Forward {
 
   // Sets what dropout does not keep to zero.
   void drop(const Place& at) const {
-    at.scores.each_random(at.query, at.rows, at.key, at.count, [&](int64_t k, int64_t i, const uint32_t* numbers) {
-      E* const to = score_at(at.block, k, i) + k % kGroup<E>;
-      for (int64_t n = 0; n < smaller(kRandomQueries, block_queries - i); ++n)
-        if (numbers[n] < of.dropout.threshold) to[n * kGroup<E>] = E{};
+    typedef typename Scores<T>::Lanes Lanes;
+    at.scores.each_kept(at.query, at.rows, at.key, at.count, [&](int64_t k, int64_t i, Lanes is_kept) {
+      E* const to = score_at(at.block, k, i);
+      Lanes x;
+      __builtin_memcpy(&x, to, sizeof x);
+      if constexpr (kGroup<E> == 2) is_kept |= k % 2 ? 0xffffu : 0xffff0000u;  // the other key of the pair
+      x &= is_kept;
+      __builtin_memcpy(to, &x, sizeof x);
     });
   }
 

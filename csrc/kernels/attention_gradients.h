@@ -72,7 +72,7 @@ struct Gradients {
         kv_count(of.batch * of.kv_heads),
         block_keys(in_blocks(of.keys, kBlockKeys, has_dropout ? kRandomKeys : kTileRows)),
         key_blocks(ceil_div(of.keys, block_keys)),
-        block_queries(in_blocks(of.queries, most_queries, kLanes<E>)),
+        block_queries(in_blocks(of.queries, most_queries, has_dropout ? larger(kRandomQueries, kLanes<E>) : kLanes<E>)),
         score_stride(odd_lines<E>(block_queries)),
         head_stride(odd_lines<E>(of.head_size)),
         value_stride(odd_lines<E>(of.value_size)),
@@ -221,35 +221,8 @@ struct Gradients {
   }
   E* tile(E* scores, int64_t first, int64_t column) const { return scores + first * score_stride + column; }
 
-  // A block's scores, where of_keys(query, key, count) is a register of a query's keys.
-  template <class Of>
-  void transpose(const Place& at, E* to, const Of& of_keys) const {
-    for (int64_t i = 0; i < at.rows; i += kLanes<A>)
-      for (int64_t k = 0; k < at.count; k += kLanes<A>) {
-        const int64_t count = smaller(kLanes<A>, at.count - k);
-        Square<LaneOf<sizeof(A)>> square;
-        for (int64_t n = 0; n < kLanes<A>; ++n) {
-          const Vector<A> row = i + n < at.rows ? of_keys(i + n, k, int(count)) : Vector<A>{};
-          __builtin_memcpy(&square.rows[n], &row, sizeof row);
-        }
-        square.transpose();
-        for (int64_t n = 0; n < count; ++n) __builtin_memcpy(tile(to, k + n, i), &square.rows[n], kVectorBytes);
-      }
-  }
-  // What a mask adds to scores. Where a query does not see a key this may be anything.
   void form_mask(const Place& at, E* to) const {
-    if (of.mask.query == 0) {
-      for (int64_t k = 0; k < at.count; k += kLanes<A>) {
-        const Vector<A> x =
-            Scores<T>::as_exponents(at.scores.load_mask(at.query, at.key + k, smaller(kLanes<A>, at.count - k)));
-        for (int64_t n = 0; n < smaller(kLanes<A>, at.count - k); ++n)
-          for (int64_t i = 0; i < at.rows; i += kLanes<A>) store(tile(to, k + n, i), broadcast(A(x[n])));
-      }
-      return;
-    }
-    transpose(at, to, [&](int64_t i, int64_t k, int count) {
-      return Scores<T>::as_exponents(at.scores.load_mask(at.query + i, at.key + k, count));
-    });
+    at.scores.form_mask(at.query, at.rows, at.key, at.count, 0, to, score_stride);
   }
   // What form_mask() reads next, for a tile: it lies a page further with each query, where the processor does not look.
   void fetch_mask(const Place& at, int64_t column, int64_t end, int64_t first) const {
@@ -261,10 +234,8 @@ struct Gradients {
   }
   // What dropout multiplies with.
   void form_factors(const Place& at, E* to) const {
-    at.scores.each_random(at.query, at.rows, at.key, at.count, [&](int64_t k, int64_t i, const uint32_t* numbers) {
-      E* const factors = tile(to, k, i);
-      for (int64_t n = 0; n < smaller(kRandomQueries, block_queries - i); ++n)
-        factors[n] = numbers[n] >= of.dropout.threshold ? E(of.dropout.scale) : E{};
+    at.scores.each_kept(at.query, at.rows, at.key, at.count, [&](int64_t k, int64_t i, Lanes is_kept) {
+      store(tile(to, k, i), (Vector<A>)((Lanes)broadcast(A(of.dropout.scale)) & is_kept));
     });
   }
 

@@ -255,6 +255,40 @@ struct Scores {
     __builtin_prefetch(mask + (query * of.mask.query + key * of.mask.key) * element, 0, 2);
   }
 
+  // to[k][i] = of_keys(i, k, count)[..] for `rows` queries and `count` keys, a register of a query's keys at a time;
+  // zeros up to the end of a register of queries.
+  template <class Of>
+  static void transpose(int64_t rows, int64_t count, A* to, int64_t stride, const Of& of_keys) {
+    for (int64_t i = 0; i < rows; i += kLanes<A>)
+      for (int64_t k = 0; k < count; k += kLanes<A>) {
+        const int64_t some = smaller(kLanes<A>, count - k);
+        Square<LaneOf<sizeof(A)>> square;
+        for (int64_t n = 0; n < kLanes<A>; ++n) {
+          const Vector<A> row = i + n < rows ? of_keys(i + n, k, some) : Vector<A>{};
+          __builtin_memcpy(&square.rows[n], &row, sizeof row);
+        }
+        square.transpose();
+        for (int64_t n = 0; n < some; ++n) __builtin_memcpy(to + (k + n) * stride + i, &square.rows[n], kVectorBytes);
+      }
+  }
+  // What the mask adds to scores as exponents, transposed. Where the diagonal hides a key this may be anything. The
+  // same of keys `ahead` later is fetched; 0 for none.
+  void form_mask(int64_t query, int64_t rows, int64_t key, int64_t count, int64_t ahead, A* to, int64_t stride) const {
+    if (of.mask.query == 0) {
+      for (int64_t k = 0; k < count; k += kLanes<A>) {
+        const int64_t some = smaller(kLanes<A>, count - k);
+        const Vector<A> x = as_exponents(load_mask(query, key + k, some));
+        for (int64_t n = 0; n < some; ++n)
+          for (int64_t i = 0; i < rows; i += kLanes<A>) store(to + (k + n) * stride + i, broadcast(A(x[n])));
+      }
+      return;
+    }
+    transpose(rows, count, to, stride, [&](int64_t i, int64_t k, int64_t some) {
+      if (ahead > 0) fetch_mask(query + i, key + k + ahead);
+      return as_exponents(load_mask(query + i, key + k, some));
+    });
+  }
+
   // Sets what dropout does not keep to zero: of queries [query, query + run) and keys [key, key + most).
   template <class E>
   void drop(int64_t query, int64_t run, int64_t key, int64_t most, Rows<E> probabilities) const {
@@ -269,10 +303,12 @@ struct Scores {
       }
     }
   }
-  // body(k, i, numbers): the same numbers of key `key + k` and of the kRandomQueries queries from `query + i` on.
+  // body(k, i, is_kept), the same of key `key + k` and of the register of queries from `query + i` on: all bits of a
+  // lane or none. Goes on to a multiple of kRandomQueries.
   template <class Body>
-  void each_random(int64_t query, int64_t rows, int64_t key, int64_t count, const Body& body) const {
+  void each_kept(int64_t query, int64_t rows, int64_t key, int64_t count, const Body& body) const {
     constexpr int64_t kTogether = kRandomKeys / 4;
+    const Lane least = Lane(of.dropout.threshold), all = of.dropout.threshold >> 32 ? 0 : ~Lane(0);
     uint32_t numbers[4][kRandomQueries];
     for (int64_t group = 0; group < count; group += kRandomKeys)
       for (int64_t i = 0; i < rows; i += kRandomQueries)
@@ -280,7 +316,14 @@ struct Scores {
           random_queries(of.dropout.seed, index, uint32_t(query + i), uint32_t((key + group) / kRandomKeys),
                          uint32_t(k - group), numbers);
           for (int64_t word = 0; word < 4 && k + word * kTogether < count; ++word)
-            body(k + word * kTogether, i, numbers[word]);
+            for (int64_t n = 0; n < kRandomQueries; n += kLanes<A>) {
+              Lanes x;
+              if constexpr (sizeof(Lane) == sizeof(uint32_t))
+                __builtin_memcpy(&x, numbers[word] + n, sizeof x);
+              else
+                for (int l = 0; l < kLanes<A>; ++l) x[l] = numbers[word][n + l];
+              body(k + word * kTogether, i + n, (Lanes)(x >= least) & all);
+            }
         }
   }
 
