@@ -507,6 +507,15 @@ class TestParity:
         )
 
     @each_dtype
+    @pytest.mark.parametrize("scale", [-0.7, 0.0])
+    def test_hidden_keys_beside_any_scale(self, scale: float, dtype: torch.dtype) -> None:
+        check(
+            lambda seed: (
+                arguments(1, 2, 35, 40, 16, dtype, causal=UPPER_LEFT, seed=seed) | {"scale": scale}
+            )
+        )
+
+    @each_dtype
     @pytest.mark.parametrize("L", [3, 35])
     @pytest.mark.parametrize("ends", [(0.05, 3.0), (3.0, 0.05)], ids=["growing", "falling"])
     def test_order_of_scores(self, ends: tuple[float, float], L: int, dtype: torch.dtype) -> None:
@@ -789,10 +798,11 @@ class TestReproducible:
         [
             {"shape": (2, 3, 130, 200, 40)},
             {"shape": (1, 1, 700, 700, 64), "causal": UPPER_LEFT},
+            {"shape": (1, 2, 64, 71, 64), "causal": LOWER_RIGHT},
             {"shape": (2, 4, 65, 129, 33), "mask": (1, 4, 1, 129), "dropout_p": 0.2},
             {"shape": (1, 8, 1, 1500, 64), "Hk": 2, "enable_gqa": True},
         ],
-        ids=["full", "causal", "mask_dropout", "decoding"],
+        ids=["full", "causal", "lower_right", "mask_dropout", "decoding"],
     )
     def test_bitwise(self, options: dict[str, Any], dtype: torch.dtype) -> None:
         """From run to run, and with one thread as with two."""

@@ -7,7 +7,8 @@ namespace {
 
 // Blocks of queries go through the keys in blocks (Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 1).
 // Scores lie as [keys, queries]: then rows of keys and values are operands as they are, from the left of scores and
-// from the right of outputs, only queries are packed, and what is known of each query fills registers.
+// from the right of outputs, keys never have to be transposed, and what is known of each query fills registers. Values
+// are packed where their rows do not lie well.
 //
 // A query's exponents are relative to `most`: 0, or the first scores' maximum if that is farther than kSlack from 0, or
 // a later one that exceeds it by kSlack. So most tiles change nothing that was computed before.
@@ -25,7 +26,7 @@ struct Forward {
   // A thread's own block of queries.
   struct Block {
     E* queries;      // [D, queries], a right operand
-    E* scores;       // [block_keys, score_stride], later base^(score - most); with pairs of keys side by side for bf16
+    E* scores;       // [block_keys, score_stride], as base^(score - most); with pairs of keys side by side for bf16
     A* masks;        // [block_keys, score_stride]; unused without one
     A* outputs;      // [queries, output_stride]
     A* totals;       // [queries], the sums of the scores' exponentials
@@ -71,7 +72,7 @@ struct Forward {
         reads_keys(lie_well<T, E>(of.key, kTileRows)),
         groups(of.heads / larger(1, of.kv_heads)),
         kv_count(of.batch * of.kv_heads),
-        block_queries(in_blocks(of.queries, kv_count * groups < 2 * r.threads ? kMostQueries / 2 : kMostQueries,
+        block_queries(in_blocks(of.queries, kv_count * groups < 4 ? kMostQueries / 2 : kMostQueries,
                                 larger(of.dropout.threshold ? kRandomQueries : kLanes<A>, kTileRows))),
         query_blocks(ceil_div(of.queries, block_queries)),
         reads_values(kGroup<E> == 1 &&
@@ -241,10 +242,14 @@ struct Forward {
             });
             scale = 1;
           }
-          if (key + kRows > at.scores.visible(at.query + first)) hide_keys(at.query + first, key, sum);
-          if (!have_most)
-            for_copy(sum, [&](auto& copy) { have_most = find_most(at, row, first, scale, copy) && from == 0; });
-          if (!subtract_most(at, row, first, scale, is_raised, sum)) break;
+          const bool hides = key + kRows > at.scores.visible(at.query + first);
+          if (!have_most) {
+            Vector<A> scaled[kRows][kVectors];
+            for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { scaled[i][v] = sum[i][v] * scale; });
+            if (hides) hide_keys(at.query + first, key, scaled);
+            have_most = find_most(at, row, first, scaled) && from == 0;
+          }
+          if (!subtract_most(at, row, first, scale, hides, is_raised, sum)) break;
         }
         exponentiate(at, row, first, sum);
       };
@@ -285,18 +290,18 @@ struct Forward {
   // Makes the scores of a tile exponents. Whether they have to be computed again: of those that were far above `most`,
   // the difference has lost digits.
   template <int kRows, int kVectors>
-  GENKERNELS_INLINE bool subtract_most(const Place& at, int64_t row, int64_t column, A scale, bool is_raised,
-                                       Vector<A> (&x)[kRows][kVectors]) const {
-    Vector<A> tops[kVectors];
+  GENKERNELS_INLINE bool subtract_most(const Place& at, int64_t row, int64_t column, A scale, bool hides,
+                                       bool is_raised, Vector<A> (&x)[kRows][kVectors]) const {
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v) {
       const Vector<A> most = load(at.block.most + column + v * kLanes<A>);
 #pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) {
-        x[i][v] = x[i][v] * scale - most;
-        tops[v] = i > 0 && tops[v] > x[i][v] ? tops[v] : x[i][v];
-      }
+      for (int i = 0; i < kRows; ++i) x[i][v] = x[i][v] * scale - most;
     }
+    if (hides) hide_keys(at.query + column, at.key + row, x);
+    Vector<A> tops[kVectors];
+    for_tile<kRows, kVectors>([&](int i, int v)
+                                  GENKERNELS_LAMBDA { tops[v] = i > 0 && tops[v] > x[i][v] ? tops[v] : x[i][v]; });
     Vector<A> top = tops[0];
 #pragma GCC unroll 3
     for (int v = 1; v < kVectors; ++v) top = tops[v] > top ? tops[v] : top;
@@ -307,7 +312,7 @@ struct Forward {
     return true;
   }
 
-  // Makes the exponents of a tile its scores, and adds them up.
+  // Makes the exponents of a tile what they are exponents of, and adds that up.
   template <int kRows, int kVectors>
   GENKERNELS_INLINE void exponentiate(const Place& at, int64_t row, int64_t column,
                                       const Vector<A> (&x)[kRows][kVectors]) const {
@@ -373,17 +378,14 @@ struct Forward {
   // below, as those of masks of -1e9, each tile looks for larger ones, since beside such a number they lose their
   // digits. Whether this need not be called again.
   template <int kRows, int kVectors>
-  __attribute__((noinline)) bool find_most(const Place& at, int64_t row, int64_t column, A scale,
+  __attribute__((noinline)) bool find_most(const Place& at, int64_t row, int64_t column,
                                            const Vector<A> (&scores)[kRows][kVectors]) const {
     const Block& block = at.block;
     bool is_done = true;
     for (int v = 0; v < kVectors; ++v) {
       const int64_t first = column + v * kLanes<A>;
-      Vector<A> top = scores[0][v] * scale, change{};
-      for (int i = 1; i < kRows; ++i) {
-        const Vector<A> x = scores[i][v] * scale;
-        top = x > top ? x : top;
-      }
+      Vector<A> top = scores[0][v], change{};
+      for (int i = 1; i < kRows; ++i) top = scores[i][v] > top ? scores[i][v] : top;
       bool changes = false;
       for (int l = 0; l < kLanes<A>; ++l) {
         bool& has_most = block.has_most[first + l];

@@ -129,10 +129,7 @@ struct Gradients {
       for (int64_t query = 0; query < of.queries; query += block_queries) {
         const int64_t rows = smaller(block_queries, of.queries - query);
         const bool ends_group = query + rows == of.queries, ends_head = ends_group && g + 1 == groups;
-        const Next next{ends_head ? kv + 1 : kv,
-                        ends_head    ? 0
-                        : ends_group ? g + 1
-                                     : g,
+        const Next next{ends_head ? kv + 1 : kv, ends_group ? (ends_head ? 0 : g + 1) : g,
                         ends_group ? 0 : query + rows, ends_head, !(ends_head && is_last)};
         body(Queries{scores, b, h * groups + g, h, query, rows, g == 0, Columns<E>(rows), next});
       }

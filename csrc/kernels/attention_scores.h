@@ -152,25 +152,12 @@ GENKERNELS_INLINE void add_in_chains(const E* a, ptrdiff_t stride, ptrdiff_t ste
   }
 }
 
-// sum = a b for a tile of rows and the first kVectors of a panel.
+// sum = a b for a tile of rows and kVectors of a panel's kPanel, from `panel` on.
 template <int64_t kLongest, int kPanel, class E, int kRows, int kVectors>
 GENKERNELS_INLINE void multiply_in_chains(const E* a, ptrdiff_t stride, const E* panel, int64_t K,
                                           Vector<Accumulator<E>> (&sum)[kRows][kVectors]) {
   for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] = Vector<Accumulator<E>>{}; });
   add_in_chains<kLongest>(a, stride, kGroup<E>, panel, Panel<E, kPanel>::kStep, K, sum);
-}
-
-// body.operator()<vectors>() for as few of a panel's kPanel vectors as hold `count` columns; of whole tiles, since each
-// such body is much code.
-template <class A, int kRows, int kPanel, class Body>
-GENKERNELS_INLINE void with_vectors(int64_t count, const Body& body) {
-  if constexpr (kRows == kTileRows && kPanel > 1)
-    if (count <= (kPanel - 1) * kLanes<A>) {
-      if constexpr (kPanel > 2)
-        if (count > kLanes<A>) return body.template operator()<2>();
-      return body.template operator()<1>();
-    }
-  body.template operator()<kPanel>();
 }
 
 // The rows of one head of one batch.
@@ -354,8 +341,8 @@ struct Scores {
   }
 };
 
-// Whether rows are operands as they lie: as many of them as are read again and again have room in half of the L1 cache,
-// whose 64 sets they fill the more unevenly the more often 2 divides their distance.
+// Whether rows are operands as they lie: as many of them as are read again and again have room in half of an L1 cache
+// of 48 KB, whose 64 sets they fill the more unevenly the more often 2 divides their distance.
 template <class T, class E>
 bool lie_well(const HeadsInput& from, int64_t rows) {
   const int64_t bytes = from.row * int64_t(sizeof(E)), apart = larger(64, bytes & -bytes);

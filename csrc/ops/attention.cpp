@@ -98,7 +98,8 @@ struct Arguments {
                       "seed: expected a CPU tensor of one int64");
       of.dropout.threshold = uint64_t(dropout_p * 4294967296.0);
       of.dropout.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
-      of.dropout.scale = dropout_p < 1 ? 1 / (1 - dropout_p) : 0;
+      // Below 2^-32 nothing is dropped.
+      if (of.dropout.threshold > 0) of.dropout.scale = dropout_p < 1 ? 1 / (1 - dropout_p) : 0;
     }
     of.diagonal = causal == 0 ? S : causal == 1 ? 0 : S - L;
     of.scale = scale;
