@@ -31,7 +31,7 @@ struct Backward : Gradients<T, AttentionBackward> {
   };
   // A thread's own memory.
   struct Block {
-    E *q, *g;                 // [block_queries, ..]
+    E *q, *g;                 // [block_queries, ..]; null, as keys, where rows are read as they lie
     E *q_panels, *g_panels;   // transposed, as right operands
     Keys keys;                // of one block; unused where the team keeps all
     E* p;                     // P, then Z P; [block_keys, score_stride] as the next two
@@ -69,8 +69,8 @@ struct Backward : Gradients<T, AttentionBackward> {
     for (int64_t share = 0; share < shares; ++share) {
       const auto per_query = [&] { return allocate<A>(r, queries); };
       const auto scores = [&] { return allocate<E>(r, block_keys * score_stride); };
-      blocks[share] = {allocate<E>(r, block_queries * head_stride),
-                       allocate<E>(r, block_queries * value_stride),
+      blocks[share] = {queries_lie ? nullptr : allocate<E>(r, block_queries * head_stride),
+                       grads_lie ? nullptr : allocate<E>(r, block_queries * value_stride),
                        allocate<E>(r, queries * of.head_size),
                        allocate<E>(r, queries * of.value_size),
                        keeps_keys ? Keys{} : new_keys(block_keys),
@@ -99,7 +99,8 @@ struct Backward : Gradients<T, AttentionBackward> {
   // Of many keys, what a team's members leave for each other is megabytes.
   static int64_t most_queries(const Attention& of) { return of.keys > 4096 ? kMostQueries / 2 : kMostQueries; }
   Keys new_keys(int64_t count) const {
-    return {allocate<E>(this->runtime, count * head_stride), allocate<E>(this->runtime, count * value_stride)};
+    return {keys_lie ? nullptr : allocate<E>(this->runtime, count * head_stride),
+            values_lie ? nullptr : allocate<E>(this->runtime, count * value_stride)};
   }
 
   void run() const {
