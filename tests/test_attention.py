@@ -1507,7 +1507,8 @@ class TestErrors:
         raw_forward(*(values[key] for key in forward))
         of = cotangents if name in cotangents else values
         of[name] = change(of[name])
-        with pytest.raises(RuntimeError, match=r": expected "):
+        own = name if name in cotangents else ""
+        with pytest.raises(RuntimeError, match=rf"{own}: expected "):
             raw_double_backward(*cotangents.values(), *values.values(), True)
         if name in cotangents:
             return
@@ -1516,6 +1517,14 @@ class TestErrors:
         if name in forward:
             with pytest.raises(RuntimeError, match=r": expected "):
                 raw_forward(*(values[key] for key in forward))
+
+    def test_device_of_a_cotangent(self) -> None:
+        """Of tensors of two devices PyTorch itself picks one's kernel; here it is the CPU's."""
+        call = list(raw_calls("bias", torch.float32)[-2][1])
+        call[3] = call[3].to("meta")
+        cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+        with pytest.raises(RuntimeError, match="grad_grad_mask: expected a CPU tensor"):
+            raw_double_backward.redispatch(cpu, *call)
 
 
 class TestBackends:

@@ -34,21 +34,22 @@ Tensor new_heads(const Tensor& input, int64_t B, int64_t H, int64_t rows, int64_
   return torch::stable::transpose(new_kept(input, {B, rows, H, columns}), 1, 2);
 }
 
-AttentionMask mask_of(const Tensor& mask, const Tensor& query, std::initializer_list<int64_t> scores) {
-  check_heads("attn_mask", mask);
+AttentionMask mask_of(const char* name, const Tensor& mask, const Tensor& query,
+                      std::initializer_list<int64_t> scores) {
+  check_heads(name, mask);
   AttentionMask result{};
   result.data = mask.const_data_ptr();
   int64_t* const strides[] = {&result.batch, &result.head, &result.query, &result.key};
   for (int i = 0; i < 4; ++i) {
     const int64_t full = scores.begin()[i];
-    STD_TORCH_CHECK(mask.size(i) == full || mask.size(i) == 1, "attn_mask: expected a shape that is broadcast to ",
+    STD_TORCH_CHECK(mask.size(i) == full || mask.size(i) == 1, name, ": expected a shape that is broadcast to ",
                     shape_string(scores), ", got ", shape_string(mask.sizes()));
     *strides[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
   }
   const ScalarType dtype = mask.scalar_type();
   STD_TORCH_CHECK(
       mask.is_cpu() && (dtype == ScalarType::Bool || dtype == query.scalar_type() || dtype == accumulator_dtype(query)),
-      "attn_mask: expected a CPU tensor of bool, of query's dtype, or of float32 beside bfloat16");
+      name, ": expected a CPU tensor of bool, of query's dtype, or of float32 beside bfloat16");
   result.type = dtype == ScalarType::Bool           ? MaskType::boolean
                 : dtype == accumulator_dtype(query) ? MaskType::of_accumulator
                                                     : MaskType::of_dtype;
@@ -91,7 +92,7 @@ struct Arguments {
     of.query = heads_of(query);
     of.key = heads_of(key);
     of.value = heads_of(value);
-    if (attn_mask) of.mask = mask_of(*attn_mask, query, {B, H, L, S});
+    if (attn_mask) of.mask = mask_of("attn_mask", *attn_mask, query, {B, H, L, S});
     of.dropout.scale = 1;
     if (seed) {
       STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
@@ -224,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_back
         "grad_grad_mask: expected attn_mask's dtype, which is a floating-point one");
     check_shape("grad_grad_mask", *grad_grad_mask,
                 {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)});
-    backward.grad_grad_mask = mask_of(*grad_grad_mask, query, {B, H, L, S});
+    backward.grad_grad_mask = mask_of("grad_grad_mask", *grad_grad_mask, query, {B, H, L, S});
   }
   ++double_backward_calls.calls;
   const Tensor grad_output = with_contiguous_rows(grad_output_), statistics = as_contiguous(statistics_);
