@@ -1116,6 +1116,18 @@ class TestDoubleBackward:
         packed = [v.contiguous() if isinstance(v, Tensor) else v for v in laid]
         assert_bitwise_equal(raw_double_backward(*laid), raw_double_backward(*packed))
 
+    @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
+    def test_probabilities_of_few_queries(self, dtype: torch.dtype) -> None:
+        """They add up to one, of scores of 1e4 too, which the forward pass has in another order."""
+        query, key, value = arguments(1, 2, 3, 300, 48, dtype, scale=1e4).values()
+        settings = (None, None, 0.0, 0, 48**-0.5)
+        output, statistics = raw_forward(query, key, value, *settings)
+        saved = (query, key, value, None, None, output, statistics, *settings[2:])
+        cotangents = (None, None, torch.ones_like(value), None, torch.randn_like(output), None)
+        sums = raw_double_backward(*cotangents, *saved, False)[0]
+        atol = 32 * torch.finfo(dtype).eps
+        torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=atol)
+
 
 class TestTransforms:
     values = tuple(arguments(2, 2, 5, 6, 4)[name] for name in TENSORS)

@@ -64,7 +64,7 @@ struct AttentionBackward {
 };
 
 // The backward pass of the backward pass: what it is given are the gradients of its results, each perhaps absent (null,
-// and a mask of no type), and what it gives are those of its arguments.
+// and a mask of no type), and what it gives are those of its arguments, null where not wanted.
 struct AttentionDoubleBackward {
   Attention of;
   HeadsInput grad_output, grad_grad_query, grad_grad_key, grad_grad_value;

@@ -1,5 +1,4 @@
 #include "attention_gradients.h"
-#include "gemv.h"
 
 GENKERNELS_DECLARE_ATTENTION(GENKERNELS_LEVEL)
 
@@ -51,7 +50,7 @@ struct Backward : Gradients<T, AttentionBackward> {
   };
 
   const bool keys_lie, values_lie, queries_lie, grads_lie;  // what is multiplied as it lies
-  const bool keeps_keys, has_scores;
+  const bool keeps_keys;
   Block* blocks;
   Head* heads;
 
@@ -62,7 +61,6 @@ struct Backward : Gradients<T, AttentionBackward> {
         queries_lie(lie_well<T, E>(of.query, smaller(of.queries, block_queries), of.head_size)),
         grads_lie(lie_well<T, E>(arguments.grad_output, smaller(of.queries, block_queries), of.value_size)),
         keeps_keys(of.keys * (head_stride + value_stride) * int64_t(sizeof(E)) <= 2 * r.cache),
-        has_scores(is_decode(of)),
         blocks(allocate<Block>(r, shares)),
         heads(allocate<Head>(r, shares)) {
     const int64_t queries = ceil_div(block_queries, kLanes<E>) * kLanes<E>;
@@ -173,8 +171,8 @@ struct Backward : Gradients<T, AttentionBackward> {
   Operands keys_at(const Place& at, const Head& head, const Block& block) const {
     if (!keeps_keys) copy_keys(at.b, at.kv_head, at.key, at.count, block.keys);
     const Keys copied = keeps_keys ? keys_from(head.keys, at.key) : block.keys;
-    return {keys_lie ? this->as_they_lie(of.key, at.b, at.kv_head, at.key) : Rows<const E>{copied.k, head_stride},
-            values_lie ? this->as_they_lie(of.value, at.b, at.kv_head, at.key) : Rows<const E>{copied.v, value_stride}};
+    return {this->rows_at(of.key, keys_lie, at.b, at.kv_head, at.key, copied.k, head_stride),
+            this->rows_at(of.value, values_lie, at.b, at.kv_head, at.key, copied.v, value_stride)};
   }
 
   Operands copy_queries(const Queries& at, const Block& block) const {
@@ -216,97 +214,16 @@ struct Backward : Gradients<T, AttentionBackward> {
         });
   }
 
-  // Calls body.operator()<panel's vectors, tile's vectors>(panel, column, first, run) for tiles of keys
-  // [first, first + run) and the queries of a panel from the first register on that has one that sees them. A tile of
-  // what queries get can begin before that query: there, too, scores have to be.
-  template <class Body>
-  GENKERNELS_INLINE void for_tiles(const Place& at, const Body& body) const {
-    for (int64_t p = 0; p < at.columns.panels; ++p)
-      at.columns.with_width(p, [&]<int kPanel>() {
-        const int64_t column = at.columns.first_column(p), end = smaller(at.rows, column + kPanel * kLanes<A>);
-        for (int64_t first = 0; first < at.count; first += kTileRows) {
-          const int64_t seeing = first_seeing(at, at.key + first), begin = seeing / kTileRows * kTileRows;
-          if (seeing == at.rows || begin >= end) break;
-          const int64_t run = smaller(kTileRows, at.count - first), skipped = larger(0, begin - column) / kLanes<A>;
-          const auto call = [&]<int kVectors>() GENKERNELS_LAMBDA {
-            body.template operator()<kPanel, kVectors>(p, column + (kPanel - kVectors) * kLanes<A>, first, run);
-          };
-          if constexpr (kPanel > 2)
-            if (skipped == kPanel - 2) {
-              call.template operator()<2>();
-              continue;
-            }
-          if constexpr (kPanel > 1)
-            if (skipped == kPanel - 1) {
-              call.template operator()<1>();
-              continue;
-            }
-          call.template operator()<kPanel>();
-        }
-      });
-  }
-
-  // The same in tiles that registers hold: body.operator()<panel's vectors, rows, vectors>(panel, column, first). Rows
-  // left over are cut into tiles of half as many each: for every number of them this would be much code.
-  template <class Body>
-  GENKERNELS_INLINE void for_small_tiles(const Place& at, const Body& body) const {
-    for_tiles(at, [&]<int kPanel, int kVectors>(int64_t panel, int64_t column, int64_t first, int64_t run) {
-      const auto call = [&]<int kRows>(int64_t row) {
-        body.template operator()<kPanel, kRows, kVectors>(panel, column, row);
-      };
-      if (run == kTileRows)
-        call.template operator()<kTileRows>(first);
-      else
-        for_rows_left<kPanel == kVectors ? kTileRows / 2 : 1>(run, first, call);
-    });
-  }
-  template <int kRows, class Body>
-  static GENKERNELS_INLINE void for_rows_left(int64_t rows, int64_t first, const Body& body) {
-    const int64_t end = first + rows;
-    for (; first + kRows <= end; first += kRows) body.template operator()<kRows>(first);
-    if constexpr (kRows > 1) for_rows_left<kRows / 2>(end - first, first, body);
-  }
-
-  // sum = rows[first:][:] panel[:][column:].
-  template <int kPanel, int kRows, int kVectors>
-  GENKERNELS_INLINE void multiply_rows(const Place& at, Rows<const E> rows, const E* panels, int64_t size,
-                                       int64_t panel, int64_t column, int64_t first,
-                                       Vector<A> (&sum)[kRows][kVectors]) const {
-    const int64_t skipped = column - at.columns.first_column(panel);
-    multiply_in_chains<kScoreChain<A>, kPanel>(rows[first], rows.stride,
-                                               panels + at.columns.offset(panel, size) + skipped, size, sum);
-  }
-
   // Z P and dS.
   void form_grad_scores(const Place& at, const Operands& keys, const Block& block) const {
-    const bool has_mask = of.mask.type != MaskType::none;
-    if (has_mask) this->form_mask(at, block.p);
     if (has_dropout) this->form_factors(at, block.z);
-    if (has_scores) form_scores(at, block.e);
+    this->template form_probabilities<false>(at, keys.heads, block.q_panels, block.shift, block.rest, block.p, block.e,
+                                             nullptr, [&](int64_t first, int64_t run) { fetch_next(at, first, run); });
     if (sums_delta()) __builtin_memset(block.sums, 0, size_t(width(at.columns)) * sizeof(A));
-
-    for_small_tiles(at, [&]<int kPanel, int kRows, int kVectors>(int64_t panel, int64_t column, int64_t first) {
-      if (panel + 1 == at.columns.panels) fetch_next(at, first, kRows);
-      if (has_mask) this->fetch_mask(at, column, column + kVectors * kLanes<A>, first);
+    this->for_small_tiles(at, [&]<int kPanel, int kRows, int kVectors>(int64_t panel, int64_t column, int64_t first) {
       Vector<A> sum[kRows][kVectors];
-      if (has_scores)
-        for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
-          sum[i][v] = load(tile(block.e, first + i, column) + v * kLanes<A>);
-        });
-      else
-        multiply_rows<kPanel>(at, keys.heads, block.q_panels, of.head_size, panel, column, first, sum);
-      this->shift_scores(at, first, column, has_mask ? tile(block.p, first, column) : nullptr, block.shift, block.rest,
-                         sum, [&](int i, const auto& exponents) GENKERNELS_LAMBDA {
-                           const auto p = power_of_base(exponents);
-#pragma GCC unroll 3
-                           for (int v = 0; v < kVectors; ++v)
-                             store(tile(block.p, first + i, column) + v * kLanes<A>, p[v]);
-                         });
-    });
-    for_small_tiles(at, [&]<int kPanel, int kRows, int kVectors>(int64_t panel, int64_t column, int64_t first) {
-      Vector<A> sum[kRows][kVectors];
-      multiply_rows<kPanel>(at, keys.values, block.g_panels, of.value_size, panel, column, first, sum);
       E *const p = tile(block.p, first, column), *const e = tile(block.e, first, column);
+      this->template multiply_rows<kPanel>(at, keys.values, block.g_panels, of.value_size, panel, column, first, sum);
       const E* const z = has_dropout ? tile(block.z, first, column) : nullptr;
       if (z != nullptr)
         for_tile<kRows, kVectors>([&](int i, int v)
@@ -335,20 +252,8 @@ struct Backward : Gradients<T, AttentionBackward> {
     if (sums_delta()) take_off_mean(at, block);
   }
 
-  // The scores that the forward pass of few queries saw.
-  void form_scores(const Place& at, E* to) const {
-    constexpr int64_t kStride = kBlockKeys + kLanes<A>;
-    const Rows<const T> keys = rows_of<T>(of.key, at.b, at.kv_head), queries = rows_of<T>(of.query, at.b, at.h);
-    const T* rows[kFewRows];
-    for (int64_t i = 0; i < at.rows; ++i) rows[i] = queries[at.query + i];
-    A scores[kFewRows * kStride];
-    multiply_units_of_rows(keys[at.key], keys.stride, of.head_size, at.count, rows, at.rows, scores, kStride);
-    Scores<T>::transpose(at.rows, at.count, to, score_stride,
-                         [&](int64_t i, int64_t k, int64_t) { return load(scores + i * kStride + k); });
-  }
-
   void take_off_mean(const Place& at, const Block& block) const {
-    for_tiles(at, [&]<int, int kVectors>(int64_t, int64_t column, int64_t first, int64_t run) {
+    this->for_tiles(at, [&]<int, int kVectors>(int64_t, int64_t column, int64_t first, int64_t run) {
       Vector<A> delta[kVectors];
       for (int v = 0; v < kVectors; ++v)
         delta[v] = load(block.sums + column + v * kLanes<A>) + load(block.delta + column + v * kLanes<A>);
@@ -365,7 +270,7 @@ struct Backward : Gradients<T, AttentionBackward> {
   // The sums of dS over the block's keys, for a mask that all of them share.
   void sum_rows(const Place& at, const Block& block, A* to) const {
     __builtin_memset(to, 0, size_t(block_queries) * sizeof(A));
-    for_tiles(at, [&]<int, int kVectors>(int64_t, int64_t column, int64_t first, int64_t run) {
+    this->for_tiles(at, [&]<int, int kVectors>(int64_t, int64_t column, int64_t first, int64_t run) {
       for (int64_t n = column; n < column + kVectors * kLanes<A>; n += kLanes<A>) {
         Vector<A> sum{};
         for (int64_t i = first; i < first + run; ++i) sum += load(tile(block.e, i, n));

@@ -14,26 +14,30 @@ namespace {
 //   grad of S = P T - P rowsum(P T), where P T = (P U) E + P Z (G C^T)
 //
 // A block of queries has the scores of all keys at once, as many as stay in the cache, so that none of the twelve
-// products is computed twice. The members of a team meet where sums over all keys are known.
+// products is computed twice; those of a gradient that is not wanted are not computed. The members of a team meet where
+// sums over all keys are known.
 template <class T>
 struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
   using Base = Gradients<T, AttentionDoubleBackward>;
   using Base::arguments, Base::of, Base::runtime, Base::has_dropout, Base::sums_rows_for_mask, Base::head_columns,
       Base::value_columns, Base::key_blocks, Base::block_keys, Base::block_queries, Base::score_stride,
       Base::head_stride, Base::value_stride, Base::shares, Base::grad_mask;
-  using Base::first_seeing, Base::width, Base::adds_in_place, Base::meet;
+  using Base::first_seeing, Base::tile, Base::width, Base::adds_in_place, Base::meet;
   using typename Base::A, typename Base::E, typename Base::Team, typename Base::Queries, typename Base::Place,
       typename Base::Span, typename Base::Factor;
   static constexpr int64_t kMostQueries = 128;
   static_assert(kMostQueries <= kChain);
 
-  // Rows of keys and values, and their cotangents.
+  // Rows of keys and values, and their cotangents; null where rows are read as they lie.
   struct Keys {
     E *k, *b, *v, *c;
   };
+  struct KeyRows {
+    Rows<const E> k, b, v, c;
+  };
   // A thread's own memory.
   struct Block {
-    E *q, *a, *g;                       // [block_queries, ..]
+    E *q, *a, *g;                       // [block_queries, ..]; null, too, where rows are read as they lie
     E *q_panels, *a_panels, *g_panels;  // transposed, as right operands
     Keys keys;                          // of one block; unused where the team keeps all
     A *shift, *rest, *grad_logsumexp;   // [block_queries]
@@ -56,6 +60,8 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
   };
   Attention of_mask_cotangent;
   const bool has_a, has_b, has_c, has_m, has_w;
+  const bool wants_rows, wants_queries, wants_keys, wants_values;
+  const bool k_lies, b_lies, v_lies, c_lies, q_lies, a_lies, g_lies;  // as operands
   const bool keeps_keys;
   Block* blocks;
   Head* heads;
@@ -68,6 +74,17 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
         has_c(arguments.grad_grad_value.data != nullptr),
         has_m(arguments.grad_grad_mask.type != MaskType::none),
         has_w(has_a || has_b || has_m),
+        wants_rows(arguments.grad_grad_output.data != nullptr),
+        wants_queries(arguments.grad_query.data != nullptr),
+        wants_keys(arguments.grad_key.data != nullptr),
+        wants_values(arguments.grad_value.data != nullptr),
+        k_lies(lie_well<T, E>(of.key, smaller(of.keys, block_keys), of.head_size)),
+        b_lies(lie_well<T, E>(arguments.grad_grad_key, smaller(of.keys, block_keys), of.head_size)),
+        v_lies(lie_well<T, E>(of.value, smaller(of.keys, block_keys), of.value_size)),
+        c_lies(lie_well<T, E>(arguments.grad_grad_value, smaller(of.keys, block_keys), of.value_size)),
+        q_lies(lie_well<T, E>(of.query, smaller(of.queries, block_queries), of.head_size)),
+        a_lies(lie_well<T, E>(arguments.grad_grad_query, smaller(of.queries, block_queries), of.head_size)),
+        g_lies(lie_well<T, E>(arguments.grad_output, smaller(of.queries, block_queries), of.value_size)),
         keeps_keys(2 * of.keys * (head_stride + value_stride) * int64_t(sizeof(E)) <= 2 * r.cache),
         blocks(allocate<Block>(r, shares)),
         heads(allocate<Head>(r, shares)) {
@@ -75,9 +92,12 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     const int64_t queries = ceil_div(block_queries, kLanes<E>) * kLanes<E>;
     for (int64_t share = 0; share < shares; ++share) {
       const auto per_query = [&] { return allocate<A>(r, queries); };
-      blocks[share] = {allocate<E>(r, block_queries * head_stride),
-                       allocate<E>(r, block_queries * head_stride),
-                       allocate<E>(r, block_queries * value_stride),
+      const auto rows = [&](bool lies, int64_t stride) {
+        return lies ? nullptr : allocate<E>(r, block_queries * stride);
+      };
+      blocks[share] = {rows(q_lies, head_stride),
+                       rows(a_lies || !has_a, head_stride),
+                       rows(g_lies, value_stride),
                        allocate<E>(r, queries * of.head_size),
                        allocate<E>(r, queries * of.head_size),
                        allocate<E>(r, queries * of.value_size),
@@ -90,21 +110,23 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
                        per_query(),
                        per_query()};
       if (!this->has_own_memory(share)) continue;
-      const auto scores = [&] { return allocate<E>(r, of.keys * score_stride); };
+      // One block of memory: of megabytes, each would be rounded up to huge pages of its own.
+      const int64_t scores = of.keys * score_stride;
+      E* const p = allocate<E>(r, (has_dropout ? 5 : 4) * scores);
       const auto sums = [&] { return allocate<A>(r, key_blocks * queries); };
       heads[share] = {keeps_keys ? new_keys(of.keys) : Keys{},
-                      scores(),
-                      scores(),
-                      scores(),
-                      scores(),
-                      has_dropout ? scores() : nullptr,
+                      p,
+                      p + scores,
+                      p + 2 * scores,
+                      p + 3 * scores,
+                      has_dropout ? p + 4 * scores : nullptr,
                       sums(),
                       sums(),
                       sums(),
                       sums(),
                       sums(),
-                      allocate<A>(r, key_blocks * block_queries * width(head_columns)),
-                      allocate<A>(r, key_blocks * block_queries * width(value_columns)),
+                      wants_queries ? allocate<A>(r, key_blocks * block_queries * width(head_columns)) : nullptr,
+                      wants_rows ? allocate<A>(r, key_blocks * block_queries * width(value_columns)) : nullptr,
                       adds_in_place() ? nullptr : allocate<A>(r, of.keys * width(head_columns)),
                       adds_in_place() ? nullptr : allocate<A>(r, of.keys * width(value_columns))};
     }
@@ -116,8 +138,11 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     return larger(kLanes<E>, smaller(kMostQueries, r.cache / 2 / bytes) / kLanes<E> * kLanes<E>);
   }
   Keys new_keys(int64_t count) const {
-    const auto rows = [&](int64_t stride) { return allocate<E>(runtime, count * stride); };
-    return {rows(head_stride), rows(head_stride), rows(value_stride), rows(value_stride)};
+    const auto rows = [&](bool lies, bool is_there, int64_t stride) {
+      return lies || !is_there ? nullptr : allocate<E>(runtime, count * stride);
+    };
+    return {rows(k_lies, true, head_stride), rows(b_lies, has_b, head_stride), rows(v_lies, true, value_stride),
+            rows(c_lies, has_c, value_stride)};
   }
   void run() const {
     this->run_heads([&](int64_t kv, int64_t share, const Team& team, bool is_last) {
@@ -131,10 +156,10 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     const Rows<A> grad_values = this->value_sums(b, h, head.grad_values);
     team.each([&](int64_t member) {
       this->each_key_block(member, team, [&](int64_t key, int64_t count, int64_t) {
-        this->clear_unseen(key, count, head_columns, grad_keys);
-        this->clear_unseen(key, count, value_columns, grad_values);
+        if (wants_keys) this->clear_unseen(key, count, head_columns, grad_keys);
+        if (wants_values) this->clear_unseen(key, count, value_columns, grad_values);
         // These sums nothing is added to.
-        if (!has_w)
+        if (wants_values && !has_w)
           for (int64_t k = key; k < key + count; ++k)
             __builtin_memset(grad_values[k], 0, size_t(of.value_size) * sizeof(A));
         if (keeps_keys) copy_keys(b, h, key, count, keys_from(head.keys, key));
@@ -169,38 +194,41 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     });
     team.each([&](int64_t member) {
       this->each_key_block(member, team, [&](int64_t key, int64_t count, int64_t) {
-        this->narrow_rows(arguments.grad_key, b, h, key, count, of.head_size, grad_keys);
-        this->narrow_rows(arguments.grad_value, b, h, key, count, of.value_size, grad_values);
+        if (wants_keys) this->narrow_rows(arguments.grad_key, b, h, key, count, of.head_size, grad_keys);
+        if (wants_values) this->narrow_rows(arguments.grad_value, b, h, key, count, of.value_size, grad_values);
       });
     });
   }
 
   void copy_keys(int64_t b, int64_t h, int64_t key, int64_t count, const Keys& to) const {
-    const auto copy = [&](const HeadsInput& from, int64_t size, E* rows, int64_t stride) {
-      if (from.data != nullptr) this->copy_rows(rows_of<T>(from, b, h), key, count, size, rows, stride);
+    const auto copy = [&](const HeadsInput& from, bool lies, int64_t size, E* rows, int64_t stride) {
+      if (from.data != nullptr && !lies) this->copy_rows(rows_of<T>(from, b, h), key, count, size, rows, stride);
     };
-    copy(of.key, of.head_size, to.k, head_stride);
-    copy(arguments.grad_grad_key, of.head_size, to.b, head_stride);
-    copy(of.value, of.value_size, to.v, value_stride);
-    copy(arguments.grad_grad_value, of.value_size, to.c, value_stride);
+    copy(of.key, k_lies, of.head_size, to.k, head_stride);
+    copy(arguments.grad_grad_key, b_lies, of.head_size, to.b, head_stride);
+    copy(of.value, v_lies, of.value_size, to.v, value_stride);
+    copy(arguments.grad_grad_value, c_lies, of.value_size, to.c, value_stride);
   }
   Keys keys_from(const Keys& all, int64_t key) const {
     return {all.k + key * head_stride, all.b + key * head_stride, all.v + key * value_stride,
             all.c + key * value_stride};
   }
-  Keys keys_at(const Place& at, const Head& head, const Block& block) const {
-    if (keeps_keys) return keys_from(head.keys, at.key);
-    copy_keys(at.b, at.kv_head, at.key, at.count, block.keys);
-    return block.keys;
+  KeyRows keys_at(const Place& at, const Head& head, const Block& block) const {
+    if (!keeps_keys) copy_keys(at.b, at.kv_head, at.key, at.count, block.keys);
+    const Keys copied = keeps_keys ? keys_from(head.keys, at.key) : block.keys;
+    const auto rows = [&](const HeadsInput& from, bool lies, const E* copy, int64_t stride) {
+      return this->rows_at(from, lies, at.b, at.kv_head, at.key, copy, stride);
+    };
+    return {rows(of.key, k_lies, copied.k, head_stride), rows(arguments.grad_grad_key, b_lies, copied.b, head_stride),
+            rows(of.value, v_lies, copied.v, value_stride),
+            rows(arguments.grad_grad_value, c_lies, copied.c, value_stride)};
   }
 
   void copy_queries(const Queries& at, const Block& block) const {
-    const auto copy = [&](const HeadsInput& from, int64_t size, E* to, int64_t stride, E* panels) {
-      this->take_queries(at, from, size, to, stride, panels, false);
-    };
-    copy(of.query, of.head_size, block.q, head_stride, block.q_panels);
-    if (has_a) copy(arguments.grad_grad_query, of.head_size, block.a, head_stride, block.a_panels);
-    copy(arguments.grad_output, of.value_size, block.g, value_stride, block.g_panels);
+    this->take_queries(at, of.query, of.head_size, block.q, head_stride, block.q_panels, q_lies);
+    if (has_a)
+      this->take_queries(at, arguments.grad_grad_query, of.head_size, block.a, head_stride, block.a_panels, a_lies);
+    this->take_queries(at, arguments.grad_output, of.value_size, block.g, value_stride, block.g_panels, g_lies);
     this->copy_statistics(at, block.shift, block.rest, block.grad_logsumexp);
   }
 
@@ -208,6 +236,13 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     const auto fetch = [&](const HeadsInput& from, int64_t b, int64_t h, const Span& span, int64_t size) {
       if (from.data != nullptr) this->fetch_rows(rows_of<T>(from, b, h), span, size);
     };
+    const Span own = this->share_of(at, first, run, at.rows);
+    const auto fetch_results = [&](const HeadsOutput& to, int64_t size) {
+      const Span rows{at.query + own.begin, at.query + own.end};
+      if (to.data != nullptr) this->template fetch_rows<true>(rows_of<T>(to, at.b, at.h), rows, size);
+    };
+    fetch_results(arguments.grad_query, of.head_size);
+    fetch_results(arguments.grad_grad_output, of.value_size);
     Base::fetch_next(
         at, first, run,
         [&](int64_t b, int64_t h, const Span& span) {
@@ -223,118 +258,67 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
         });
   }
 
-  // Calls body.operator()<vectors>(panel, column, first, run) for tiles of keys [first, first + run) and a panel of
-  // queries, but for those where no key takes part. A tile of what queries get can begin in the panel before the first
-  // query that sees a key: there, too, scores have to be.
-  template <class Body>
-  GENKERNELS_INLINE void for_tiles(const Place& at, const Body& body) const {
-    for (int64_t p = 0; p < at.columns.panels; ++p)
-      at.columns.with_width(p, [&]<int kVectors>() {
-        const int64_t column = at.columns.first_column(p), end = smaller(at.rows, column + kVectors * kLanes<A>);
-        for (int64_t first = 0; first < at.count; first += kRunRows) {
-          const int64_t seeing = first_seeing(at, at.key + first);
-          if (seeing == at.rows || seeing / kTileRows * kTileRows >= end) break;
-          body.template operator()<kVectors>(p, column, first, smaller(kRunRows, at.count - first));
-        }
-      });
-  }
   E* at_block(E* scores, const Place& at) const { return scores + at.key * score_stride; }
-  E* tile(E* scores, const Place& at, int64_t first, int64_t column) const {
-    return Base::tile(at_block(scores, at), first, column);
-  }
 
-  // P, Z (G V^T), W and Z (G C^T) of a block of keys, and the sums over its keys.
+  // P, Z (G V^T), W and Z (G C^T) of a block of keys, and the sums over its keys. A loop for each of them: two tiles at
+  // a time would not stay in registers.
   void form_scores(const Place& at, const Head& head, const Block& block) const {
     A* const p_sums = head.p_sums + at.key_block * block_queries;
     A* const w_sums = head.w_sums + at.key_block * block_queries;
     A* const mean_sums = head.mean_sums + at.key_block * block_queries;
-    __builtin_memset(p_sums, 0, size_t(block_queries) * sizeof(A));
-    __builtin_memset(w_sums, 0, size_t(block_queries) * sizeof(A));
-    __builtin_memset(mean_sums, 0, size_t(block_queries) * sizeof(A));
-    if (first_seeing(at, at.key) == at.rows) return;
-    const Keys keys = keys_at(at, head, block);
-    const bool has_mask = of.mask.type != MaskType::none;
-    if (has_mask) this->form_mask(at, at_block(head.p, at));
+    const auto clear = [&](A* sums) { __builtin_memset(sums, 0, size_t(block_queries) * sizeof(A)); };
+    clear(w_sums);
+    clear(mean_sums);
+    if (first_seeing(at, at.key) == at.rows) return clear(p_sums);
+    const KeyRows keys = keys_at(at, head, block);
+    E *const p = at_block(head.p, at), *const w = at_block(head.w, at);
     if (has_dropout) this->form_factors(at, at_block(head.z, at));
+    this->template form_probabilities<true>(at, keys.k, block.q_panels, block.shift, block.rest, p,
+                                            at_block(head.e, at), p_sums,
+                                            [&](int64_t first, int64_t run) { fetch_next(at, first, run); });
+    if (has_w) multiply_by_g<true>(at, head, block, keys.v, at_block(head.e, at), mean_sums);
+    if (has_c) multiply_by_g<false>(at, head, block, keys.c, at_block(head.t, at), nullptr);
+    if (!has_w) return;
     if (has_m) {
       const Scores<T> cotangent(of_mask_cotangent, at.b, at.h);
-      Scores<T>::transpose(
-          at.rows, at.count, at_block(head.w, at), score_stride,
-          [&](int64_t i, int64_t k, int64_t count) { return cotangent.load_mask(at.query + i, at.key + k, count); });
+      Scores<T>::transpose(at.rows, at.count, w, score_stride, [&](int64_t i, int64_t k, int64_t count) {
+        return cotangent.load_mask(at.query + i, at.key + k, count);
+      });
     }
     const A scale = A(of.scale);
-
-    for_tiles(at, [&]<int kVectors>(int64_t panel, int64_t column, int64_t first_of_run, int64_t run) {
-      if (panel + 1 == at.columns.panels) fetch_next(at, first_of_run, run);
-      const auto form = [&]<int kRows>(int64_t first) {
-        typedef Vector<A> Tile[kRows][kVectors];
-        const auto multiply_rows = [&](const E* rows, int64_t stride, const E* panels, int64_t size,
-                                       Tile& sum) GENKERNELS_LAMBDA {
-          multiply_in_chains<kScoreChain<A>, kVectors>(rows + first * stride, stride,
-                                                       panels + at.columns.offset(panel, size), size, sum);
-        };
-        const auto vector_of = [&](E* scores, int i, int v)
-                                   GENKERNELS_LAMBDA { return tile(scores, at, first + i, column) + v * kLanes<A>; };
-        const auto add_to = [&](A* sums, const Vector<A>(&part)[kVectors]) GENKERNELS_LAMBDA {
-          for (int v = 0; v < kVectors; ++v) {
-            A* const to = sums + column + v * kLanes<A>;
-            store(to, load(to) + part[v]);
-          }
-        };
-        Tile sum;
-        multiply_rows(keys.k, head_stride, block.q_panels, of.head_size, sum);
-        Vector<A> weights[kVectors] = {};
-        this->shift_scores(at, first, column, has_mask ? tile(head.p, at, first, column) : nullptr, block.shift,
-                           block.rest, sum, [&](int i, const auto& exponents) GENKERNELS_LAMBDA {
-                             const auto p = power_of_base(exponents);
-                             for (int v = 0; v < kVectors; ++v) {
-                               weights[v] += p[v];
-                               store(vector_of(head.p, i, v), p[v]);
-                             }
-                           });
-        add_to(p_sums, weights);
-        if (has_w) {
-          multiply_rows(keys.v, value_stride, block.g_panels, of.value_size, sum);
-          Vector<A> part[kVectors] = {};
-          for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
-            Vector<A> x = sum[i][v];
-            if (has_dropout) x *= load(vector_of(head.z, i, v));
-            part[v] += x * load(vector_of(head.p, i, v));
-            store(vector_of(head.e, i, v), x);
-          });
-          add_to(mean_sums, part);
-
-          if (has_a)
-            multiply_rows(keys.k, head_stride, block.a_panels, of.head_size, sum);
-          else
-            for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] = Vector<A>{}; });
-          if (has_b) {
-            Tile other;
-            multiply_rows(keys.b, head_stride, block.q_panels, of.head_size, other);
-            for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] += other[i][v]; });
-          }
-          Vector<A> w_part[kVectors] = {};
-          for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
-            Vector<A> x = sum[i][v] * scale;
-            if (has_m) x += load(vector_of(head.w, i, v));
-            w_part[v] += x * load(vector_of(head.p, i, v));
-            store(vector_of(head.w, i, v), x);
-          });
-          add_to(w_sums, w_part);
-        }
-        if (has_c) {
-          multiply_rows(keys.c, value_stride, block.g_panels, of.value_size, sum);
-          for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
-            Vector<A> x = sum[i][v];
-            if (has_dropout) x *= load(vector_of(head.z, i, v));
-            store(vector_of(head.t, i, v), x);
-          });
-        }
-      };
-      // Rows left over one by one: for each number of them this would be much code.
-      int64_t first = first_of_run;
-      for (; first + kTileRows <= first_of_run + run; first += kTileRows) form.template operator()<kTileRows>(first);
-      for (; first < first_of_run + run; ++first) form.template operator()<1>(first);
+    this->for_small_tiles(at, [&]<int kPanel, int kRows, int kVectors>(int64_t panel, int64_t column, int64_t first) {
+      Vector<A> sum[kRows][kVectors] = {}, part[kVectors] = {};
+      E* const to = tile(w, first, column);
+      const E* const weights = tile(p, first, column);
+      if (has_a) this->template add_rows<kPanel>(at, keys.k, block.a_panels, of.head_size, panel, column, first, sum);
+      if (has_b) this->template add_rows<kPanel>(at, keys.b, block.q_panels, of.head_size, panel, column, first, sum);
+      for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+        const int64_t n = i * score_stride + v * kLanes<A>;
+        const Vector<A> x = has_m ? sum[i][v] * scale + load(to + n) : sum[i][v] * scale;
+        part[v] += x * load(weights + n);
+        store(to + n, x);
+      });
+      this->add_to_sums(w_sums + column, part);
+    });
+  }
+  // to = Z (G rows^T); with kSums what P makes of it is added to `sums`.
+  template <bool kSums>
+  void multiply_by_g(const Place& at, const Head& head, const Block& block, Rows<const E> rows, E* to, A* sums) const {
+    E* const p = at_block(head.p, at);
+    this->for_small_tiles(at, [&]<int kPanel, int kRows, int kVectors>(int64_t panel, int64_t column, int64_t first) {
+      Vector<A> sum[kRows][kVectors], part[kVectors] = {};
+      this->template multiply_rows<kPanel>(at, rows, block.g_panels, of.value_size, panel, column, first, sum);
+      if (has_dropout) {
+        const E* const z = tile(at_block(head.z, at), first, column);
+        for_tile<kRows, kVectors>([&](int i, int v)
+                                      GENKERNELS_LAMBDA { sum[i][v] *= load(z + i * score_stride + v * kLanes<A>); });
+      }
+      for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+        const int64_t n = i * score_stride + v * kLanes<A>;
+        if (kSums) part[v] += sum[i][v] * load(tile(p, first, column) + n);
+        store(tile(to, first, column) + n, sum[i][v]);
+      });
+      if (kSums) this->add_to_sums(sums + column, part);
     });
   }
 
@@ -360,26 +344,30 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
   void form_products(const Place& at, const Head& head, const Block& block) const {
     A* const sums = head.t_sums + at.key_block * block_queries;
     __builtin_memset(sums, 0, size_t(block_queries) * sizeof(A));
-    for_tiles(at, [&]<int kVectors>(int64_t, int64_t column, int64_t first, int64_t run) {
-      for (int64_t n = column; n < column + kVectors * kLanes<A>; n += kLanes<A>) {
-        const Vector<A> w_sum = load(block.w + n), mean = load(block.mean + n);
-        Vector<A> part{};
-        for (int64_t i = 0; i < run; ++i) {
-          E* const at_t = tile(head.t, at, first + i, n);
-          const Vector<A> p = load(tile(head.p, at, first + i, n));
-          Vector<A> t = has_c ? p * load(at_t) : Vector<A>{};
-          if (has_w) {
-            E *const at_e = tile(head.e, at, first + i, n), *const at_w = tile(head.w, at, first + i, n);
-            const Vector<A> e = load(at_e) - mean, pu = p * (load(at_w) - w_sum);
-            t += pu * e;
-            store(at_e, p * e);
-            store(at_w, has_dropout ? pu * load(tile(head.z, at, first + i, n)) : pu);
-          }
-          part += t;
-          store(at_t, t);
-        }
-        store(sums + n, load(sums + n) + part);
+    E *const p = at_block(head.p, at), *const e = at_block(head.e, at), *const w = at_block(head.w, at);
+    E *const t = at_block(head.t, at), *const z = has_dropout ? at_block(head.z, at) : nullptr;
+    this->for_tiles(at, [&]<int, int kVectors>(int64_t, int64_t column, int64_t first, int64_t run) {
+      Vector<A> w_sum[kVectors], mean[kVectors], part[kVectors] = {};
+      for (int v = 0; v < kVectors; ++v) {
+        w_sum[v] = load(block.w + column + v * kLanes<A>);
+        mean[v] = load(block.mean + column + v * kLanes<A>);
       }
+      for (int64_t i = first; i < first + run; ++i)
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t n = i * score_stride + column + v * kLanes<A>;
+          const Vector<A> weight = load(p + n);
+          Vector<A> x = has_c ? weight * load(t + n) : Vector<A>{};
+          if (has_w) {
+            const Vector<A> difference = load(e + n) - mean[v], pu = weight * (load(w + n) - w_sum[v]);
+            x += pu * difference;
+            store(e + n, weight * difference);
+            store(w + n, has_dropout ? pu * load(z + n) : pu);
+          }
+          part[v] += x;
+          store(t + n, x);
+        }
+      this->add_to_sums(sums + column, part);
     });
   }
 
@@ -387,45 +375,52 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
   void form_grad_scores(const Place& at, const Head& head, const Block& block) const {
     A* const sums = head.mask_sums + at.key_block * block_queries;
     if (sums_rows_for_mask) __builtin_memset(sums, 0, size_t(block_queries) * sizeof(A));
-    for_tiles(at, [&]<int kVectors>(int64_t, int64_t column, int64_t first, int64_t run) {
-      for (int64_t n = column; n < column + kVectors * kLanes<A>; n += kLanes<A>) {
-        const Vector<A> t_sum = load(block.t + n);
-        Vector<A> part{};
-        for (int64_t i = 0; i < run; ++i) {
-          E *const at_t = tile(head.t, at, first + i, n), *const at_p = tile(head.p, at, first + i, n);
-          const Vector<A> p = load(at_p), x = load(at_t) - p * t_sum;
-          store(at_t, x);
-          if (sums_rows_for_mask) part += x;
-          if (has_dropout) store(at_p, p * load(tile(head.z, at, first + i, n)));
+    E *const p = at_block(head.p, at), *const t = at_block(head.t, at);
+    E* const z = has_dropout ? at_block(head.z, at) : nullptr;
+    this->for_tiles(at, [&]<int, int kVectors>(int64_t, int64_t column, int64_t first, int64_t run) {
+      Vector<A> t_sum[kVectors], part[kVectors] = {};
+      for (int v = 0; v < kVectors; ++v) t_sum[v] = load(block.t + column + v * kLanes<A>);
+      for (int64_t i = first; i < first + run; ++i)
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) {
+          const int64_t n = i * score_stride + column + v * kLanes<A>;
+          const Vector<A> weight = load(p + n), x = load(t + n) - weight * t_sum[v];
+          part[v] += x;
+          store(t + n, x);
+          if (has_dropout) store(p + n, weight * load(z + n));
         }
-        if (sums_rows_for_mask) store(sums + n, load(sums + n) + part);
-      }
+      if (sums_rows_for_mask) this->add_to_sums(sums + column, part);
     });
   }
 
   // What a block of queries and a block of keys get from each other.
   void add_all(const Place& at, const Head& head, const Block& block, Rows<A> key_sums, Rows<A> value_sums) const {
     const bool is_seen = first_seeing(at, at.key) < at.rows;
-    const Keys keys = is_seen && !keeps_keys ? keys_at(at, head, block)
-                      : keeps_keys           ? keys_from(head.keys, at.key)
-                                             : Keys{};
-    const Rows<const E> k{keys.k, head_stride}, b{keys.b, head_stride};
-    const Rows<const E> v{keys.v, value_stride}, c{keys.c, value_stride};
-    A* const grad_queries = head.grad_queries + at.key_block * block_queries * width(head_columns);
-    A* const grad_rows = head.grad_rows + at.key_block * block_queries * width(value_columns);
+    const KeyRows keys = is_seen ? keys_at(at, head, block) : KeyRows{};
     const auto add_to_queries = [&](E* scores, Rows<const E> rows, const Columns<E>& columns, A* to, bool is_first) {
-      Base::add_to_queries(at, at_block(scores, at), rows, columns, to, is_first);
+      Base::add_to_queries(at, at_block(scores, at), rows, columns, to + at.key_block * block_queries * width(columns),
+                           is_first);
     };
-    add_to_queries(head.t, k, head_columns, grad_queries, true);
-    if (has_b) add_to_queries(head.e, b, head_columns, grad_queries, false);
-    if (has_c) add_to_queries(head.p, c, value_columns, grad_rows, true);
-    if (has_w) add_to_queries(head.w, v, value_columns, grad_rows, !has_c);
-    if (!has_c && !has_w) __builtin_memset(grad_rows, 0, size_t(at.rows * width(value_columns)) * sizeof(A));
+    if (wants_queries) {
+      add_to_queries(head.t, keys.k, head_columns, head.grad_queries, true);
+      if (has_b) add_to_queries(head.e, keys.b, head_columns, head.grad_queries, false);
+    }
+    if (wants_rows) {
+      if (has_c) add_to_queries(head.p, keys.c, value_columns, head.grad_rows, true);
+      if (has_w) add_to_queries(head.w, keys.v, value_columns, head.grad_rows, !has_c);
+      if (!has_c && !has_w)
+        __builtin_memset(head.grad_rows + at.key_block * block_queries * width(value_columns), 0,
+                         size_t(at.rows * width(value_columns)) * sizeof(A));
+    }
     if (!is_seen) return;
-    const Factor by_q{at_block(head.t, at), {block.q, head_stride}}, by_a{at_block(head.e, at), {block.a, head_stride}};
-    this->add_to_keys(at, by_q, has_a ? &by_a : nullptr, head_columns, A(of.scale), key_sums);
-    const Factor by_g{at_block(head.w, at), {block.g, value_stride}};
-    if (has_w) this->add_to_keys(at, by_g, nullptr, value_columns, A(1), value_sums);
+    const auto queries = [&](const HeadsInput& from, bool lies, const E* copied, int64_t stride) {
+      return this->rows_at(from, lies, at.b, at.h, at.query, copied, stride);
+    };
+    const Factor by_q{at_block(head.t, at), queries(of.query, q_lies, block.q, head_stride)};
+    const Factor by_a{at_block(head.e, at), queries(arguments.grad_grad_query, a_lies, block.a, head_stride)};
+    const Factor by_g{at_block(head.w, at), queries(arguments.grad_output, g_lies, block.g, value_stride)};
+    if (wants_keys) this->add_to_keys(at, by_q, has_a ? &by_a : nullptr, head_columns, A(of.scale), key_sums);
+    if (wants_values && has_w) this->add_to_keys(at, by_g, nullptr, value_columns, A(1), value_sums);
   }
 
   // A member's rows of what queries get.
@@ -433,10 +428,12 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     const Rows<T> grad_query = rows_of<T>(arguments.grad_query, at.b, at.h);
     const Rows<T> grad_grad_output = rows_of<T>(arguments.grad_grad_output, at.b, at.h);
     for (int64_t i = member; i < at.rows; i += members) {
-      this->add_parts(grad_query[at.query + i], head.grad_queries + i * width(head_columns), key_blocks, head_columns,
-                      A(of.scale));
-      this->add_parts(grad_grad_output[at.query + i], head.grad_rows + i * width(value_columns), key_blocks,
-                      value_columns, A(1));
+      if (wants_queries)
+        this->add_parts(grad_query[at.query + i], head.grad_queries + i * width(head_columns), key_blocks, head_columns,
+                        A(of.scale));
+      if (wants_rows)
+        this->add_parts(grad_grad_output[at.query + i], head.grad_rows + i * width(value_columns), key_blocks,
+                        value_columns, A(1));
       if (arguments.grad_grad_logsumexp != nullptr)
         static_cast<A*>(arguments.grad_grad_logsumexp)[(at.b * of.heads + at.h) * of.queries + at.query + i] =
             block.w[i];

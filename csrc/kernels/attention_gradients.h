@@ -7,6 +7,7 @@
 #pragma once
 
 #include "attention_scores.h"
+#include "gemv.h"
 
 namespace genkernels::GENKERNELS_LEVEL {
 
@@ -157,6 +158,11 @@ struct Gradients {
     const Rows<const T> rows = rows_of<T>(from, b, h);
     return {static_cast<const E*>(static_cast<const void*>(rows[first])), rows.stride};
   }
+  // Rows of a head from `first` on, as they lie or where they were copied to.
+  static Rows<const E> rows_at(const HeadsInput& from, bool lies, int64_t b, int64_t h, int64_t first, const E* copied,
+                               int64_t stride) {
+    return lies ? as_they_lie(from, b, h, first) : Rows<const E>{copied, stride};
+  }
   // A block's rows of queries, and transposed; copied to `to`, or as they lie where `may_lie`.
   Rows<const E> take_queries(const Queries& at, const HeadsInput& from, int64_t size, E* to, int64_t stride, E* panels,
                              bool may_lie) const {
@@ -236,12 +242,13 @@ struct Gradients {
     });
   }
 
-  // Scores of a tile as exponents less the queries' shift, -inf where a key takes no part: form(i, exponents) for its
-  // rows. `column` is the first of its queries, `first` the first of its keys, and `mask` what is added to it, or null.
+  // Products of a tile, times `scale`, as exponents less the queries' shift, -inf where a key takes no part:
+  // form(i, exponents) for its rows. `column` is the first of its queries, `first` the first of its keys, and `mask`
+  // what is added to it, or null; then the scale is that of with_mask().
   template <int kRows, int kVectors, class Form>
-  GENKERNELS_INLINE void shift_scores(const Place& at, int64_t first, int64_t column, const E* mask, const A* near,
-                                      const A* rest, Vector<A> (&sum)[kRows][kVectors], const Form& form) const {
-    A scale = at.scores.scale;
+  GENKERNELS_INLINE void shift_scores(const Place& at, int64_t first, int64_t column, A scale, const E* mask,
+                                      const A* near, const A* rest, Vector<A> (&sum)[kRows][kVectors],
+                                      const Form& form) const {
     if (mask != nullptr) {
       for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
         sum[i][v] = at.scores.with_mask(sum[i][v], load(mask + i * score_stride + v * kLanes<A>));
@@ -265,6 +272,126 @@ struct Gradients {
       }
       form(i, x);
     }
+  }
+
+  // Calls body.operator()<panel's vectors, tile's vectors>(panel, column, first, run) for tiles of keys
+  // [first, first + run) and the queries of a panel from the first register on that has one that sees them. A tile of
+  // what queries get can begin before that query: there, too, scores have to be.
+  template <class Body>
+  GENKERNELS_INLINE void for_tiles(const Place& at, const Body& body) const {
+    for (int64_t p = 0; p < at.columns.panels; ++p)
+      at.columns.with_width(p, [&]<int kPanel>() {
+        const int64_t column = at.columns.first_column(p), end = smaller(at.rows, column + kPanel * kLanes<A>);
+        for (int64_t first = 0; first < at.count; first += kTileRows) {
+          const int64_t seeing = first_seeing(at, at.key + first), begin = seeing / kTileRows * kTileRows;
+          if (seeing == at.rows || begin >= end) break;
+          const int64_t run = smaller(kTileRows, at.count - first), skipped = larger(0, begin - column) / kLanes<A>;
+          const auto call = [&]<int kVectors>() GENKERNELS_LAMBDA {
+            body.template operator()<kPanel, kVectors>(p, column + (kPanel - kVectors) * kLanes<A>, first, run);
+          };
+          if constexpr (kPanel > 2)
+            if (skipped == kPanel - 2) {
+              call.template operator()<2>();
+              continue;
+            }
+          if constexpr (kPanel > 1)
+            if (skipped == kPanel - 1) {
+              call.template operator()<1>();
+              continue;
+            }
+          call.template operator()<kPanel>();
+        }
+      });
+  }
+
+  // The same in tiles that registers hold: body.operator()<panel's vectors, rows, vectors>(panel, column, first). Rows
+  // left over are cut into tiles of half as many each: for every number of them this would be much code.
+  template <class Body>
+  GENKERNELS_INLINE void for_small_tiles(const Place& at, const Body& body) const {
+    for_tiles(at, [&]<int kPanel, int kVectors>(int64_t panel, int64_t column, int64_t first, int64_t run) {
+      const auto call = [&]<int kRows>(int64_t row) {
+        body.template operator()<kPanel, kRows, kVectors>(panel, column, row);
+      };
+      if (run == kTileRows)
+        call.template operator()<kTileRows>(first);
+      else
+        for_rows_left<kPanel == kVectors ? kTileRows / 2 : 1>(run, first, call);
+    });
+  }
+  template <int kRows, class Body>
+  static GENKERNELS_INLINE void for_rows_left(int64_t rows, int64_t first, const Body& body) {
+    const int64_t end = first + rows;
+    for (; first + kRows <= end; first += kRows) body.template operator()<kRows>(first);
+    if constexpr (kRows > 1) for_rows_left<kRows / 2>(end - first, first, body);
+  }
+
+  // sum = rows[first:][:] panel[:][column:].
+  template <int kPanel, int kRows, int kVectors>
+  GENKERNELS_INLINE void multiply_rows(const Place& at, Rows<const E> rows, const E* panels, int64_t size,
+                                       int64_t panel, int64_t column, int64_t first,
+                                       Vector<A> (&sum)[kRows][kVectors]) const {
+    for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] = Vector<A>{}; });
+    add_rows<kPanel>(at, rows, panels, size, panel, column, first, sum);
+  }
+  // The same, +=.
+  template <int kPanel, int kRows, int kVectors>
+  GENKERNELS_INLINE void add_rows(const Place& at, Rows<const E> rows, const E* panels, int64_t size, int64_t panel,
+                                  int64_t column, int64_t first, Vector<A> (&sum)[kRows][kVectors]) const {
+    const int64_t skipped = column - at.columns.first_column(panel);
+    add_in_chains<kScoreChain<A>>(rows[first], rows.stride, kGroup<E>,
+                                  panels + at.columns.offset(panel, size) + skipped, Panel<E, kPanel>::kStep, size,
+                                  sum);
+  }
+
+  // The scores that the forward pass of few queries saw, times `factor`.
+  void form_few_scores(const Place& at, A factor, E* to) const {
+    constexpr int64_t kStride = kBlockKeys + kLanes<A>;
+    const Rows<const T> keys = rows_of<T>(of.key, at.b, at.kv_head), queries = rows_of<T>(of.query, at.b, at.h);
+    const T* rows[kFewRows];
+    for (int64_t i = 0; i < at.rows; ++i) rows[i] = queries[at.query + i];
+    A scores[kFewRows * kStride];
+    multiply_units_of_rows(keys[at.key], keys.stride, of.head_size, at.count, rows, at.rows, scores, kStride);
+    Scores<T>::transpose(at.rows, at.count, to, score_stride,
+                         [&](int64_t i, int64_t k, int64_t) { return load(scores + i * kStride + k) * factor; });
+  }
+
+  // P of a block of keys; with kSums what it adds up to for each query, in `sums`. `few` is scratch, and fetch(first,
+  // run) is called for runs of the keys.
+  template <bool kSums, class Fetch>
+  void form_probabilities(const Place& at, Rows<const E> keys, const E* panels, const A* near, const A* rest, E* p,
+                          E* few, A* sums, const Fetch& fetch) const {
+    const bool has_mask = of.mask.type != MaskType::none, has_scores = is_decode(of);
+    if (has_mask) form_mask(at, p);
+    // Without a mask that forward pass rounds them before it subtracts, the other one does not.
+    const A scale = has_scores && !has_mask ? A(1) : at.scores.scale;
+    if (has_scores) form_few_scores(at, has_mask ? A(1) : at.scores.scale, few);
+    if (kSums) __builtin_memset(sums, 0, size_t(width(at.columns)) * sizeof(A));
+    for_small_tiles(at, [&]<int kPanel, int kRows, int kVectors>(int64_t panel, int64_t column, int64_t first) {
+      if (panel + 1 == at.columns.panels) fetch(first, kRows);
+      if (has_mask) fetch_mask(at, column, column + kVectors * kLanes<A>, first);
+      Vector<A> sum[kRows][kVectors];
+      if (has_scores)
+        for_tile<kRows, kVectors>(
+            [&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] = load(tile(few, first + i, column) + v * kLanes<A>); });
+      else
+        multiply_rows<kPanel>(at, keys, panels, of.head_size, panel, column, first, sum);
+      Vector<A> weights[kVectors] = {};
+      shift_scores(at, first, column, scale, has_mask ? tile(p, first, column) : nullptr, near, rest, sum,
+                   [&](int i, const auto& exponents) GENKERNELS_LAMBDA {
+                     const auto e = power_of_base(exponents);
+#pragma GCC unroll 3
+                     for (int v = 0; v < kVectors; ++v) {
+                       if (kSums) weights[v] += e[v];
+                       store(tile(p, first + i, column) + v * kLanes<A>, e[v]);
+                     }
+                   });
+      if (kSums) add_to_sums(sums + column, weights);
+    });
+  }
+  template <int kVectors>
+  static GENKERNELS_INLINE void add_to_sums(A* sums, const Vector<A> (&parts)[kVectors]) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) store(sums + v * kLanes<A>, load(sums + v * kLanes<A>) + parts[v]);
   }
 
   // to[i][:] += sum_k scores[k][i] rows[k][:], or =, over the keys that query i sees.
