@@ -1116,6 +1116,18 @@ class TestDoubleBackward:
         packed = [v.contiguous() if isinstance(v, Tensor) else v for v in laid]
         assert_bitwise_equal(raw_double_backward(*laid), raw_double_backward(*packed))
 
+    @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4)), ids=str)
+    @pytest.mark.parametrize("case", ["causal", "gqa", "dropout"])
+    def test_what_is_needed(self, case: str, needs: tuple[bool, ...]) -> None:
+        """The rest has no elements, and the results do not depend on that."""
+        *call, _, _, _, _ = raw_calls(case, torch.float32, 150, 200)[-2][1]
+        full = raw_double_backward(*call, *(True,) * 4)
+        some = raw_double_backward(*call, *needs)
+        for got, all_of_it, is_needed in zip(
+            some, full, (needs[0], True, *needs[1:], True), strict=True
+        ):
+            assert_bitwise_equal([got], [all_of_it if is_needed else all_of_it.new_empty(0)])
+
     @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
     def test_probabilities_of_few_queries(self, dtype: torch.dtype) -> None:
         """They add up to one, of scores of 1e4 too, which the forward pass has in another order."""
@@ -1124,7 +1136,7 @@ class TestDoubleBackward:
         output, statistics = raw_forward(query, key, value, *settings)
         saved = (query, key, value, None, None, output, statistics, *settings[2:])
         cotangents = (None, None, torch.ones_like(value), None, torch.randn_like(output), None)
-        sums = raw_double_backward(*cotangents, *saved, False)[0]
+        sums = raw_double_backward(*cotangents, *saved, False, True, False, False, False)[0]
         atol = 32 * torch.finfo(dtype).eps
         torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=atol)
 
@@ -1325,11 +1337,14 @@ def test_opcheck(case: str, dtype: torch.dtype) -> None:
         torch.library.opcheck(*call)
 
 
-def raw_calls(case: str, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
+def raw_calls(
+    case: str, dtype: torch.dtype, L: int = 3, S: int = 4
+) -> list[tuple[Any, tuple[Any, ...]]]:
     options = dict(CASES[case])
     if "mask" in options:
-        options["mask"] = (1,) * (4 - len(options["mask"])) + options["mask"]
-    values = arguments(2, 2, 3, 4, 8, dtype, Dv=6, **options)
+        mask = (1,) * (4 - len(options["mask"])) + options["mask"]
+        options["mask"] = tuple({3: L, 4: S}.get(size, size) for size in mask)
+    values = arguments(2, 2, L, S, 8, dtype, Dv=6, **options)
     tensors = [values.get(name) for name in (*TENSORS, "attn_mask")]
     dropout_p, causal = options.get("dropout_p", 0.0), options.get("causal", 0)
     seed = torch.tensor([2**40 + 17]) if dropout_p else None
@@ -1346,8 +1361,11 @@ def raw_calls(case: str, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]
         (raw_forward, (*tensors, seed, *settings)),
         (raw_backward, (*grads, *saved, needs_mask)),
         (raw_backward, (grads[0], None, *saved, False)),
-        (raw_double_backward, (*cotangents, *grads, *saved, needs_mask)),
-        (raw_double_backward, (None, *cotangents[1:3], None, grads[0], None, *saved, False)),
+        (raw_double_backward, (*cotangents, *grads, *saved, needs_mask, *(True,) * 4)),
+        (
+            raw_double_backward,
+            (None, *cotangents[1:3], None, grads[0], None, *saved, False, *(False, True) * 2),
+        ),
     ]
 
 
@@ -1515,13 +1533,14 @@ class TestErrors:
         }
         forward = [*TENSORS, "attn_mask", "seed", "dropout_p", "causal", "scale"]
         raw_backward(*values.values(), True)
-        raw_double_backward(*cotangents.values(), *values.values(), True)
+        needs = (True,) * 5
+        raw_double_backward(*cotangents.values(), *values.values(), *needs)
         raw_forward(*(values[key] for key in forward))
         of = cotangents if name in cotangents else values
         of[name] = change(of[name])
         own = name if name in cotangents else ""
         with pytest.raises(RuntimeError, match=rf"{own}: expected "):
-            raw_double_backward(*cotangents.values(), *values.values(), True)
+            raw_double_backward(*cotangents.values(), *values.values(), *needs)
         if name in cotangents:
             return
         with pytest.raises(RuntimeError, match=r": expected "):

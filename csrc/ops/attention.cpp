@@ -201,7 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_back
     std::optional<Tensor> grad_grad_query, std::optional<Tensor> grad_grad_key, std::optional<Tensor> grad_grad_value,
     std::optional<Tensor> grad_grad_mask, Tensor grad_output_, std::optional<Tensor> grad_logsumexp_, Tensor query,
     Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> seed, Tensor output,
-    Tensor statistics_, double dropout_p, int64_t causal, double scale, bool needs_mask) {
+    Tensor statistics_, double dropout_p, int64_t causal, double scale, bool needs_mask, bool needs_grad_output,
+    bool needs_query, bool needs_key, bool needs_value) {
   const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale);
   const Attention& of = arguments.of;
   const int64_t B = of.batch, H = of.heads, Hk = of.kv_heads, L = of.queries, S = of.keys;
@@ -234,15 +235,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_back
   backward.statistics = statistics.const_data_ptr();
   backward.grad_logsumexp = data(grad_logsumexp);
 
-  const Tensor grad_grad_output = new_heads(query, B, H, L, of.value_size);
-  const Tensor grad_query = new_heads(query, B, H, L, of.head_size);
-  const Tensor grad_key = new_heads(query, B, Hk, S, of.head_size);
-  const Tensor grad_value = new_heads(query, B, Hk, S, of.value_size);
+  const auto new_grad = [&](bool is_needed, int64_t heads, int64_t rows, int64_t columns, HeadsOutput& to) {
+    if (!is_needed) return new_kept(query, {0});
+    const Tensor grad = new_heads(query, B, heads, rows, columns);
+    to = mutable_heads_of(grad);
+    return grad;
+  };
+  const Tensor grad_grad_output = new_grad(needs_grad_output, H, L, of.value_size, backward.grad_grad_output);
+  const Tensor grad_query = new_grad(needs_query, H, L, of.head_size, backward.grad_query);
+  const Tensor grad_key = new_grad(needs_key, Hk, S, of.head_size, backward.grad_key);
+  const Tensor grad_value = new_grad(needs_value, Hk, S, of.value_size, backward.grad_value);
   const Tensor grad_grad_logsumexp = grad_logsumexp ? new_accumulator(query, {B, H, L}) : new_accumulator(query, {0});
-  backward.grad_grad_output = mutable_heads_of(grad_grad_output);
-  backward.grad_query = mutable_heads_of(grad_query);
-  backward.grad_key = mutable_heads_of(grad_key);
-  backward.grad_value = mutable_heads_of(grad_value);
   if (grad_logsumexp) backward.grad_grad_logsumexp = grad_grad_logsumexp.mutable_data_ptr();
   const Tensor grad_mask = new_grad_mask(query, attn_mask, needs_mask, backward);
   CallRuntime runtime(2 * arguments.products() * double(7 * of.head_size + 5 * of.value_size));

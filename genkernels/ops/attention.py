@@ -404,7 +404,7 @@ def _fake_double_backward(
     grad_grad_mask: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    gradients = _fake_backward(*args)
+    *gradients, grad_mask = _fake_backward(*args[:13])
     grad_output, grad_logsumexp, query, key, value, attn_mask = args[:6]
     for name, tensor, like in (
         ("grad_grad_query", grad_grad_query, query),
@@ -418,7 +418,12 @@ def _fake_double_backward(
         _check_tensor("grad_grad_mask", grad_grad_mask, attn_mask.shape, attn_mask.dtype)
     rows = (0,) if grad_logsumexp is None else grad_logsumexp.shape
     grad_grad_logsumexp = query.new_empty(rows, dtype=sum_dtype(query))
-    return _rows(query, grad_output.size(-1)), grad_grad_logsumexp, *gradients
+    gradients = [_rows(query, grad_output.size(-1)), *gradients]
+    grad_grad_output, *gradients = (
+        gradient if is_needed else query.new_empty(0)
+        for gradient, is_needed in zip(gradients, args[13:], strict=True)
+    )
+    return grad_grad_output, grad_grad_logsumexp, *gradients, grad_mask
 
 
 def _reference_forward(*args: Any) -> tuple[Tensor, ...]:
@@ -432,8 +437,11 @@ def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _reference_double_backward(*args: Any) -> tuple[Tensor, ...]:
     empty = _fake_double_backward(*args)
-    results = reference.attention_double_backward(args[:4], *args[4:])
-    given = (e if result is None else result for e, result in zip(empty, results, strict=True))
+    results = reference.attention_double_backward(args[:4], *args[4:17])
+    given = (
+        e if result is None or e.dim() == 1 else result
+        for e, result in zip(empty, results, strict=True)
+    )
     return _laid(tuple(given), empty)
 
 
@@ -447,7 +455,8 @@ def _laid(results: tuple[Tensor, ...], empty: tuple[Tensor, ...]) -> tuple[Tenso
 # without needs_mask. seed is int64 [1], given where dropout_p > 0. causal: 0 not, 1 upper left,
 # 2 lower right. Of 16-bit tensors statistics, [2, B, H, L], are float32. Output and gradients but
 # for the mask's lie in memory as [B, L, H, D]. The double backward is given the gradients of the
-# backward pass's results; that of a grad_logsumexp which is not there has no elements.
+# backward pass's results; what it gives for a tensor that is not there, or is not needed, has no
+# elements.
 _attention_forward = define(
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, "
     "float dropout_p, int causal, float scale) -> (Tensor output, Tensor statistics)",
@@ -466,7 +475,8 @@ _attention_double_backward = define(
     "attention_double_backward(Tensor? grad_grad_query, Tensor? grad_grad_key, "
     "Tensor? grad_grad_value, Tensor? grad_grad_mask, Tensor grad_output, Tensor? grad_logsumexp, "
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, Tensor output, "
-    "Tensor statistics, float dropout_p, int causal, float scale, bool needs_mask) "
+    "Tensor statistics, float dropout_p, int causal, float scale, bool needs_mask, "
+    "bool needs_grad_output, bool needs_query, bool needs_key, bool needs_value) "
     "-> (Tensor grad_grad_output, Tensor grad_grad_logsumexp, Tensor grad_query, Tensor grad_key, "
     "Tensor grad_value, Tensor grad_mask)",
     _reference_double_backward,
@@ -531,7 +541,7 @@ class _AttentionBackward(torch.autograd.Function):
             backend.count("attention_double_backward", "reference")
             gradients = reference.attention_double_backward(cotangents, *args)
         else:
-            gradients = _attention_double_backward(*cotangents, *args)
+            gradients = _attention_double_backward(*cotangents, *args, needed[0], *needed[2:5])
         return *_needed(gradients, needed), *(None,) * 7
 
     @staticmethod
