@@ -1,6 +1,7 @@
 """Builds genkernels._C with CMake and Ninja; everything else is in pyproject.toml."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,7 @@ class CMakeBuild(build_ext):
             "GENKERNELS_VERSION": self.distribution.get_version(),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
+        defines += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         self.run_cmake([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir), *defines])
         self.run_cmake([cmake, "--build", str(build_dir)])
 
