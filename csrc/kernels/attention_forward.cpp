@@ -221,7 +221,7 @@ struct Forward {
   GENKERNELS_INLINE void form_scores(const Place& at, const Columns<E>& columns, int64_t p, bool& have_most) const {
     const E* const panel = at.block.queries + columns.offset(p, of.head_size);
     const int64_t column = columns.first_column(p), end = smaller(at.rows, column + kPanel * kLanes<A>);
-    for_key_tiles(at.count, [&]<int kRows>(int64_t row) {
+    for_key_tiles(at.count, [&]<int kRows>(int64_t row) GENKERNELS_LAMBDA {
       const int64_t key = at.key + row;
       // The first query that sees the first key. A tile of outputs may begin before it: there, too, scores have to be.
       const int64_t seeing = larger(0, key - of.diagonal - at.query) / kTileRows * kTileRows;
@@ -245,7 +245,9 @@ struct Forward {
           const bool hides = key + kRows > at.scores.visible(at.query + first);
           if (!have_most) {
             Vector<A> scaled[kRows][kVectors];
-            for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { scaled[i][v] = sum[i][v] * scale; });
+            // With a scale of its own: products that the two share would not be fused with what is subtracted.
+            const Vector<A> own = rounded(broadcast(scale));
+            for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { scaled[i][v] = sum[i][v] * own; });
             if (hides) hide_keys(at.query + first, key, scaled);
             have_most = find_most(at, row, first, scaled) && from == 0;
           }
@@ -317,29 +319,31 @@ struct Forward {
   GENKERNELS_INLINE void exponentiate(const Place& at, int64_t row, int64_t column,
                                       const Vector<A> (&x)[kRows][kVectors]) const {
     const Block& block = at.block;
-    Vector<A> added[2][kVectors] = {};
-    constexpr int kTogether = kRows > 1 ? 2 : 1;
+    E* const scores = score_at(block, row, column);  // once: the compiler has to take stores for changes of the sizes
+    const int64_t stride = score_stride;
+    constexpr int kTogether = kGroup<E> == 2 || kVectorBytes == 64 ? int(smaller(2, kRows)) : 1;
+    Vector<A> added[kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; i += kTogether) {
       const auto e = power_of_base(
           several<kTogether * kVectors>([&](int j) GENKERNELS_LAMBDA { return x[i + j / kVectors][j % kVectors]; }));
 #pragma GCC unroll 3
       for (int v = 0; v < kVectors; ++v) {
-        E* const to = score_at(block, row + i, column + v * kLanes<A>);
+        E* const to = scores + i * stride + v * kLanes<A> * kGroup<E>;
+        Vector<A> sum = e[v];
         if constexpr (kTogether == 2) {
-          store_scores(to, e[v], e[kVectors + v]);
-          added[i / 2 % 2][v] += e[v] + e[kVectors + v];
+          store_scores(to, stride, e[v], e[kVectors + v]);
+          sum += e[kVectors + v];
+        } else if constexpr (kGroup<E> == 2) {
+          store_scores(to, stride, e[v], Vector<A>{});
         } else {
-          if constexpr (kGroup<E> == 2)
-            store_scores(to, e[v], Vector<A>{});
-          else
-            store(to, e[v]);
-          added[0][v] += e[v];
+          store(to, e[v]);
         }
+        added[v] = i == 0 ? sum : added[v] + sum;
       }
     }
 #pragma GCC unroll 3
-    for (int v = 0; v < kVectors; ++v) add_up(block, column + v * kLanes<A>, added[0][v] + added[1][v]);
+    for (int v = 0; v < kVectors; ++v) add_up(block, column + v * kLanes<A>, added[v]);
   }
 
   // In one chain over all keys, sums would err by more than PyTorch's.
@@ -365,12 +369,12 @@ struct Forward {
     return block.scores + row * score_stride + column;
   }
   // Of a key and the next.
-  GENKERNELS_INLINE void store_scores(E* to, Vector<A> x, Vector<A> next) const {
+  static GENKERNELS_INLINE void store_scores(E* to, int64_t stride, Vector<A> x, Vector<A> next) {
     if constexpr (kGroup<E> == 2) {
       store(reinterpret_cast<uint32_t*>(to), rounded_bits(x) | rounded_bits(next) << 16);
     } else {
       store(to, x);
-      store(to + score_stride, next);
+      store(to + stride, next);
     }
   }
 
@@ -429,7 +433,7 @@ struct Forward {
       E* const to = score_at(block, k, column);
       if constexpr (kGroup<E> == 2) {
         const Vector<uint32_t> pair = load(reinterpret_cast<const uint32_t*>(to));
-        store_scores(to, (Vector<A>)(pair << 16) * factor, (Vector<A>)(pair & 0xffff0000u) * factor);
+        store_scores(to, score_stride, (Vector<A>)(pair << 16) * factor, (Vector<A>)(pair & 0xffff0000u) * factor);
       } else {
         store(to, load(to) * factor);
       }
