@@ -105,6 +105,6 @@ def test_kernels_run_without_torch(build, level):
         pytest.skip(result.stderr.strip())
     assert result.returncode == 0, result.stdout + result.stderr
     lines = re.findall(r"^(\w+) +(\w+) ", result.stdout, re.MULTILINE)
-    # Ways to share out the threads, caches, dtypes; of the GRU, sizes too.
-    others = [(level, "linear"), (level, "loss")] * (6 * 2 * 2)
+    # Ways to share out the threads, caches, dtypes; of attention and the GRU, sizes too.
+    others = [(level, "linear"), (level, "loss"), *[(level, "attention")] * 4] * (6 * 2 * 2)
     assert lines == others + [(level, "float32"), (level, "float64")] * (2 * 6 * 2)

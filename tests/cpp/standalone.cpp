@@ -1,6 +1,6 @@
 // Runs the kernels without PyTorch, at every SIMD level of this CPU or at the one named as argument: the forward pass
-// against a plain loop; the GRU's gradients against central differences of that loop, the others' against plain loops
-// too. Exit code 0 if all agree.
+// against a plain loop; the GRU's gradients and attention's second ones against central differences of that loop, the
+// other gradients against plain loops too. Exit code 0 if all agree.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -376,14 +376,182 @@ bool check_loss(const genkernels::Kernels& kernels, const genkernels::Runtime& r
   return error <= tolerance && gradients <= 100 * tolerance;
 }
 
+// Few queries, which have kernels of their own, and more; keys of several chunks, or of more than one block. Where
+// there is a mask its gradient is wanted, too, which those of few queries do not give.
+struct AttentionSizes {
+  int64_t heads, kv_heads, queries, keys;
+  bool is_causal, has_mask;
+};
+constexpr AttentionSizes kAttentionSizes[] = {{4, 2, 3, 1100, true, false},
+                                              {3, 3, 3, 70, false, true},
+                                              {4, 2, 37, 70, true, false},
+                                              {3, 3, 37, 300, false, true}};
+
+// What attention gets, grad_output, grad_logsumexp, query, key, value and mask, or what it gives that has their shapes:
+// output, logsumexp and the last four's gradients.
+enum { kOutput, kLogsumexp, kQuery, kKey, kValue, kMask };
 template <class S>
-bool check_linear_and_loss(const genkernels::Kernels& kernels, const Threads& threads, int64_t cache,
-                           genkernels::DType dtype, double tolerance) {
+using AttentionTensors = std::array<std::vector<S>, 6>;
+
+AttentionTensors<double> plain_attention(const genkernels::Attention& of, const AttentionTensors<double>& arguments) {
+  const auto& [grad_output, grad_logsumexp, query, key, value, mask] = arguments;
+  AttentionTensors<double> results;
+  for (int i = 0; i < 6; ++i) results[i].resize(arguments[i].size());
+  auto& [output, logsumexp, grad_query, grad_key, grad_value, grad_mask] = results;
+  const int64_t S = of.keys, D = of.head_size, Dv = of.value_size;
+  for (int64_t row = 0; row < of.batch * of.heads * of.queries; ++row) {
+    const int64_t i = row % of.queries, kv = row / of.queries / (of.heads / of.kv_heads);
+    const int64_t seen = std::min(S, i + of.diagonal + 1);
+    Values p(seen), grad_p(seen);
+    double total = 0, mean = 0;
+    for (int64_t j = 0; j < seen; ++j) {
+      double score = mask.empty() ? 0 : mask[i * S + j];
+      for (int64_t k = 0; k < D; ++k) score += of.scale * query[row * D + k] * key[(kv * S + j) * D + k];
+      total += p[j] = std::exp(score);
+    }
+    logsumexp[row] = std::log(total);
+    for (int64_t j = 0; j < seen; ++j) {
+      p[j] /= total;
+      for (int64_t k = 0; k < Dv; ++k) {
+        const int64_t at = row * Dv + k, from = (kv * S + j) * Dv + k;
+        output[at] += p[j] * value[from];
+        grad_p[j] += grad_output[at] * value[from];
+        grad_value[from] += p[j] * grad_output[at];
+      }
+      mean += p[j] * grad_p[j];
+    }
+    for (int64_t j = 0; j < seen; ++j) {
+      const double grad_score = p[j] * (grad_p[j] - mean + grad_logsumexp[row]);
+      if (!mask.empty()) grad_mask[i * S + j] += grad_score;
+      for (int64_t k = 0; k < D; ++k) {
+        const int64_t at = row * D + k, from = (kv * S + j) * D + k;
+        grad_query[at] += of.scale * grad_score * key[from];
+        grad_key[from] += of.scale * grad_score * query[at];
+      }
+    }
+  }
+  return results;
+}
+
+// One of the tensors, contiguous.
+template <class Heads, class Tensors>
+Heads heads_of(const genkernels::Attention& of, Tensors& tensors, int i) {
+  const bool of_keys = i == kKey || i == kValue;
+  const int64_t rows = of_keys ? of.keys : of.queries;
+  const int64_t columns = i == kQuery || i == kKey ? of.head_size : of.value_size;
+  return {tensors[i].data(), (of_keys ? of.kv_heads : of.heads) * rows * columns, rows * columns, columns};
+}
+
+template <class S>
+bool check_attention(const genkernels::Kernels& kernels, const genkernels::Runtime& runtime,
+                     const AttentionSizes& sizes, genkernels::DType dtype, double tolerance) {
+  using Input = genkernels::HeadsInput;
+  using Output = genkernels::HeadsOutput;
+  genkernels::Attention of{};
+  of.dtype = dtype;
+  of.batch = 2;
+  of.heads = sizes.heads;
+  of.kv_heads = sizes.kv_heads;
+  of.queries = sizes.queries;
+  of.keys = sizes.keys;
+  of.head_size = 19;
+  of.value_size = 21;
+  of.dropout.scale = 1;
+  of.diagonal = sizes.is_causal ? of.keys - of.queries : of.keys;
+  of.scale = 0.2;
+
+  const int64_t rows = of.batch * of.heads * of.queries, key_rows = of.batch * of.kv_heads * of.keys;
+  const int64_t counts[6] = {rows * of.value_size,     rows,
+                             rows * of.head_size,      key_rows * of.head_size,
+                             key_rows * of.value_size, sizes.has_mask ? of.queries * of.keys : 0};
+  std::mt19937 random(3);
+  AttentionTensors<double> arguments, cotangents;  // the latter of gradients alone
+  AttentionTensors<S> a, c, results, second;
+  for (int i = 0; i < 6; ++i) {
+    arguments[i] = random_values(counts[i], 1, random);
+    cotangents[i] = random_values(i < kQuery ? 0 : counts[i], 1, random);
+    a[i] = as<S>(arguments[i]);
+    c[i] = as<S>(cotangents[i]);
+    results[i].assign(counts[i], S(NAN));
+    second[i].assign(counts[i], S(NAN));
+  }
+  of.query = heads_of<Input>(of, a, kQuery);
+  of.key = heads_of<Input>(of, a, kKey);
+  of.value = heads_of<Input>(of, a, kValue);
+  const auto mask_of = [&](const AttentionTensors<S>& tensors) -> genkernels::AttentionMask {  // broadcast over heads
+    if (!sizes.has_mask) return {};
+    return {genkernels::MaskType::of_accumulator, tensors[kMask].data(), 0, 0, of.keys, 1};
+  };
+  of.mask = mask_of(a);
+  std::vector<S> statistics(2 * rows, S(NAN));
+  kernels.attention_forward({of, heads_of<Output>(of, results, kOutput), statistics.data()}, runtime);
+  for (int64_t row = 0; row < rows; ++row) results[kLogsumexp][row] = statistics[row] + statistics[rows + row];
+
+  const auto set_common = [&](auto& backward, AttentionTensors<S>& gradients) {
+    backward.of = of;
+    backward.grad_output = heads_of<Input>(of, a, kOutput);
+    backward.statistics = statistics.data();
+    backward.grad_logsumexp = a[kLogsumexp].data();
+    backward.grad_query = heads_of<Output>(of, gradients, kQuery);
+    backward.grad_key = heads_of<Output>(of, gradients, kKey);
+    backward.grad_value = heads_of<Output>(of, gradients, kValue);
+    if (!sizes.has_mask) return;
+    backward.grad_mask = gradients[kMask].data();
+    backward.grad_mask_query = of.keys;
+    backward.grad_mask_key = 1;
+    backward.grad_mask_size = counts[kMask];
+  };
+  genkernels::AttentionBackward backward{};
+  set_common(backward, results);
+  backward.output = heads_of<Input>(of, results, kOutput);
+  kernels.attention_backward(backward, runtime);
+  genkernels::AttentionDoubleBackward double_backward{};
+  set_common(double_backward, second);
+  double_backward.grad_grad_query = heads_of<Input>(of, c, kQuery);
+  double_backward.grad_grad_key = heads_of<Input>(of, c, kKey);
+  double_backward.grad_grad_value = heads_of<Input>(of, c, kValue);
+  double_backward.grad_grad_mask = mask_of(c);
+  double_backward.grad_grad_output = heads_of<Output>(of, second, kOutput);
+  double_backward.grad_grad_logsumexp = second[kLogsumexp].data();
+  kernels.attention_double_backward(double_backward, runtime);
+
+  // Second derivatives do not depend on their order: what the double backward gives is how the results change where
+  // query, key, value and mask move along the cotangents.
+  const double step = 1e-5;
+  AttentionTensors<double> ahead = arguments, behind = arguments;
+  for (int i = kQuery; i < 6; ++i)
+    for (int64_t k = 0; k < counts[i]; ++k) {
+      ahead[i][k] += step * cotangents[i][k];
+      behind[i][k] -= step * cotangents[i][k];
+    }
+  const auto expected = plain_attention(of, arguments), behind_results = plain_attention(of, behind);
+  auto slopes = plain_attention(of, ahead);
+  double errors[3] = {};
+  for (int i = 0; i < 6; ++i) {
+    for (int64_t k = 0; k < counts[i]; ++k) slopes[i][k] = (slopes[i][k] - behind_results[i][k]) / (2 * step);
+    double& error = errors[i < kQuery ? 0 : 1];
+    error = worse(error, largest_difference({results[i].begin(), results[i].end()}, expected[i]));
+    errors[2] = worse(errors[2], largest_difference({second[i].begin(), second[i].end()}, slopes[i]));
+  }
+  // Central differences are no more exact.
+  const bool agrees = errors[0] <= tolerance && errors[1] <= tolerance && errors[2] <= std::fmax(tolerance, 1e-8);
+  std::printf("%-12s attention forward %.1e backward %.1e double backward %.1e  %s\n", kernels.level, errors[0],
+              errors[1], errors[2], agrees ? "ok" : "WRONG");
+  return agrees;
+}
+
+template <class S>
+bool check_all_but_gru(const genkernels::Kernels& kernels, const Threads& threads, int64_t cache,
+                       genkernels::DType dtype, double tolerance) {
   most_ranges = threads.count;
   Memory memory;
   const genkernels::Runtime runtime{threads.count,    cache,           threads.parallel, std::this_thread::yield,
                                     Memory::allocate, Memory::release, &memory};
-  return check_linear<S>(kernels, runtime, dtype, tolerance) && check_loss<S>(kernels, runtime, dtype, tolerance);
+  bool agrees = check_linear<S>(kernels, runtime, dtype, tolerance);
+  agrees &= check_loss<S>(kernels, runtime, dtype, tolerance);
+  for (const AttentionSizes& sizes : kAttentionSizes)
+    agrees &= check_attention<S>(kernels, runtime, sizes, dtype, tolerance);
+  return agrees;
 }
 
 }  // namespace
@@ -395,8 +563,8 @@ int main(int argc, char** argv) {
     found = true;
     for (const Threads& threads : kThreads)
       for (const int64_t cache : {kTiny, kUsual}) {
-        agrees &= check_linear_and_loss<float>(**level, threads, cache, genkernels::DType::float32, 1e-5);
-        agrees &= check_linear_and_loss<double>(**level, threads, cache, genkernels::DType::float64, 1e-12);
+        agrees &= check_all_but_gru<float>(**level, threads, cache, genkernels::DType::float32, 1e-5);
+        agrees &= check_all_but_gru<double>(**level, threads, cache, genkernels::DType::float64, 1e-12);
       }
     for (const Sizes& each : kSizes) {
       T = each.T, B = each.B, I = each.I, H = each.H;
