@@ -72,7 +72,8 @@ class CMakeBuild(build_ext):
             "GENKERNELS_VERSION": self.distribution.get_version(),
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        defines += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        # What was chosen for one build is not for the next.
+        defines += ["-UGENKERNELS_SIMD_LEVELS", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
         self.run_cmake([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir), *defines])
         self.run_cmake([cmake, "--build", str(build_dir)])
 

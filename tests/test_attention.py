@@ -1142,6 +1142,15 @@ class TestDoubleBackward:
         ):
             assert_bitwise_equal([got], [all_of_it if is_needed else all_of_it.new_empty(0)])
 
+    @pytest.mark.parametrize("given", list(itertools.product((False, True), repeat=4))[1:], ids=str)
+    @pytest.mark.parametrize("case", ["bias", "gqa"])
+    def test_absent_cotangents(self, case: str, given: tuple[bool, ...]) -> None:
+        """Of several blocks of queries and keys, beside the definition."""
+        call = list(raw_calls(case, torch.float64, 150, 200)[-2][1])
+        call[:4] = [c if is_given else None for c, is_given in zip(call[:4], given, strict=True)]
+        expected = module._reference_double_backward(*call)
+        torch.testing.assert_close(raw_double_backward(*call), expected, rtol=1e-9, atol=1e-11)
+
     @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
     def test_probabilities_of_few_queries(self, dtype: torch.dtype) -> None:
         """They add up to one, of scores of 1e4 too, which the forward pass has in another order."""

@@ -14,8 +14,8 @@ namespace {
 //   grad of S = P T - P rowsum(P T), where P T = (P U) E + P Z (G C^T)
 //
 // A block of queries has the scores of all keys at once, as many as stay in the cache, so that none of the twelve
-// products is computed twice; those of a gradient that is not wanted are not computed. The members of a team meet where
-// sums over all keys are known.
+// products is computed twice; those that end in a gradient that is not wanted are not computed. The members of a team
+// meet where sums over all keys are known.
 template <class T>
 struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
   using Base = Gradients<T, AttentionDoubleBackward>;
