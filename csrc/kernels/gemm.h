@@ -417,17 +417,22 @@ void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* til
 }
 
 // Calls finish(first, run, sum) with the product of rows [first, first + run) of `a` and a panel, for all `rows` of
-// them. `next` is the panel to come, which is fetched into L2 meanwhile.
+// them. `next` is the panel to come, which is fetched into L2 meanwhile; and so are rows that were not read yet, if
+// they lie one behind the other.
 template <class E, int kVectors, class Finish>
 GENKERNELS_INLINE void multiply_panel(Rows<const E> a, int64_t rows, const E* panel, int64_t K, const E* next,
-                                      const Finish& finish) {
+                                      bool is_first, const Finish& finish) {
   const char* const ahead = reinterpret_cast<const char*>(next);
+  const bool fetches_rows = is_first && a.stride == K;
   for (int64_t first = 0; first < rows; first += kRunRows) {
     const int64_t run = smaller(kRunRows, rows - first), part = first / kRunRows;
     Vector<Accumulator<E>> sum[kRunRows][kVectors];
     product_of_rows<E, kVectors>(
         a[first], a.stride, run, panel, K, sum,
-        Ahead<Into::L2>{part < kVectors ? ahead + part * ceil_div(K, kGroup<E>) * kVectorBytes : ahead});
+        fetches_rows && part >= kVectors
+            ? Ahead<Into::L2>{reinterpret_cast<const char*>(a[first + kRunRows]),
+                              kRunRows * kGroup<E> * int64_t(sizeof(E))}
+            : Ahead<Into::L2>{part < kVectors ? ahead + part * ceil_div(K, kGroup<E>) * kVectorBytes : ahead});
     finish(first, run, sum);
   }
 }

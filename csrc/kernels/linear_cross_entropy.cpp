@@ -170,7 +170,7 @@ struct Pass {
       if (!packs_at_once) pack_classes(p, panel);
       const E* next = packs_at_once ? packed + classes.offset(smaller(p + 1, last_panel - 1), K) : panel;
       classes.with_width(p, [&]<int kVectors>() {
-        multiply_panel<E, kVectors>(input, rows, panel, K, next,
+        multiply_panel<E, kVectors>(input, rows, panel, K, next, p == first_panel,
                                     [&](int64_t first, int64_t run, auto& sum) GENKERNELS_LAMBDA {
                                       for (int v = 0; v < kVectors; ++v) {
                                         const int64_t column = classes.first_column(p) + v * kLanes<A>;
