@@ -95,6 +95,7 @@ def test_greedy_generation_takes_the_likeliest_token_each_time():
         expected = torch.cat([expected, model(expected)[0][:, -1:].argmax(-1)], 1)
     assert torch.equal(generated, expected)
     assert torch.equal(model.generate(prompt, 7, temperature=0.9, top_k=1), expected)
+    assert torch.equal(model.generate(prompt, 7, temperature=0, use_cache=False), expected)
     assert torch.equal(model.generate(prompt, 0), prompt)
 
 
@@ -116,6 +117,7 @@ def test_generation_follows_its_generator():
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": math.nan}, "temperature"),
         ({"top_k": 0}, "top_k"),
+        ({"top_p": math.nan}, "top_p"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"prompt": torch.zeros(1, 0, dtype=torch.int64)}, "prompt"),
         ({"prompt": torch.zeros(3, dtype=torch.int64)}, "prompt"),
@@ -132,10 +134,34 @@ def test_sampling_frequencies(temperature, top_k):
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
     expected = torch.softmax(logits[:top_k] / temperature, 0)
     generator = torch.Generator().manual_seed(0)
-    drawn = sample_token(logits.expand(20_000, 5), temperature, top_k, generator)
+    drawn = sample_token(logits.expand(20_000, 5), temperature, top_k, generator=generator)
     frequencies = torch.bincount(drawn[:, 0], minlength=5) / 20_000
     torch.testing.assert_close(frequencies[: len(expected)], expected, atol=0.02, rtol=0)
     assert frequencies[len(expected) :].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [(None, 1.0, 4), (None, 0.85, 3), (None, 0.61, 2), (None, 1e-9, 1), (3, 0.95, 3), (3, 0.75, 2)],
+)
+def test_nucleus(top_k, top_p, kept):
+    """The fewest likeliest tokens that add up to top_p; of [0.4, 0.3, 0.2, 0.1], or of the first
+    three of them, 0.44, 0.33 and 0.22."""
+    order = torch.tensor([2, 0, 3, 1])
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    logits = torch.empty(4).index_copy_(0, order, p.log())
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample_token(logits.expand(20_000, 4), 1.0, top_k, top_p, generator)
+    frequencies = torch.bincount(drawn[:, 0], minlength=4)[order] / 20_000
+    torch.testing.assert_close(frequencies[:kept], p[:kept] / p[:kept].sum(), atol=0.02, rtol=0)
+    assert frequencies[kept:].sum() == 0
+
+
+def test_rows_have_a_nucleus_each():
+    logits = torch.tensor([[9.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.1]])
+    drawn = torch.cat([sample_token(logits, top_p=0.9) for _ in range(300)], 1)
+    assert drawn[0].tolist() == [0] * 300
+    assert drawn[1].unique().tolist() == [0, 1, 2, 3]
 
 
 def test_sampling_follows_its_generator():

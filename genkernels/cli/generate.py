@@ -52,7 +52,7 @@ def generate(
         max_new_tokens,
         temperature,
         top_k,
-        torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed),
     )
     # Cleaned: a control sequence that the model made up must not reach the terminal.
     print(clean_text(tokenizer.decode(tokens[0])))

@@ -24,7 +24,7 @@ from ..data import (
     train_tokenizer,
 )
 from ..models import MarkovModel, RNNLanguageModel
-from ..models.rnn import MAX_LAYERS, MAX_SIZE
+from ..models.config import MAX_LAYERS, MAX_SIZE
 from ..training import (
     LOSS_CURVE,
     RNN_PRESETS,

@@ -2,6 +2,12 @@
 
 from .markov import MarkovModel
 from .rnn import RNNConfig, RNNLanguageModel
-from .sampling import sample_token
+from .sampling import CausalModel, sample_token
 
-__all__ = ["MarkovModel", "RNNConfig", "RNNLanguageModel", "sample_token"]
+__all__ = [
+    "CausalModel",
+    "MarkovModel",
+    "RNNConfig",
+    "RNNLanguageModel",
+    "sample_token",
+]

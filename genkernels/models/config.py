@@ -1,0 +1,22 @@
+"""Which sizes a model may have."""
+
+from __future__ import annotations
+
+# Far above what fits into a machine, far below where sizes overflow or building takes forever.
+MAX_SIZE = 1_000_000
+MAX_LAYERS = 1_000
+
+
+def check_sizes(config: object, *names: str) -> None:
+    """Raise a ValueError for a field of `config` that is no int from 1 to its maximum."""
+    for name in names:
+        value = getattr(config, name)
+        most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{name} must be an int from 1 to {most:,}, got {value!r}")
+
+
+def check_dropout(dropout: object) -> None:
+    """Raise a ValueError for a `dropout` that is no number in [0, 1)."""
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:  # type: ignore[operator]
+        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
