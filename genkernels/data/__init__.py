@@ -1,5 +1,6 @@
 """Text into tokens: reading, cleaning, the held-out split, tokenizers and batches."""
 
+from .batches import Batches, CropBatches
 from .errors import InputError, errors_in
 from .streams import batchify, sequence_batches
 from .text import DEFAULT_CORPUS, Corpus, clean_text, load_text, split_text
@@ -8,8 +9,10 @@ from .tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, 
 __all__ = [
     "DEFAULT_CORPUS",
     "BPETokenizer",
+    "Batches",
     "ByteTokenizer",
     "Corpus",
+    "CropBatches",
     "InputError",
     "Tokenizer",
     "batchify",
