@@ -8,12 +8,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from model_checks import as_torch_layer, assert_same_model, perturb, training_losses
 
 import genkernels
 from genkernels.data import ByteTokenizer, CropBatches, InputError, load_text
 from genkernels.models import GPT, GPTConfig
-from genkernels.training import TrainingConfig
-from genkernels.training.loop import make_optimizer
 
 SMALL = GPTConfig(30, 12, num_layers=2, num_heads=4, embedding_dim=32)
 
@@ -53,50 +52,24 @@ def test_config_refuses_sizes_that_are_none(field, value):
 def test_is_the_model_in_plain_pytorch(bias):
     config = GPTConfig(30, 12, 2, 4, 32, bias=bias)
     model, twin = small_model(config), small_model(config, fused=False)
-    assert model.state_dict().keys() == twin.state_dict().keys()
     assert any(name.endswith("bias") for name in model.state_dict()) == bias
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, twin.state_dict()[name]), "one seed, one initial value"
-    torch.nn.init.normal_(model.norm.weight)
-    twin.load_state_dict(model.state_dict())
-    model.load_state_dict(twin.state_dict())
     input, target = torch.randint(30, (2, 3, 11))
     target[0, :4] = -100
-    for m in (model, twin):
-        m.loss(input, target)[0].backward()
+    assert_same_model(model, twin, input, target)
     assert model(input).shape == (3, 11, 30)
     torch.testing.assert_close(model(input), twin(input))
-    gradients = [[p.grad for p in m.parameters()] for m in (model, twin)]
-    torch.testing.assert_close(*gradients)
 
 
 def test_is_gpt2_as_its_paper_writes_it():
     """With nothing but PyTorch's own modules: norm first, causal, tied embedding."""
     model = small_model()
-    layers = []
-    for block in model.blocks:
-        layer = torch.nn.TransformerEncoderLayer(
-            32, 4, 128, dropout=0, activation="gelu", batch_first=True, norm_first=True
-        )
-        names = {
-            "self_attn.in_proj_": "attention.qkv.",
-            "self_attn.out_proj.": "attention.projection.",
-            "linear1.": "mlp.expansion.",
-            "linear2.": "mlp.projection.",
-            "norm1.": "norm1.",
-            "norm2.": "norm2.",
-        }
-        ours = block.state_dict()
-        layer.load_state_dict(
-            {a + end: ours[b + end] for a, b in names.items() for end in ("weight", "bias")}
-        )
-        layers.append(layer)
+    perturb(model, 0.3)
     input = torch.randint(30, (3, 12))
     x = model.token_embedding.weight[input] + model.position_embedding.weight
     mask = torch.full((12, 12), -math.inf).triu(1)
-    for layer in layers:
-        x = layer(x, mask)
-    expected = F.layer_norm(x, (32,)) @ model.token_embedding.weight.T
+    for block in model.blocks:
+        x = as_torch_layer(block, 32, 4, norm_first=True)(x, mask)
+    expected = model.norm(x) @ model.token_embedding.weight.T
     torch.testing.assert_close(model(input), expected)
 
 
@@ -118,16 +91,7 @@ def test_trains_as_in_plain_pytorch(text):
     genkernels.stats(reset=True)
     for fused in (True, False):
         model = small_model(config, fused)
-        optimizer = make_optimizer(model, TrainingConfig(learning_rate=2e-3, steps=30))
-        losses = []
-        for step in range(30):
-            optimizer.zero_grad()
-            loss, state = model.loss(*batches.batch(step))
-            assert state is None
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        curves.append(losses)
+        curves.append(training_losses(model, batches, 30, 2e-3))
         calls = genkernels.stats(reset=True)
         if fused:
             assert calls["attention_forward", "cpp"] == calls["attention_backward", "cpp"] == 60

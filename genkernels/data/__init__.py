@@ -2,6 +2,14 @@
 
 from .batches import Batches, CropBatches
 from .errors import InputError, errors_in
+from .masking import (
+    LabelledBatches,
+    MaskedBatches,
+    SpecialTokens,
+    framed,
+    mask_tokens,
+    masked_windows,
+)
 from .streams import batchify, sequence_batches
 from .text import DEFAULT_CORPUS, Corpus, clean_text, load_text, split_text
 from .tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
@@ -14,12 +22,18 @@ __all__ = [
     "Corpus",
     "CropBatches",
     "InputError",
+    "LabelledBatches",
+    "MaskedBatches",
+    "SpecialTokens",
     "Tokenizer",
     "batchify",
     "clean_text",
     "errors_in",
+    "framed",
     "load_text",
     "load_tokenizer",
+    "mask_tokens",
+    "masked_windows",
     "sequence_batches",
     "split_text",
     "train_tokenizer",

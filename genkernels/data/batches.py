@@ -73,3 +73,12 @@ def generator_of(seed: int, step: int) -> torch.Generator:
     # Of a seed torch keeps 32 bits, into which `random` spreads both numbers.
     mixed = random.Random(f"{seed} {step}").getrandbits(32)
     return torch.Generator().manual_seed(mixed)
+
+
+def windows_of(tokens: Tensor, length: int) -> Tensor:
+    """`tokens`, int64 [N], cut into windows one after another; a view [N // length, length].
+
+    Raises:
+        InputError: not even one.
+    """
+    return crops_of(tokens, length)[::length]

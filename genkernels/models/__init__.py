@@ -1,13 +1,17 @@
 """Generative models on the fused ops, and the baselines that they are measured against."""
 
+from .bert import BERT, BERTConfig, Fillings
 from .gpt import GPT, GPTConfig
 from .markov import MarkovModel
 from .rnn import RNNConfig, RNNLanguageModel
 from .sampling import CausalModel, sample_token
 
 __all__ = [
+    "BERT",
     "GPT",
+    "BERTConfig",
     "CausalModel",
+    "Fillings",
     "GPTConfig",
     "MarkovModel",
     "RNNConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,7 +79,8 @@ class GPT(CausalModel):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, self.functions) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.embedding_dim, bias=config.bias)
-        initialize(self, config.num_layers)
+        # Each block adds two to the residual, whose variance they would raise with the depth.
+        initialize(self, residual=1 / math.sqrt(2 * config.num_layers))
 
     def forward(self, input: Tensor) -> Tensor:
         """Map tokens, int64 [B, T], to logits [B, T, V]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -171,16 +170,20 @@ def check_length(input: Tensor, context_length: int) -> None:
         )
 
 
-@torch.no_grad()
-def initialize(model: nn.Module, num_layers: int) -> None:
-    """GPT-2's initial values (Radford et al. 2019, section 2.3, and its code).
+def key_mask(lengths: Tensor | None, size: int) -> Tensor | None:
+    """Which of `size` tokens there are, by the rows' lengths, int64 [B]; bool [B, 1, 1, S]."""
+    if lengths is None:
+        return None
+    return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None, None]
 
-    Weights and embeddings from a normal distribution with deviation 0.02, that of the projections
-    onto the residual divided by the root of how many there are; biases zero.
-    """
+
+@torch.no_grad()
+def initialize(model: nn.Module, residual: float = 1.0) -> None:
+    """Weights and embeddings from a normal distribution with deviation 0.02, times `residual` for
+    projections onto the residual; biases zero. So do GPT-2 and BERT."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
         elif parameter.dim() > 1:
-            residual = math.sqrt(2 * num_layers) if name.endswith("projection.weight") else 1.0
-            nn.init.normal_(parameter, std=0.02 / residual)
+            scale = residual if name.endswith("projection.weight") else 1.0
+            nn.init.normal_(parameter, std=0.02 * scale)
