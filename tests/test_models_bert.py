@@ -217,7 +217,7 @@ def test_windows_read_the_whole_text():
     assert all(torch.equal(a[0], b[0]) for a, b in zip(windows, again, strict=True))
     assert not torch.equal(windows[0][1] == -100, windows[1][1] == -100)
     for refuse in (masked_windows, MaskedBatches):
-        with pytest.raises(InputError, match=r"9 tokens .*; expected at least 10"):
+        with pytest.raises(InputError, match="9 tokens; expected at least 10"):
             refuse(torch.arange(9), 4, 12, 200)
         with pytest.raises(ValueError, match="sequence_length must be >= 3"):
             refuse(torch.arange(9), 4, 2, 200)

@@ -240,5 +240,5 @@ def test_crops_are_a_function_of_seed_and_step():
 
 def test_refuses_a_text_shorter_than_one_crop():
     assert CropBatches(torch.arange(17), 2, 16).batch(0)[0].shape == (2, 16)
-    with pytest.raises(InputError, match="16 tokens to train on; expected at least 17"):
+    with pytest.raises(InputError, match="16 tokens; expected at least 17"):
         CropBatches(torch.arange(16), 2, 16)

@@ -10,6 +10,8 @@ from .masking import (
     mask_tokens,
     masked_windows,
 )
+from .pairs import PairBatches, load_pairs
+from .spans import SpanBatches, TextToTextTokens, corrupt_spans, corrupted_windows
 from .streams import batchify, sequence_batches
 from .text import DEFAULT_CORPUS, Corpus, clean_text, load_text, split_text
 from .tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
@@ -24,12 +26,18 @@ __all__ = [
     "InputError",
     "LabelledBatches",
     "MaskedBatches",
+    "PairBatches",
+    "SpanBatches",
     "SpecialTokens",
+    "TextToTextTokens",
     "Tokenizer",
     "batchify",
     "clean_text",
+    "corrupt_spans",
+    "corrupted_windows",
     "errors_in",
     "framed",
+    "load_pairs",
     "load_text",
     "load_tokenizer",
     "mask_tokens",

@@ -5,10 +5,12 @@ from .gpt import GPT, GPTConfig
 from .markov import MarkovModel
 from .rnn import RNNConfig, RNNLanguageModel
 from .sampling import CausalModel, sample_token
+from .t5 import T5, T5Config
 
 __all__ = [
     "BERT",
     "GPT",
+    "T5",
     "BERTConfig",
     "CausalModel",
     "Fillings",
@@ -16,5 +18,6 @@ __all__ = [
     "MarkovModel",
     "RNNConfig",
     "RNNLanguageModel",
+    "T5Config",
     "sample_token",
 ]

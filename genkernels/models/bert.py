@@ -46,10 +46,11 @@ class Block(nn.Module):
 
     def __init__(self, config: BERTConfig, functions: Functions) -> None:
         super().__init__()
-        self.attention = SelfAttention(config, functions)
-        self.norm1 = nn.LayerNorm(config.embedding_dim, bias=config.bias)
-        self.mlp = MLP(config, functions)
-        self.norm2 = nn.LayerNorm(config.embedding_dim, bias=config.bias)
+        E, bias = config.embedding_dim, config.bias
+        self.attention = SelfAttention(E, config.num_heads, config.dropout, bias, functions)
+        self.norm1 = nn.LayerNorm(E, bias=bias)
+        self.mlp = MLP(E, bias, functions)
+        self.norm2 = nn.LayerNorm(E, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 # Far above what fits into a machine, far below where sizes overflow or building takes forever.
 MAX_SIZE = 1_000_000
 MAX_LAYERS = 1_000
@@ -14,6 +16,16 @@ def check_sizes(config: object, *names: str) -> None:
         most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{name} must be an int from 1 to {most:,}, got {value!r}")
+
+
+def check_heads(config: Any) -> None:
+    """Raise a ValueError for an `embedding_dim` that `num_heads` does not divide."""
+    check_sizes(config, "num_heads", "embedding_dim")
+    if config.embedding_dim % config.num_heads:
+        raise ValueError(
+            f"embedding_dim must be a multiple of num_heads {config.num_heads}, "
+            f"got {config.embedding_dim}"
+        )
 
 
 def check_dropout(dropout: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -61,6 +61,46 @@ def sample_token(
     return torch.searchsorted(sums, uniform * sums[:, -1:], right=True)  # [B, 1]
 
 
+@torch.no_grad()
+def draw_tokens(
+    model: nn.Module,
+    predict: Callable[[Tensor, Any], tuple[Tensor, Any]],
+    prompt: Tensor,
+    state: Any,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+) -> Iterator[Tensor]:
+    """Yield `max_new_tokens` tokens, int64 [B, 1], that continue `prompt`, int64 [B, P], each as
+    soon as it is drawn, with `model` in evaluation mode.
+
+    `predict` maps tokens and the state before them to logits [B, V] of the token after them and the
+    state behind them; `state` is that before the prompt. Other arguments are those of
+    `CausalModel.generate`.
+    """
+    if prompt.dim() != 2 or prompt.shape[1] < 1:
+        raise ValueError(f"prompt must be [B, P] with P >= 1, got {list(prompt.shape)}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
+    was_training = model.training
+    model.eval()
+    try:
+        tokens, start = prompt, state
+        for _ in range(max_new_tokens):
+            logits, state = predict(tokens, state)
+            token = sample_token(logits, temperature, top_k, top_p, generator)  # [B, 1]
+            yield token
+            if use_cache:
+                tokens = token
+            else:
+                tokens, state = torch.cat([tokens, token], 1), start
+    finally:
+        model.train(was_training)
+
+
 class CausalModel(nn.Module):
     """A model that continues sequences of tokens; `predict` is what one has to define."""
 
@@ -71,8 +111,13 @@ class CausalModel(nn.Module):
         """
         raise NotImplementedError
 
-    @torch.no_grad()
     def stream(
+        self, prompt: Tensor, max_new_tokens: int, *args: Any, **kwargs: Any
+    ) -> Iterator[Tensor]:
+        """Yield the tokens of `generate`, int64 [B, 1], each as soon as it is drawn."""
+        return draw_tokens(self, self.predict, prompt, None, max_new_tokens, *args, **kwargs)
+
+    def generate(
         self,
         prompt: Tensor,
         max_new_tokens: int,
@@ -81,9 +126,8 @@ class CausalModel(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
-    ) -> Iterator[Tensor]:
-        """Yield `max_new_tokens` tokens, int64 [B, 1], that continue `prompt`, int64 [B, P], each
-        as soon as it is drawn.
+    ) -> Tensor:
+        """Continue each row of `prompt`, int64 [B, P]; returns [B, P + max_new_tokens].
 
         `temperature`, `top_k`, `top_p` and `generator` are those of `sample_token`. Dropout is off.
         Without the cache, which changes nothing but the time, all tokens are read again for each.
@@ -91,29 +135,5 @@ class CausalModel(nn.Module):
         Raises:
             ValueError: a prompt without tokens, or an argument out of range.
         """
-        if prompt.dim() != 2 or prompt.shape[1] < 1:
-            raise ValueError(f"prompt must be [B, P] with P >= 1, got {list(prompt.shape)}")
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
-        was_training = self.training
-        self.eval()
-        try:
-            tokens, state = prompt, None
-            for _ in range(max_new_tokens):
-                logits, state = self.predict(tokens, state)
-                token = sample_token(logits, temperature, top_k, top_p, generator)  # [B, 1]
-                yield token
-                if use_cache:
-                    tokens = token
-                else:
-                    tokens, state = torch.cat([tokens, token], 1), None
-        finally:
-            self.train(was_training)
-
-    def generate(self, prompt: Tensor, max_new_tokens: int, *args: Any, **kwargs: Any) -> Tensor:
-        """Continue each row of `prompt`, int64 [B, P]; returns [B, P + max_new_tokens].
-
-        Equivalent to: `torch.cat([prompt, *self.stream(prompt, max_new_tokens, ...)], 1)`, with the
-        arguments of `stream`.
-        """
-        return torch.cat([prompt, *self.stream(prompt, max_new_tokens, *args, **kwargs)], dim=1)
+        drawn = self.stream(prompt, max_new_tokens, temperature, top_k, top_p, generator, use_cache)
+        return torch.cat([prompt, *drawn], dim=1)

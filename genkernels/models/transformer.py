@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +12,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops, reference
-from .config import check_dropout, check_sizes
+from .config import check_dropout, check_heads, check_sizes
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    """PyTorch's own, which knows no is_causal beside attn_mask."""
+    if is_causal and attn_mask is not None:
+        later = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device)
+        attn_mask, is_causal = attn_mask.masked_fill(later.triu(1), -math.inf), False
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, is_causal=is_causal, **options
+    )
 
 
 class Functions(NamedTuple):
@@ -31,7 +49,7 @@ FUSED = Functions(
 )
 PLAIN = Functions(
     reference.linear,
-    F.scaled_dot_product_attention,
+    _attention,
     reference.linear_cross_entropy,
     reference.linear_log_prob,
 )
@@ -61,15 +79,9 @@ class TransformerConfig:
     bias: bool = True
 
     def __post_init__(self) -> None:
-        check_sizes(
-            self, "vocab_size", "context_length", "num_layers", "num_heads", "embedding_dim"
-        )
+        check_sizes(self, "vocab_size", "context_length", "num_layers")
+        check_heads(self)
         check_dropout(self.dropout)
-        if self.embedding_dim % self.num_heads:
-            raise ValueError(
-                f"embedding_dim must be a multiple of num_heads {self.num_heads}, "
-                f"got {self.embedding_dim}"
-            )
         if type(self.bias) is not bool:
             raise ValueError(f"bias must be True or False, got {self.bias!r}")
 
@@ -113,20 +125,22 @@ class SelfAttention(nn.Module):
     come from one product, and heads are views of it.
     """
 
-    def __init__(self, config: TransformerConfig, functions: Functions) -> None:
+    def __init__(
+        self, embedding_dim: int, num_heads: int, dropout: float, bias: bool, functions: Functions
+    ) -> None:
         super().__init__()
-        E = config.embedding_dim
+        E = embedding_dim
         self.functions = functions
-        self.num_heads = config.num_heads
-        self.dropout_p = config.dropout
-        self.qkv = nn.Linear(E, 3 * E, config.bias)
-        self.projection = nn.Linear(E, E, config.bias)
+        self.num_heads = num_heads
+        self.dropout_p = dropout
+        self.qkv = nn.Linear(E, 3 * E, bias)
+        self.projection = nn.Linear(E, E, bias)
 
     def forward(
         self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, **options: Any
     ) -> Tensor:
         """Map x, [B, T, E], to the same shape. `cache` is a layer's pair of `KeyValueCache.extend`;
-        `options` are attention's: attn_mask, is_causal."""
+        `options` are attention's: attn_mask, is_causal, scale."""
         functions = self.functions
         qkv = functions.linear(x, self.qkv.weight, self.qkv.bias)  # [B, T, 3E]
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, D]
@@ -148,12 +162,12 @@ class MLP(nn.Module):
     Equivalent to: `Linear(4E, E)(F.gelu(Linear(E, 4E)(x)))`.
     """
 
-    def __init__(self, config: TransformerConfig, functions: Functions) -> None:
+    def __init__(self, embedding_dim: int, bias: bool, functions: Functions) -> None:
         super().__init__()
-        E = config.embedding_dim
+        E = embedding_dim
         self.functions = functions
-        self.expansion = nn.Linear(E, 4 * E, config.bias)
-        self.projection = nn.Linear(4 * E, E, config.bias)
+        self.expansion = nn.Linear(E, 4 * E, bias)
+        self.projection = nn.Linear(4 * E, E, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         linear = self.functions.linear
