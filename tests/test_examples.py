@@ -13,8 +13,14 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-WORD_MODEL = EXAMPLES / "word_language_model.py"
-GENKERNELS, TORCH = "from genkernels.nn import GRU\n", "from torch.nn import GRU\n"
+# The one line by which a script differs from the same in plain PyTorch.
+IMPORTS = {
+    "word_language_model.py": ("from genkernels.nn import GRU\n", "from torch.nn import GRU\n"),
+    "gpt.py": (
+        "from genkernels import scaled_dot_product_attention\n",
+        "from torch.nn.functional import scaled_dot_product_attention\n",
+    ),
+}
 
 
 def run(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,14 +46,24 @@ def seed_rnn():
     return module
 
 
-def test_word_language_model_and_its_torch_twin(tmp_path):
-    source = WORD_MODEL.read_text(encoding="utf-8")
-    assert source.count(GENKERNELS) == 1
+@pytest.mark.parametrize(
+    ("script", "sizes"),
+    [
+        (
+            "word_language_model.py",
+            ["--embedding-dim=32", "--hidden-size=64", "--vocab-size=500"],
+        ),
+        ("gpt.py", ["--layers=2", "--width=32", "--context=64", "--batch-size=8", "--length=20"]),
+    ],
+)
+def test_script_and_its_torch_twin(script, sizes, tmp_path):
+    source = (EXAMPLES / script).read_text(encoding="utf-8")
+    of_genkernels, of_torch = IMPORTS[script]
+    assert source.count(of_genkernels) == 1
     twin = tmp_path / "twin.py"
-    twin.write_text(source.replace(GENKERNELS, TORCH), encoding="utf-8")
-    arguments = ["--steps=40", "--log-interval=4", "--embedding-dim=32", "--hidden-size=64"]
-    arguments += ["--vocab-size=500"]
-    ours, theirs = (run(script, *arguments) for script in (WORD_MODEL, twin))
+    twin.write_text(source.replace(of_genkernels, of_torch), encoding="utf-8")
+    arguments = ["--steps=40", "--log-interval=4", *sizes]
+    ours, theirs = (run(path, *arguments) for path in (EXAMPLES / script, twin))
     assert ours.returncode == 0, ours.stderr
     assert theirs.returncode == 0, theirs.stderr
     curve = losses(ours.stdout)
@@ -56,7 +72,7 @@ def test_word_language_model_and_its_torch_twin(tmp_path):
     assert curve == pytest.approx(losses(theirs.stdout), rel=1e-3)
 
 
-@pytest.mark.parametrize("script", ["seed_rnn.py", "word_language_model.py"])
+@pytest.mark.parametrize("script", ["gpt.py", "seed_rnn.py", "word_language_model.py"])
 def test_bad_input_gets_one_clear_answer(script, tmp_path):
     done = run(EXAMPLES / script, "--data", str(tmp_path / "none.txt"))
     assert done.returncode == 2
