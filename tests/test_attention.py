@@ -131,13 +131,17 @@ def in_float64(array: np.ndarray) -> Tensor:
 
 
 class InLongDouble(torch.autograd.Function):
-    """softmax(factor * query @ key.mT + mask) @ value, and the logsumexp. In float64, the scores of
-    a reference would be rounded as PyTorch's own are, and its error would not be seen."""
+    """softmax(capped(factor * query @ key.mT) + mask) @ value, and the logsumexp. In float64, the
+    scores of a reference would be rounded as PyTorch's own are, and its error would not be seen."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, factor):
+    def forward(ctx, query, key, value, mask, factor, softcap=0.0):
         q, k, v, m = (t.detach().numpy().astype(np.longdouble) for t in (query, key, value, mask))
-        scores = np.longdouble(factor) * (q @ k.swapaxes(-1, -2)) + m
+        scores, slope = np.longdouble(factor) * (q @ k.swapaxes(-1, -2)), np.longdouble(1)
+        if softcap:
+            capped = np.tanh(scores / np.longdouble(softcap))
+            scores, slope = softcap * capped, 1 - capped**2
+        scores = scores + m
         is_empty = np.all(scores == -np.inf, -1, keepdims=True)
         most = np.where(is_empty, 0, scores.max(-1, keepdims=True, initial=-np.inf))
         exponentials = np.exp(scores - most)
@@ -145,23 +149,24 @@ class InLongDouble(torch.autograd.Function):
         weights = exponentials / np.where(is_empty, 1, total)
         with np.errstate(divide="ignore"):
             logsumexp = (most + np.log(total))[..., 0]
-        ctx.arrays = q, k, v, weights, factor
+        ctx.arrays = q, k, v, weights, factor * slope
         return in_float64(weights @ v), in_float64(logsumexp)
 
     @staticmethod
     def backward(ctx, *gradients):
-        q, k, v, weights, factor = ctx.arrays
+        q, k, v, weights, slope = ctx.arrays
         grad_output, grad_logsumexp = (g.numpy().astype(np.longdouble) for g in gradients)
         grad = grad_output @ v.swapaxes(-1, -2)
         grad += grad_logsumexp[..., None] - (weights * grad).sum(-1, keepdims=True)
         grad = weights * grad
+        of_products = slope * grad
         products = (
-            factor * (grad @ k),
-            factor * (grad.swapaxes(-1, -2) @ q),
+            of_products @ k,
+            of_products.swapaxes(-1, -2) @ q,
             weights.swapaxes(-1, -2) @ grad_output,
             grad,
         )
-        return *map(in_float64, products), None
+        return *map(in_float64, products), None, None
 
 
 def exact_float64(causal: int = 0, **values: Any) -> tuple[Tensor, Tensor]:
@@ -1675,6 +1680,9 @@ def run(L, feature, order):
     if feature == "bias":
         options = {"attn_mask": torch.randn(1, 1, 1, L, requires_grad=True)}
         leaves.append(options["attn_mask"])
+    if feature == "features":
+        options = {"key_lengths": torch.tensor([L - 5]), "window_size": (2000, 2000)}
+        options |= {"alibi_slopes": torch.tensor([0.1]), "softcap": 5.0, "sinks": torch.zeros(1)}
     before = status("VmRSS")
     output = genkernels.scaled_dot_product_attention(query, key, value, **options)
     gradients = torch.autograd.grad(output, leaves, grad, create_graph=order == 2)
@@ -1693,7 +1701,7 @@ assert set(genkernels.stats()) == expected
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("feature", ["plain", "causal", "dropout", "mask", "bias"])
+@pytest.mark.parametrize("feature", ["plain", "causal", "dropout", "mask", "bias", "features"])
 def test_memory(feature: str) -> None:
     """Of 16384 queries and keys, whose scores would take 1 GiB, forward and backward."""
     command = [sys.executable, "-c", MEMORY, "16384", feature, "1"]
@@ -1701,7 +1709,7 @@ def test_memory(feature: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("feature", ["causal", "bias"])
+@pytest.mark.parametrize("feature", ["causal", "bias", "features"])
 def test_memory_of_the_double_backward(feature: str) -> None:
     command = [sys.executable, "-c", MEMORY, "16384", feature, "2"]
     subprocess.run(command, env={**os.environ, "GENKERNELS_STRICT": "1"}, check=True, timeout=100)

@@ -33,14 +33,27 @@ struct Dropout {
   double scale;  // of what is kept
 };
 
+// ALiBi (Press et al. 2022, https://arxiv.org/abs/2108.12409): -slope |i + offset - j| is added to the score of query i
+// and key j. Slopes are of the type that sums are kept in, [B, H], or shared where a stride is 0; null: none.
+struct Alibi {
+  const void* slopes;
+  int64_t batch, head, offset;
+};
+
 struct Attention {
   DType dtype;
   int64_t batch, heads, kv_heads, queries, keys, head_size, value_size;
   HeadsInput query, key, value;
   AttentionMask mask;
   Dropout dropout;
-  int64_t diagonal;  // key j takes part for query i where j <= i + diagonal
+  Alibi alibi;
+  double softcap;  // scores become softcap tanh(score / softcap), before anything is added to them; 0: as they are
   double scale;
+  const int64_t* key_lengths;  // [B], how many keys, the first, take part; null: all
+  // Key j takes part for query i where i + first_diagonal <= j <= i + diagonal. Where these follow the lengths they are
+  // those of a batch of all keys, and they and the offset are as much less in another as that has keys less.
+  int64_t diagonal, first_diagonal = -(int64_t(1) << 40);  // that: no first one
+  bool follows_lengths;
 };
 
 // Of each row of scores its logsumexp in two parts, [2, B, H, L], a number near it and the rest: one number alone would

@@ -12,12 +12,11 @@ namespace {
 template <class T>
 struct Backward : Gradients<T, AttentionBackward> {
   using Base = Gradients<T, AttentionBackward>;
-  using Base::arguments, Base::of, Base::has_dropout, Base::sums_mask, Base::sums_rows_for_mask, Base::head_columns,
-      Base::value_columns, Base::key_blocks, Base::block_keys, Base::block_queries, Base::score_stride,
-      Base::head_stride, Base::value_stride, Base::shares, Base::grad_mask;
-  using Base::first_seeing, Base::tile, Base::width, Base::adds_in_place;
-  using typename Base::A, typename Base::E, typename Base::Team, typename Base::Queries, typename Base::Place,
-      typename Base::Span;
+  using Base::arguments, Base::of, Base::has_dropout, Base::sums_rows_for_mask, Base::head_columns, Base::value_columns,
+      Base::key_blocks, Base::block_keys, Base::block_queries, Base::score_stride, Base::head_stride,
+      Base::value_stride, Base::shares, Base::grad_mask;
+  using Base::tile, Base::width, Base::adds_in_place;
+  using typename Base::A, typename Base::E, typename Base::Team, typename Base::Queries, typename Base::Place;
   static constexpr int64_t kMostQueries = 192;
   static_assert(kMostQueries <= kChain);
 
@@ -36,6 +35,7 @@ struct Backward : Gradients<T, AttentionBackward> {
     E* p;                     // P, then Z P; [block_keys, score_stride] as the next two
     E* e;                     // Z dP, then dS
     E* z;                     // with dropout alone
+    E* capped;                // with a softcap alone
     A *shift, *rest, *delta;  // [block_queries]
     A* sums;                  // of P Z dP over the keys, the same
     A* grad_queries;          // [block_queries, ..]; unused in a team
@@ -75,6 +75,7 @@ struct Backward : Gradients<T, AttentionBackward> {
                        scores(),
                        scores(),
                        has_dropout ? scores() : nullptr,
+                       of.softcap != 0 ? scores() : nullptr,
                        per_query(),
                        per_query(),
                        per_query(),
@@ -113,8 +114,8 @@ struct Backward : Gradients<T, AttentionBackward> {
     const Rows<A> grad_values = this->value_sums(b, h, head.grad_values);
     team.each([&](int64_t member) {
       this->each_key_block(member, team, [&](int64_t key, int64_t count, int64_t) {
-        this->clear_unseen(key, count, head_columns, grad_keys);
-        this->clear_unseen(key, count, value_columns, grad_values);
+        this->clear_unseen(b, key, count, head_columns, grad_keys);
+        this->clear_unseen(b, key, count, value_columns, grad_values);
         if (keeps_keys) copy_keys(b, h, key, count, keys_from(head.keys, key));
       });
     });
@@ -125,33 +126,33 @@ struct Backward : Gradients<T, AttentionBackward> {
       team.each([&](int64_t member) {
         const Block& block = members[member];
         const Operands rows = copy_queries(queries, block);
+        this->clear_mask(queries, member, team);
         this->each_place(queries, member, team, [&](const Place& at) {
-          if (first_seeing(at, at.key) == at.rows) {
-            if (grad_mask != nullptr && !sums_mask) this->add_to_mask(at, block.e);
-            return;
-          }
           const Operands keys = keys_at(at, head, block);
           form_grad_scores(at, keys, block);
           if (sums_rows_for_mask)
             sum_rows(at, block, mask_sums + at.key_block * block_queries);
           else if (grad_mask != nullptr)
             this->add_to_mask(at, block.e);
+          if (of.softcap != 0)
+            this->each_capped(at, block.capped,
+                              [&](int64_t n, auto derivative) { store(block.e + n, load(block.e + n) * derivative); });
           this->add_to_queries(at, block.e, keys.heads, head_columns,
                                parts ? parts + at.key_block * block_queries * width(head_columns) : block.grad_queries,
-                               parts || at.key == 0);
+                               parts || at.key_block == at.first_block);
           this->add_to_keys(at, {block.e, rows.heads}, nullptr, head_columns, A(of.scale), grad_keys);
           this->add_to_keys(at, {block.p, rows.values}, nullptr, value_columns, A(1), grad_values);
         });
       });
       this->meet(team);
-      const int64_t seen = ceil_div(queries.scores.visible(queries.query + queries.rows - 1), block_keys);
+      const int64_t first = queries.first_block * block_queries, seen = queries.end_block - queries.first_block;
       const Rows<T> to = rows_of<T>(arguments.grad_query, b, queries.h);
       team.each([&](int64_t member) {
-        const A* const from = parts ? parts : members[member].grad_queries;
+        const A* const from = parts ? parts + first * width(head_columns) : members[member].grad_queries;
         for (int64_t i = member; i < queries.rows; i += team.members)
           this->add_parts(to[queries.query + i], from + i * width(head_columns), parts ? seen : smaller(1, seen),
                           head_columns, A(of.scale));
-        if (sums_rows_for_mask) this->add_rows_to_mask(queries, mask_sums, seen, member, team.members);
+        if (sums_rows_for_mask) this->add_rows_to_mask(queries, mask_sums + first, seen, member, team.members);
       });
       turn = team.members > 1 ? 1 - turn : 0;
     });
@@ -198,17 +199,17 @@ struct Backward : Gradients<T, AttentionBackward> {
   bool sums_delta() const { return key_blocks == 1; }
 
   void fetch_next(const Place& at, int64_t first, int64_t run) const {
-    const Span own = this->share_of(at, first, run, at.rows);
+    const KeySpan own = this->share_of(at, first, run, at.rows);
     this->template fetch_rows<true>(rows_of<T>(arguments.grad_query, at.b, at.h),
                                     {at.query + own.begin, at.query + own.end}, of.head_size);
     Base::fetch_next(
         at, first, run,
-        [&](int64_t b, int64_t h, const Span& span) {
+        [&](int64_t b, int64_t h, const KeySpan& span) {
           this->fetch_rows(rows_of<T>(of.query, b, h), span, of.head_size);
           this->fetch_rows(rows_of<T>(arguments.grad_output, b, h), span, of.value_size);
           if (!sums_delta()) this->fetch_rows(rows_of<T>(arguments.output, b, h), span, of.value_size);
         },
-        [&](int64_t b, int64_t h, const Span& span) {
+        [&](int64_t b, int64_t h, const KeySpan& span) {
           this->fetch_rows(rows_of<T>(of.key, b, h), span, of.head_size);
           this->fetch_rows(rows_of<T>(of.value, b, h), span, of.value_size);
         });
@@ -218,7 +219,8 @@ struct Backward : Gradients<T, AttentionBackward> {
   void form_grad_scores(const Place& at, const Operands& keys, const Block& block) const {
     if (has_dropout) this->form_factors(at, block.z);
     this->template form_probabilities<false>(at, keys.heads, block.q_panels, block.shift, block.rest, block.p, block.e,
-                                             nullptr, [&](int64_t first, int64_t run) { fetch_next(at, first, run); });
+                                             block.capped, nullptr,
+                                             [&](int64_t first, int64_t run) { fetch_next(at, first, run); });
     if (sums_delta()) __builtin_memset(block.sums, 0, size_t(width(at.columns)) * sizeof(A));
     this->for_small_tiles(at, [&]<int kPanel, int kRows, int kVectors>(int64_t panel, int64_t column, int64_t first) {
       Vector<A> sum[kRows][kVectors];

@@ -4,8 +4,20 @@
 namespace genkernels::GENKERNELS_LEVEL {
 namespace {
 
-// Those that the last query sees.
-int64_t seen_keys(const Attention& of) { return smaller(of.keys, of.queries + of.diagonal); }
+// The keys that any query of a batch sees, from a group of random numbers on.
+KeySpan seen_keys(const Attention& of, int64_t b) {
+  const KeySpan seen = VisibleKeys(of, b).span(0, of.queries);
+  return {seen.begin / kRandomKeys * kRandomKeys, seen.end};
+}
+// How many there are at most.
+int64_t most_seen_keys(const Attention& of) {
+  int64_t most = 0;
+  for (int64_t b = 0; b < (of.key_lengths == nullptr ? 1 : of.batch); ++b) {
+    const KeySpan seen = seen_keys(of, b);
+    most = larger(most, seen.end - seen.begin);
+  }
+  return most;
+}
 
 // Few queries read keys and values as they lie, once: packing them would be most of the work. Keys are cut into chunks,
 // which threads share out (Dao et al. 2023, https://pytorch.org/blog/flash-decoding). A chunk's length does not depend
@@ -20,7 +32,7 @@ struct Chunks {
 
   const Attention& of;
   const Runtime& runtime;
-  const int64_t groups, rows, keys, kv_count, chunk_keys, chunks, items, shares;
+  const int64_t groups, rows, kv_count, chunk_keys, chunks, items, shares;
   const Barrier barrier;
 
   Chunks(const Attention& attention, const Runtime& r)
@@ -28,10 +40,9 @@ struct Chunks {
         runtime(r),
         groups(of.heads / larger(1, of.kv_heads)),
         rows(groups * of.queries),
-        keys(seen_keys(of)),
         kv_count(of.batch * of.kv_heads),
         chunk_keys(kv_count > 1 ? kChunk : kChunk / 2),  // one head alone is shared out in smaller ones
-        chunks(ceil_div(keys, chunk_keys)),
+        chunks(ceil_div(most_seen_keys(of), chunk_keys)),
         items(kv_count * chunks),
         shares(larger(1, smaller(r.threads, items))),
         barrier(r, shares) {}
@@ -48,6 +59,12 @@ struct Chunks {
     });
   }
 
+  // The keys of a chunk; none at the end of a batch that has fewer than others.
+  KeySpan keys_of(int64_t b, int64_t chunk) const {
+    const KeySpan seen = seen_keys(of, b);
+    const int64_t key = smaller(seen.end, seen.begin + chunk * chunk_keys);
+    return {key, smaller(seen.end, key + chunk_keys)};
+  }
   int64_t head_of(int64_t kv, int64_t row) const { return kv % of.kv_heads * groups + row / of.queries; }
   const T* row_of(const HeadsInput& from, int64_t kv, int64_t row) const {
     return rows_of<T>(from, kv / of.kv_heads, head_of(kv, row))[row % of.queries];
@@ -57,11 +74,18 @@ struct Chunks {
     return (kv / of.kv_heads * of.heads + head_of(kv, row)) * of.queries + row % of.queries;
   }
 
-  // A row's scores as exponents, -inf where a key takes no part; returns the largest of each lane.
-  static Vector<A> form_exponents(const Scores<T>& of_head, int64_t query, int64_t key, int64_t count, A* row) {
+  // A row's scores as exponents, -inf where a key takes no part; returns the largest of each lane. What a softcap makes
+  // of them is kept in `capped`, if it is there.
+  static Vector<A> form_exponents(const Scores<T>& of_head, int64_t query, int64_t key, int64_t count, A* row,
+                                  A* capped = nullptr) {
     Vector<A> top = broadcast(-A(__builtin_inf()));
     for (int64_t n = 0; n < count; n += kLanes<A>) {
-      const Vector<A> x = of_head.exponents_of(query, key + n, load(row + n));
+      Vector<A> product = load(row + n);
+      if (of_head.of.softcap != 0) {
+        of_head.cap(&product, 1);
+        if (capped != nullptr) store(capped + n, product);
+      }
+      const Vector<A> x = of_head.exponents_of(query, key + n, product);
       store(row + n, x);
       top = x > top ? x : top;
     }
@@ -73,8 +97,7 @@ template <class T>
 struct Decode : Chunks<T> {
   using typename Chunks<T>::A;
   using Chunks<T>::kAhead, Chunks<T>::kScoreStride;
-  using Chunks<T>::of, Chunks<T>::rows, Chunks<T>::keys, Chunks<T>::chunk_keys, Chunks<T>::chunks, Chunks<T>::items,
-      Chunks<T>::shares;
+  using Chunks<T>::of, Chunks<T>::rows, Chunks<T>::chunks, Chunks<T>::items, Chunks<T>::shares;
   using Chunks<T>::head_of;
 
   // What a chunk leaves, for each row.
@@ -103,7 +126,8 @@ struct Decode : Chunks<T> {
 
   void run_chunk(int64_t kv, int64_t chunk, int64_t share) const {
     const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads, n = (kv * chunks + chunk) * rows;
-    const int64_t key = chunk * chunk_keys, count = smaller(chunk_keys, keys - key);
+    const KeySpan span = this->keys_of(b, chunk);
+    const int64_t key = span.begin, count = span.end - key;
     const Rows<const T> key_rows = rows_of<T>(of.key, b, h), values = rows_of<T>(of.value, b, h);
     A* const probabilities = scores + share * rows * kScoreStride;
     const T** const x = queries + share * rows;
@@ -171,12 +195,12 @@ template <class T>
 struct DecodeBackward : Chunks<T> {
   using typename Chunks<T>::A;
   using Chunks<T>::kAhead, Chunks<T>::kScoreStride;
-  using Chunks<T>::of, Chunks<T>::rows, Chunks<T>::keys, Chunks<T>::chunk_keys, Chunks<T>::chunks, Chunks<T>::items,
-      Chunks<T>::shares;
+  using Chunks<T>::of, Chunks<T>::rows, Chunks<T>::chunks, Chunks<T>::items, Chunks<T>::shares;
 
   // A thread's own memory.
   struct Block {
     A *probabilities, *kept, *grad_scores;  // [rows, kScoreStride]; the second only with dropout
+    A* capped;                              // the same, only with a softcap
     A *queries, *grad_outputs;              // [rows, ..]
     const T **query_rows, **grad_rows;      // the same as they lie
   };
@@ -198,6 +222,7 @@ struct DecodeBackward : Chunks<T> {
       blocks[share] = {scores(),
                        of.dropout.threshold ? scores() : nullptr,
                        scores(),
+                       of.softcap != 0 ? scores() : nullptr,
                        allocate<A>(r, rows * width(query_columns)),
                        allocate<A>(r, rows * width(value_columns)),
                        allocate<const T*>(r, rows),
@@ -214,7 +239,8 @@ struct DecodeBackward : Chunks<T> {
 
   void run_chunk(int64_t kv, int64_t chunk, const Block& block) const {
     const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads;
-    const int64_t key = chunk * chunk_keys, count = smaller(chunk_keys, keys - key);
+    const KeySpan span = this->keys_of(b, chunk);
+    const int64_t key = span.begin, count = span.end - key;
     const Rows<const T> key_rows = rows_of<T>(of.key, b, h), values = rows_of<T>(of.value, b, h);
     for (int64_t row = 0; row < rows; ++row) {
       block.query_rows[row] = this->row_of(of.query, kv, row);
@@ -231,10 +257,14 @@ struct DecodeBackward : Chunks<T> {
     set_keys(block.grad_scores, block.queries, query_columns, key, count, A(of.scale), grad_key);
     set_keys(of.dropout.threshold ? block.kept : block.probabilities, block.grad_outputs, value_columns, key, count,
              A(of.dropout.scale), grad_value);
-    for (int64_t k = keys; k < of.keys && chunk + 1 == chunks; ++k) {
-      __builtin_memset(grad_key[k], 0, size_t(of.head_size) * sizeof(T));
-      __builtin_memset(grad_value[k], 0, size_t(of.value_size) * sizeof(T));
-    }
+    const auto clear = [&](int64_t first, int64_t end) {
+      for (int64_t k = first; k < end; ++k) {
+        __builtin_memset(grad_key[k], 0, size_t(of.head_size) * sizeof(T));
+        __builtin_memset(grad_value[k], 0, size_t(of.value_size) * sizeof(T));
+      }
+    };
+    if (chunk == 0) clear(0, span.begin);
+    if (chunk + 1 == chunks) clear(span.end, of.keys);
     A* const to = grad_queries + (kv * chunks + chunk) * rows * width(query_columns);
     __builtin_memset(to, 0, size_t(rows * width(query_columns)) * sizeof(A));
     if (of.head_size > 0)
@@ -257,7 +287,8 @@ struct DecodeBackward : Chunks<T> {
     A* const kept = of.dropout.threshold ? block.kept + row * kScoreStride : nullptr;
     const A* const statistics = static_cast<const A*>(arguments.statistics) + place;
     const Shift<A> shift = shift_of(statistics[0], statistics[of.batch * of.heads * of.queries]);
-    this->form_exponents(of_head, query, key, count, probabilities);
+    A* const capped = of.softcap != 0 ? block.capped + row * kScoreStride : nullptr;
+    this->form_exponents(of_head, query, key, count, probabilities, capped);
     for (int64_t n = 0; n < count; n += kLanes<A>) {
       const Vector<A> p =
           power_of_base(several<1>([&](int) { return (load(probabilities + n) - shift.near) - shift.rest; }))[0];
@@ -282,6 +313,8 @@ struct DecodeBackward : Chunks<T> {
     if (arguments.grad_logsumexp != nullptr) sum -= double(static_cast<const A*>(arguments.grad_logsumexp)[place]);
     for (int64_t n = 0; n < count; n += kLanes<A>)
       store(grad_scores + n, load(probabilities + n) * (load(grad_scores + n) - A(sum)));
+    for (int64_t n = 0; n < count && capped != nullptr; n += kLanes<A>)
+      store(grad_scores + n, load(grad_scores + n) * Scores<T>::derivative(load(capped + n)));
   }
   // See there, too.
   bool sums_delta() const { return chunks == 1; }
@@ -320,7 +353,7 @@ struct DecodeBackward : Chunks<T> {
 }  // namespace
 
 bool is_decode(const Attention& of) {
-  return seen_keys(of) > 0 && of.heads / larger(1, of.kv_heads) * of.queries <= kFewRows;
+  return of.heads / larger(1, of.kv_heads) * of.queries <= kFewRows && most_seen_keys(of) > 0;
 }
 
 void attention_decode(const AttentionForward& arguments, const Runtime& runtime) {

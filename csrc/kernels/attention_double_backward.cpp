@@ -13,6 +13,9 @@ namespace {
 //   grad of V = (Z P U)^T G               grad of K = scale ((grad of S)^T Q + (P E)^T A)
 //   grad of S = P T - P rowsum(P T), where P T = (P U) E + P Z (G C^T)
 //
+// A softcap's derivative d, and its own d', are factors of W but for M, of P E but in d' P E W, which the gradient of S
+// gets, and of that gradient but in M's.
+//
 // A block of queries has the scores of all keys at once, as many as stay in the cache, so that none of the twelve
 // products is computed twice; those that end in a gradient that is not wanted are not computed. The members of a team
 // meet where sums over all keys are known.
@@ -22,9 +25,9 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
   using Base::arguments, Base::of, Base::runtime, Base::has_dropout, Base::sums_rows_for_mask, Base::head_columns,
       Base::value_columns, Base::key_blocks, Base::block_keys, Base::block_queries, Base::score_stride,
       Base::head_stride, Base::value_stride, Base::shares, Base::grad_mask;
-  using Base::first_seeing, Base::tile, Base::width, Base::adds_in_place, Base::meet;
+  using Base::tile, Base::width, Base::adds_in_place, Base::meet;
   using typename Base::A, typename Base::E, typename Base::Team, typename Base::Queries, typename Base::Place,
-      typename Base::Span, typename Base::Factor;
+      typename Base::Factor;
   static constexpr int64_t kMostQueries = 128;
   static_assert(kMostQueries <= kChain);
 
@@ -52,6 +55,8 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     E* w;       // W, then Z P U
     E* t;       // Z (G C^T), then P T, then the gradient of S
     E* z;       // with dropout alone
+    E* capped;  // with a softcap alone, as the next
+    E* bent;    // d' W, then d' P E W
     A* p_sums;  // of a block's keys, [key_blocks, block_queries] as the next four
     A *w_sums, *mean_sums;
     A *t_sums, *mask_sums;        // the second: of the gradient of S
@@ -112,7 +117,8 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
       if (!this->has_own_memory(share)) continue;
       // One block of memory: of megabytes, each would be rounded up to huge pages of its own.
       const int64_t scores = of.keys * score_stride;
-      E* const p = allocate<E>(r, (has_dropout ? 5 : 4) * scores);
+      E* const p = allocate<E>(r, score_blocks(of) * scores);
+      E* const capped = of.softcap != 0 ? p + (has_dropout ? 5 : 4) * scores : nullptr;
       const auto sums = [&] { return allocate<A>(r, key_blocks * queries); };
       heads[share] = {keeps_keys ? new_keys(of.keys) : Keys{},
                       p,
@@ -120,6 +126,8 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
                       p + 2 * scores,
                       p + 3 * scores,
                       has_dropout ? p + 4 * scores : nullptr,
+                      capped,
+                      capped != nullptr ? capped + scores : nullptr,
                       sums(),
                       sums(),
                       sums(),
@@ -134,8 +142,11 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
 
   // Half of the cache is for the scores.
   static int64_t most_queries(const Attention& of, const Runtime& r) {
-    const int64_t bytes = (of.dropout.threshold ? 5 : 4) * larger(1, of.keys) * int64_t(sizeof(E));
+    const int64_t bytes = score_blocks(of) * larger(1, of.keys) * int64_t(sizeof(E));
     return larger(kLanes<E>, smaller(kMostQueries, r.cache / 2 / bytes) / kLanes<E> * kLanes<E>);
+  }
+  static int64_t score_blocks(const Attention& of) {
+    return (of.dropout.threshold ? 5 : 4) + (of.softcap != 0 ? 2 : 0);
   }
   Keys new_keys(int64_t count) const {
     const auto rows = [&](bool lies, bool is_there, int64_t stride) {
@@ -156,8 +167,8 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     const Rows<A> grad_values = this->value_sums(b, h, head.grad_values);
     team.each([&](int64_t member) {
       this->each_key_block(member, team, [&](int64_t key, int64_t count, int64_t) {
-        if (wants_keys) this->clear_unseen(key, count, head_columns, grad_keys);
-        if (wants_values) this->clear_unseen(key, count, value_columns, grad_values);
+        if (wants_keys) this->clear_unseen(b, key, count, head_columns, grad_keys);
+        if (wants_values) this->clear_unseen(b, key, count, value_columns, grad_values);
         // These sums nothing is added to.
         if (wants_values && !has_w)
           for (int64_t k = key; k < key + count; ++k)
@@ -173,19 +184,21 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
       meet(team);
       team.each([&](int64_t member) {
         const Block& block = members[member];
-        add_up(head.p_sums, block.p);
-        mean_of(head.w_sums, block, block.w);
-        mean_of(head.mean_sums, block, block.mean);
+        add_up(queries, head.p_sums, block.p);
+        mean_of(queries, head.w_sums, block, block.w);
+        mean_of(queries, head.mean_sums, block, block.mean);
         for (int64_t i = 0; i < block_queries; ++i) block.mean[i] -= block.grad_logsumexp[i];
         this->each_place(queries, member, team, [&](const Place& at) { form_products(at, head, block); });
       });
       meet(team);
       team.each([&](int64_t member) {
         const Block& block = members[member];
-        mean_of(head.t_sums, block, block.t);
+        mean_of(queries, head.t_sums, block, block.t);
+        this->clear_mask(queries, member, team);
         this->each_place(queries, member, team, [&](const Place& at) {
           form_grad_scores(at, head, block);
           if (grad_mask != nullptr && !sums_rows_for_mask) this->add_to_mask(at, at_block(head.t, at));
+          if (of.softcap != 0) bend(at, head);
           add_all(at, head, block, grad_keys, grad_values);
         });
       });
@@ -233,24 +246,24 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
   }
 
   void fetch_next(const Place& at, int64_t first, int64_t run) const {
-    const auto fetch = [&](const HeadsInput& from, int64_t b, int64_t h, const Span& span, int64_t size) {
+    const auto fetch = [&](const HeadsInput& from, int64_t b, int64_t h, const KeySpan& span, int64_t size) {
       if (from.data != nullptr) this->fetch_rows(rows_of<T>(from, b, h), span, size);
     };
-    const Span own = this->share_of(at, first, run, at.rows);
+    const KeySpan own = this->share_of(at, first, run, at.rows);
     const auto fetch_results = [&](const HeadsOutput& to, int64_t size) {
-      const Span rows{at.query + own.begin, at.query + own.end};
+      const KeySpan rows{at.query + own.begin, at.query + own.end};
       if (to.data != nullptr) this->template fetch_rows<true>(rows_of<T>(to, at.b, at.h), rows, size);
     };
     fetch_results(arguments.grad_query, of.head_size);
     fetch_results(arguments.grad_grad_output, of.value_size);
     Base::fetch_next(
         at, first, run,
-        [&](int64_t b, int64_t h, const Span& span) {
+        [&](int64_t b, int64_t h, const KeySpan& span) {
           fetch(of.query, b, h, span, of.head_size);
           fetch(arguments.grad_grad_query, b, h, span, of.head_size);
           fetch(arguments.grad_output, b, h, span, of.value_size);
         },
-        [&](int64_t b, int64_t h, const Span& span) {
+        [&](int64_t b, int64_t h, const KeySpan& span) {
           fetch(of.key, b, h, span, of.head_size);
           fetch(arguments.grad_grad_key, b, h, span, of.head_size);
           fetch(of.value, b, h, span, of.value_size);
@@ -269,12 +282,11 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     const auto clear = [&](A* sums) { __builtin_memset(sums, 0, size_t(block_queries) * sizeof(A)); };
     clear(w_sums);
     clear(mean_sums);
-    if (first_seeing(at, at.key) == at.rows) return clear(p_sums);
     const KeyRows keys = keys_at(at, head, block);
     E *const p = at_block(head.p, at), *const w = at_block(head.w, at);
     if (has_dropout) this->form_factors(at, at_block(head.z, at));
     this->template form_probabilities<true>(at, keys.k, block.q_panels, block.shift, block.rest, p,
-                                            at_block(head.e, at), p_sums,
+                                            at_block(head.e, at), at_block(head.capped, at), p_sums,
                                             [&](int64_t first, int64_t run) { fetch_next(at, first, run); });
     if (has_w) multiply_by_g<true>(at, head, block, keys.v, at_block(head.e, at), mean_sums);
     if (has_c) multiply_by_g<false>(at, head, block, keys.c, at_block(head.t, at), nullptr);
@@ -292,9 +304,23 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
       const E* const weights = tile(p, first, column);
       if (has_a) this->template add_rows<kPanel>(at, keys.k, block.a_panels, of.head_size, panel, column, first, sum);
       if (has_b) this->template add_rows<kPanel>(at, keys.b, block.q_panels, of.head_size, panel, column, first, sum);
+      A factor = scale;
+      if (of.softcap != 0) {
+        const E* const capped = tile(at_block(head.capped, at), first, column);
+        E* const bent = tile(at_block(head.bent, at), first, column);
+        for_copy(sum, [&](auto& copy) {
+          for (int i = 0; i < kRows; ++i)
+            for (int v = 0; v < kVectors; ++v) {
+              const int64_t n = i * score_stride + v * kLanes<A>;
+              copy[i][v] *= scale * Scores<T>::derivative(load(capped + n));
+              store(bent + n, copy[i][v] * load(capped + n) * A(-2 / of.softcap));
+            }
+        });
+        factor = 1;
+      }
       for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
         const int64_t n = i * score_stride + v * kLanes<A>;
-        const Vector<A> x = has_m ? sum[i][v] * scale + load(to + n) : sum[i][v] * scale;
+        const Vector<A> x = has_m ? sum[i][v] * factor + load(to + n) : sum[i][v] * factor;
         part[v] += x * load(weights + n);
         store(to + n, x);
       });
@@ -323,17 +349,18 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
   }
 
   // The sum of what the blocks of keys have for each query, in their order.
-  void add_up(const A* parts, A* to) const {
+  void add_up(const Queries& at, const A* parts, A* to) const {
     for (int64_t i = 0; i < block_queries; i += kLanes<A>) {
       Vector<A> sum{};
-      for (int64_t block = 0; block < key_blocks; ++block) sum += load(parts + block * block_queries + i);
+      for (int64_t block = at.first_block; block < at.end_block; ++block)
+        sum += load(parts + block * block_queries + i);
       store(to + i, sum);
     }
   }
   // The same of what P weighs. It adds up to one but for what the logsumexp was rounded by, and differences from a mean
   // of other weights would have that error of the mean itself, which may be many times as large as they.
-  void mean_of(const A* parts, const Block& block, A* to) const {
-    add_up(parts, to);
+  void mean_of(const Queries& at, const A* parts, const Block& block, A* to) const {
+    add_up(at, parts, to);
     for (int64_t i = 0; i < block_queries; i += kLanes<A>) {
       const Vector<A> weights = load(block.p + i);
       store(to + i, load(to + i) / (weights == A(0) ? broadcast(A(1)) : weights));
@@ -346,6 +373,7 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     __builtin_memset(sums, 0, size_t(block_queries) * sizeof(A));
     E *const p = at_block(head.p, at), *const e = at_block(head.e, at), *const w = at_block(head.w, at);
     E *const t = at_block(head.t, at), *const z = has_dropout ? at_block(head.z, at) : nullptr;
+    E* const bent = of.softcap != 0 ? at_block(head.bent, at) : nullptr;
     this->for_tiles(at, [&]<int, int kVectors>(int64_t, int64_t column, int64_t first, int64_t run) {
       Vector<A> w_sum[kVectors], mean[kVectors], part[kVectors] = {};
       for (int v = 0; v < kVectors; ++v) {
@@ -362,6 +390,7 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
             const Vector<A> difference = load(e + n) - mean[v], pu = weight * (load(w + n) - w_sum[v]);
             x += pu * difference;
             store(e + n, weight * difference);
+            if (bent != nullptr) store(bent + n, load(bent + n) * load(e + n));
             store(w + n, has_dropout ? pu * load(z + n) : pu);
           }
           part[v] += x;
@@ -393,10 +422,19 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
     });
   }
 
+  // What a softcap makes of the gradient of S and of P E.
+  void bend(const Place& at, const Head& head) const {
+    E *const t = at_block(head.t, at), *const e = at_block(head.e, at), *const bent = at_block(head.bent, at);
+    this->each_capped(at, at_block(head.capped, at), [&](int64_t n, auto d) {
+      const Vector<A> x = load(t + n) * d;
+      store(t + n, has_w ? x + load(bent + n) : x);
+      if (has_w) store(e + n, load(e + n) * d);
+    });
+  }
+
   // What a block of queries and a block of keys get from each other.
   void add_all(const Place& at, const Head& head, const Block& block, Rows<A> key_sums, Rows<A> value_sums) const {
-    const bool is_seen = first_seeing(at, at.key) < at.rows;
-    const KeyRows keys = is_seen ? keys_at(at, head, block) : KeyRows{};
+    const KeyRows keys = keys_at(at, head, block);
     const auto add_to_queries = [&](E* scores, Rows<const E> rows, const Columns<E>& columns, A* to, bool is_first) {
       Base::add_to_queries(at, at_block(scores, at), rows, columns, to + at.key_block * block_queries * width(columns),
                            is_first);
@@ -412,7 +450,6 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
         __builtin_memset(head.grad_rows + at.key_block * block_queries * width(value_columns), 0,
                          size_t(at.rows * width(value_columns)) * sizeof(A));
     }
-    if (!is_seen) return;
     const auto queries = [&](const HeadsInput& from, bool lies, const E* copied, int64_t stride) {
       return this->rows_at(from, lies, at.b, at.h, at.query, copied, stride);
     };
@@ -425,20 +462,21 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
 
   // A member's rows of what queries get.
   void finish_queries(const Queries& at, const Head& head, const Block& block, int64_t member, int64_t members) const {
+    const int64_t first = at.first_block * block_queries, seen = at.end_block - at.first_block;
     const Rows<T> grad_query = rows_of<T>(arguments.grad_query, at.b, at.h);
     const Rows<T> grad_grad_output = rows_of<T>(arguments.grad_grad_output, at.b, at.h);
     for (int64_t i = member; i < at.rows; i += members) {
       if (wants_queries)
-        this->add_parts(grad_query[at.query + i], head.grad_queries + i * width(head_columns), key_blocks, head_columns,
-                        A(of.scale));
+        this->add_parts(grad_query[at.query + i], head.grad_queries + (first + i) * width(head_columns), seen,
+                        head_columns, A(of.scale));
       if (wants_rows)
-        this->add_parts(grad_grad_output[at.query + i], head.grad_rows + i * width(value_columns), key_blocks,
+        this->add_parts(grad_grad_output[at.query + i], head.grad_rows + (first + i) * width(value_columns), seen,
                         value_columns, A(1));
       if (arguments.grad_grad_logsumexp != nullptr)
         static_cast<A*>(arguments.grad_grad_logsumexp)[(at.b * of.heads + at.h) * of.queries + at.query + i] =
             block.w[i];
     }
-    if (sums_rows_for_mask) this->add_rows_to_mask(at, head.mask_sums, key_blocks, member, members);
+    if (sums_rows_for_mask) this->add_rows_to_mask(at, head.mask_sums + first, seen, member, members);
   }
 };
 

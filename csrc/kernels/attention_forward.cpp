@@ -27,7 +27,7 @@ struct Forward {
   struct Block {
     E* queries;      // [D, queries], a right operand
     E* scores;       // [block_keys, score_stride], as base^(score - most); with pairs of keys side by side for bf16
-    A* masks;        // [block_keys, score_stride]; unused without one
+    A* masks;        // [block_keys, score_stride]; unused where nothing is added to scores
     A* outputs;      // [queries, output_stride]
     A* totals;       // [queries], the sums of the scores' exponentials
     A* parts;        // [queries], the same of the last kPartKeys; of float64 what `totals` was rounded by
@@ -57,6 +57,7 @@ struct Forward {
   const int64_t groups, kv_count, block_queries, query_blocks;
   const bool reads_values;  // as they lie, as keys
   const int64_t block_keys;
+  const bool has_mask;
   const int64_t shares, own_heads;  // own_heads: of each thread
   const int64_t key_stride, score_stride, output_stride;
   const Barrier barrier;
@@ -78,6 +79,7 @@ struct Forward {
         reads_values(kGroup<E> == 1 &&
                      lie_well<T, E>(of.value, are_read_often() ? smaller(of.keys, kBlockKeys) : 1, of.value_size)),
         block_keys(in_blocks(of.keys, kBlockKeys, kRandomKeys)),
+        has_mask(adds_mask(of)),
         shares(larger(1, smaller(r.threads, kv_count * groups * query_blocks))),
         own_heads(kv_count / shares),
         key_stride(staged_stride<E>(of.head_size)),
@@ -97,7 +99,7 @@ struct Forward {
     for (int64_t share = 0; share < shares; ++share) {
       blocks[share] = {allocate<E>(r, ceil_div(of.head_size, kGroup<E>) * kGroup<E> * block_queries),
                        allocate<E>(r, block_keys * score_stride),
-                       of.mask.type == MaskType::none ? nullptr : allocate<A>(r, block_keys * score_stride),
+                       has_mask ? allocate<A>(r, block_keys * score_stride) : nullptr,
                        allocate<A>(r, block_queries * output_stride),
                        allocate<A>(r, block_queries),
                        allocate<A>(r, block_queries),
@@ -133,7 +135,11 @@ struct Forward {
   }
 
   void pack(int64_t kv, int64_t key, const Head& head) const {
-    const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads, count = smaller(block_keys, of.keys - key);
+    const int64_t b = kv / of.kv_heads, h = kv % of.kv_heads;
+    const VisibleKeys visible(of, b);
+    const KeySpan seen = visible.span(0, of.queries);
+    const int64_t count = smaller(block_keys, visible.keys - key);
+    if (key + count <= seen.begin || key >= seen.end) return;
     if (!reads_keys) {
       const Rows<const T> rows = rows_of<T>(of.key, b, h);
       stage<E, T>(head.keys + key * key_stride, key_stride, count, of.head_size,
@@ -180,8 +186,9 @@ struct Forward {
     Rows<const E> keys{head.keys, key_stride};
     if constexpr (__is_same(T, E))
       if (reads_keys) keys = rows_of<T>(of.key, b, kv % of.kv_heads);
-    const int64_t end = scores.visible(query + rows - 1);
-    for (int64_t key = 0; key < end || key == 0; key += block_keys) {
+    const KeySpan seen = scores.span(query, rows);
+    const int64_t begin = first_in_tiles(seen.begin), end = seen.end;
+    for (int64_t key = begin; key < end || key == begin; key += block_keys) {
       const Place at{scores,
                      block,
                      keys,
@@ -191,10 +198,9 @@ struct Forward {
                      rows,
                      key,
                      smaller(block_keys, end - key),
-                     key == 0,
+                     key == begin,
                      key + block_keys >= end};
-      if (of.mask.type != MaskType::none)
-        scores.form_mask(query, rows, key, at.count, block_keys, block.masks, score_stride);
+      if (has_mask) scores.form_mask(query, rows, key, at.count, block_keys, block.masks, score_stride);
       for (int64_t p = 0; p < columns.panels; ++p)
         columns.with_width(p, [&]<int kVectors>() { form_scores<kVectors>(at, columns, p, have_most[p]); });
       add_up_parts(block, 0, rows);
@@ -210,6 +216,17 @@ struct Forward {
     finish(b, h, query, rows, block);
   }
 
+  // Where a block of keys begins that has this key, of those that a window may have at the left end. Random numbers are
+  // of whole groups of keys.
+  int64_t first_in_tiles(int64_t key) const {
+    const int64_t unit = of.dropout.threshold ? kRandomKeys : kTileRows;
+    return key / unit * unit;
+  }
+  // Of a block's keys, the first that query `query` sees or one that a tile has together with it.
+  int64_t first_row(const Place& at, int64_t query) const {
+    return larger(0, at.scores.first_visible(query) - at.key) / kTileRows * kTileRows;
+  }
+
   template <bool kForWriting, class S>
   static GENKERNELS_INLINE void prefetch(S* row, int64_t count) {
     constexpr int64_t kLine = 64 / int64_t(sizeof(S));
@@ -221,10 +238,10 @@ struct Forward {
   GENKERNELS_INLINE void form_scores(const Place& at, const Columns<E>& columns, int64_t p, bool& have_most) const {
     const E* const panel = at.block.queries + columns.offset(p, of.head_size);
     const int64_t column = columns.first_column(p), end = smaller(at.rows, column + kPanel * kLanes<A>);
-    for_key_tiles(at.count, [&]<int kRows>(int64_t row) GENKERNELS_LAMBDA {
+    const auto form_tile = [&]<int kRows>(int64_t row) GENKERNELS_LAMBDA {
       const int64_t key = at.key + row;
       // The first query that sees the first key. A tile of outputs may begin before it: there, too, scores have to be.
-      const int64_t seeing = larger(0, key - of.diagonal - at.query) / kTileRows * kTileRows;
+      const int64_t seeing = larger(0, key - at.scores.diagonal - at.query) / kTileRows * kTileRows;
       if (seeing >= end) return false;
       if (row % kPartKeys == 0) add_up_parts(at.block, column, column + kPanel * kLanes<A>);
       const int64_t skipped = larger(0, seeing - column) / kLanes<A>;
@@ -234,21 +251,23 @@ struct Forward {
         for (bool is_raised = false;; is_raised = true) {
           multiply_in_chains<kScoreChain<A>, kPanel>(at.keys[key], at.keys.stride, panel + from * kLanes<E> * kGroup<E>,
                                                      of.head_size, sum);
+          if (of.softcap != 0) for_copy(sum, [&](auto& copy) { at.scores.cap(&copy[0][0], kRows * kVectors); });
           A scale = at.scores.scale;
-          if (of.mask.type != MaskType::none) {
+          if (has_mask) {
             for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
               const Vector<A> masks = load(at.block.masks + (row + i) * score_stride + first + v * kLanes<A>);
               sum[i][v] = at.scores.with_mask(sum[i][v], masks);
             });
             scale = 1;
           }
-          const bool hides = key + kRows > at.scores.visible(at.query + first);
+          const bool hides = key + kRows > at.scores.visible(at.query + first) ||
+                             key < at.query + first + kVectors * kLanes<A> - 1 + at.scores.first_diagonal;
           if (!have_most) {
             Vector<A> scaled[kRows][kVectors];
             // With a scale of its own: products that the two share would not be fused with what is subtracted.
             const Vector<A> own = rounded(broadcast(scale));
             for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { scaled[i][v] = sum[i][v] * own; });
-            if (hides) hide_keys(at.query + first, key, scaled);
+            if (hides) hide_keys(at.scores, at.query + first, key, scaled);
             have_most = find_most(at, row, first, scaled) && from == 0;
           }
           if (!subtract_most(at, row, first, scale, hides, is_raised, sum)) break;
@@ -263,7 +282,8 @@ struct Forward {
           return form.template operator()<1>(kPanel - 1), true;
         }
       return form.template operator()<kPanel>(0), true;
-    });
+    };
+    for_key_tiles(at.count, form_tile, first_row(at, at.query + column / kTileRows * kTileRows));
   }
 
   // body.operator()<rows>(first) for tiles of keys until it returns false: of kTileRows, and of the last half of them
@@ -275,17 +295,22 @@ struct Forward {
     if constexpr (kRows > 1) for_key_tiles<kRows / 2>(count, body, first);
   }
 
-  // -inf where the diagonal hides a key.
+  // -inf where a diagonal hides a key.
   template <int kRows, int kVectors>
-  GENKERNELS_INLINE void hide_keys(int64_t query, int64_t key, Vector<A> (&tile)[kRows][kVectors]) const {
+  GENKERNELS_INLINE void hide_keys(const VisibleKeys& of_batch, int64_t query, int64_t key,
+                                   Vector<A> (&tile)[kRows][kVectors]) const {
     typedef LaneOf<sizeof(A)> Lane;
     typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
     Lanes lanes{};
     for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
-    const int64_t seeing = smaller(kVectors * kLanes<A>, key - of.diagonal - query);
+    // The first query that sees the first key, and the first that no longer does.
+    constexpr int64_t kQueries = kVectors * kLanes<A>;
+    const int64_t seeing = smaller(kQueries, key - of_batch.diagonal - query);
+    const int64_t end = smaller(kQueries, key - of_batch.first_diagonal - query + 1);
     for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
-      tile[i][v] =
-          lanes + Lane(v * kLanes<A>) < Lane(larger(0, seeing + i)) ? broadcast(-A(__builtin_inf())) : tile[i][v];
+      const Lanes at = lanes + Lane(v * kLanes<A>);
+      const auto is_hidden = (at < Lane(larger(0, seeing + i))) | (at >= Lane(larger(0, end + i)));
+      tile[i][v] = is_hidden != 0 ? broadcast(-A(__builtin_inf())) : tile[i][v];
     });
   }
 
@@ -300,7 +325,7 @@ struct Forward {
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) x[i][v] = x[i][v] * scale - most;
     }
-    if (hides) hide_keys(at.query + column, at.key + row, x);
+    if (hides) hide_keys(at.scores, at.query + column, at.key + row, x);
     Vector<A> tops[kVectors];
     for_tile<kRows, kVectors>([&](int i, int v)
                                   GENKERNELS_LAMBDA { tops[v] = i > 0 && tops[v] > x[i][v] ? tops[v] : x[i][v]; });
@@ -472,12 +497,12 @@ struct Forward {
           value_step = at.value_rows.stride;
         }
         for (int64_t first = 0; first < at.rows; first += kTileRows) {
-          const int64_t last = smaller(first + kTileRows, at.rows) - 1;
-          const int64_t count = larger(0, smaller(at.count, at.scores.visible(at.query + last) - at.key));
+          const int64_t last = smaller(first + kTileRows, at.rows) - 1, row = first_row(at, at.query + first);
+          const int64_t count = larger(0, smaller(at.count, at.scores.visible(at.query + last) - at.key) - row);
           if (count == 0 && !at.is_first && !at.is_last) continue;
           Vector<A> sum[kTileRows][kVectors] = {};
-          add_in_chains<kKeyChain<A>>(score_at(at.block, 0, first), kGroup<E>, score_stride * kGroup<E>, values,
-                                      value_step, count, sum);
+          add_in_chains<kKeyChain<A>>(score_at(at.block, row, first), kGroup<E>, score_stride * kGroup<E>,
+                                      values + row / kGroup<E> * value_step, value_step, count, sum);
           A* const to = at.block.outputs + first * output_stride + column;
           if (!at.is_first)
             for_tile<kTileRows, kVectors>(

@@ -40,6 +40,7 @@ struct Gradients {
     bool is_first_head;  // of those that share the keys
     Columns<E> columns;  // the queries as columns
     Next next;
+    int64_t first_block, end_block;  // the blocks of keys that they see
   };
   // The same beside a block of keys.
   struct Place : Queries {
@@ -49,7 +50,7 @@ struct Gradients {
   const Arguments& arguments;
   const Attention& of;
   const Runtime& runtime;
-  const bool has_dropout, sums_mask, sums_rows_for_mask, is_mask_shared;
+  const bool has_dropout, has_mask, is_few, sums_mask, sums_rows_for_mask, is_mask_shared;
   const Columns<E> head_columns, value_columns;
   const int64_t groups, kv_count, block_keys, key_blocks, block_queries;
   const int64_t score_stride, head_stride, value_stride;
@@ -62,6 +63,8 @@ struct Gradients {
         of(arguments.of),
         runtime(r),
         has_dropout(of.dropout.threshold != 0),
+        has_mask(adds_mask(of)),
+        is_few(is_decode(of)),
         sums_mask(arguments.grad_mask != nullptr &&
                   arguments.grad_mask_size != of.batch * of.heads * of.queries * of.keys),
         sums_rows_for_mask(arguments.grad_mask != nullptr && arguments.grad_mask_key == 0 && of.keys > 1),
@@ -132,7 +135,11 @@ struct Gradients {
         const bool ends_group = query + rows == of.queries, ends_head = ends_group && g + 1 == groups;
         const Next next{ends_head ? kv + 1 : kv, ends_group ? (ends_head ? 0 : g + 1) : g,
                         ends_group ? 0 : query + rows, ends_head, !(ends_head && is_last)};
-        body(Queries{scores, b, h * groups + g, h, query, rows, g == 0, Columns<E>(rows), next});
+        const KeySpan seen = scores.span(query, rows);
+        const int64_t first_block = seen.begin / block_keys;
+        const int64_t end_block = seen.begin == seen.end ? first_block : ceil_div(seen.end, block_keys);
+        body(
+            Queries{scores, b, h * groups + g, h, query, rows, g == 0, Columns<E>(rows), next, first_block, end_block});
       }
     }
   }
@@ -142,10 +149,12 @@ struct Gradients {
     for (int64_t block = member; block < key_blocks; block += team.members)
       body(block * block_keys, smaller(block_keys, of.keys - block * block_keys), block);
   }
+  // body(place) for those of them that a block of queries sees.
   template <class Body>
   void each_place(const Queries& queries, int64_t member, const Team& team, const Body& body) const {
-    each_key_block(member, team,
-                   [&](int64_t key, int64_t count, int64_t block) { body(Place{queries, key, count, block}); });
+    const int64_t skipped = (member + team.members - queries.first_block % team.members) % team.members;
+    for (int64_t block = queries.first_block + skipped; block < queries.end_block; block += team.members)
+      body(Place{queries, block * block_keys, smaller(block_keys, queries.scores.keys - block * block_keys), block});
   }
 
   // Rows as operands, with zeros up to the end of a register.
@@ -193,18 +202,16 @@ struct Gradients {
     }
   }
 
-  struct Span {
-    int64_t begin, end;
-  };
   template <bool kForWriting = false, class Element>
-  static void fetch_rows(Rows<Element> rows, const Span& span, int64_t size) {
+  static void fetch_rows(Rows<Element> rows, const KeySpan& span, int64_t size) {
     for (int64_t row = span.begin; row < span.end; ++row)
       for (int64_t n = 0; n < size; n += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows[row] + n, kForWriting, 2);
   }
   // Of `count` rows, those that go with keys [first, first + run) among the keys that a block of queries sees.
-  Span share_of(const Place& at, int64_t first, int64_t run, int64_t count) const {
-    const int64_t seen = at.scores.visible(at.query + at.rows - 1), key = smaller(at.key + first, seen);
-    return {count * key / seen, count * smaller(key + run, seen) / seen};
+  KeySpan share_of(const Place& at, int64_t first, int64_t run, int64_t count) const {
+    const KeySpan seen = at.scores.span(at.query, at.rows);
+    const int64_t all = seen.end - seen.begin, key = larger(0, smaller(at.key + first - seen.begin, all));
+    return {count * key / all, count * smaller(key + run, all) / all};
   }
   // What is copied next is fetched while a tile is multiplied, the share of a run of keys: fetch_queries(b, h, span)
   // and, with a new head, fetch_keys(b, h, span). To wait for memory when it is copied would take a tenth of the time.
@@ -213,14 +220,17 @@ struct Gradients {
                   const Key& fetch_keys) const {
     if (!at.next.is_there) return;
     const int64_t b = at.next.kv / of.kv_heads, h = at.next.kv % of.kv_heads, query = at.next.query;
-    const Span rows = share_of(at, first, run, smaller(block_queries, of.queries - query));
-    fetch_queries(b, h * groups + at.next.group, Span{query + rows.begin, query + rows.end});
+    const KeySpan rows = share_of(at, first, run, smaller(block_queries, of.queries - query));
+    fetch_queries(b, h * groups + at.next.group, KeySpan{query + rows.begin, query + rows.end});
     if (at.next.is_new_head) fetch_keys(b, h, share_of(at, first, run, of.keys));
   }
 
-  // The first of the block's queries that sees a key.
+  // The first of the block's queries that sees a key, and the first after those.
   int64_t first_seeing(const Queries& at, int64_t key) const {
-    return larger(0, smaller(at.rows, key - of.diagonal - at.query));
+    return larger(0, smaller(at.rows, key - at.scores.diagonal - at.query));
+  }
+  int64_t end_seeing(const Queries& at, int64_t key) const {
+    return larger(0, smaller(at.rows, key - at.scores.first_diagonal - at.query + 1));
   }
   E* tile(E* scores, int64_t first, int64_t column) const { return scores + first * score_stride + column; }
 
@@ -255,8 +265,9 @@ struct Gradients {
       });
       scale = 1;
     }
-    const int64_t hidden = at.key + first - of.diagonal - at.query - column;  // queries, for the first key
-    const bool hides = hidden + kRows > 1;
+    const int64_t hidden = at.key + first - at.scores.diagonal - at.query - column;  // queries, for the first key
+    const int64_t seeing = at.key + first - at.scores.first_diagonal - at.query - column + 1;  // and to its left
+    const bool hides = hidden + kRows > 1 || seeing < kVectors * kLanes<A>;
     Lanes lanes{};
     for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
 #pragma GCC unroll 8
@@ -265,10 +276,13 @@ struct Gradients {
         return (sum[i][v] * scale - load(near + column + v * kLanes<A>)) - load(rest + column + v * kLanes<A>);
       });
       if (hides) {
-        const Lanes begin = Lanes{} + Lane(larger(0, smaller(kVectors * kLanes<A>, hidden + i)));
+        const auto lane = [](int64_t n) GENKERNELS_LAMBDA { return Lane(larger(0, smaller(kVectors * kLanes<A>, n))); };
+        const Lane begin = lane(hidden + i), end = lane(seeing + i);
 #pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v)
-          x.at[v] = lanes + Lane(v * kLanes<A>) >= begin ? x.at[v] : broadcast(-A(__builtin_inf()));
+        for (int v = 0; v < kVectors; ++v) {
+          const Lanes query = lanes + Lane(v * kLanes<A>);
+          x.at[v] = ((query >= begin) & (query < end)) != 0 ? x.at[v] : broadcast(-A(__builtin_inf()));
+        }
       }
       form(i, x);
     }
@@ -285,7 +299,9 @@ struct Gradients {
         for (int64_t first = 0; first < at.count; first += kTileRows) {
           const int64_t seeing = first_seeing(at, at.key + first), begin = seeing / kTileRows * kTileRows;
           if (seeing == at.rows || begin >= end) break;
-          const int64_t run = smaller(kTileRows, at.count - first), skipped = larger(0, begin - column) / kLanes<A>;
+          const int64_t run = smaller(kTileRows, at.count - first);
+          if (end_seeing(at, at.key + first + run - 1) <= column / kTileRows * kTileRows) continue;
+          const int64_t skipped = larger(0, begin - column) / kLanes<A>;
           const auto call = [&]<int kVectors>() GENKERNELS_LAMBDA {
             body.template operator()<kPanel, kVectors>(p, column + (kPanel - kVectors) * kLanes<A>, first, run);
           };
@@ -343,6 +359,28 @@ struct Gradients {
                                   sum);
   }
 
+  // Makes products of a tile, times `factor`, what a softcap makes of them, and keeps that.
+  template <int kRows, int kVectors>
+  GENKERNELS_INLINE void cap_tile(const Place& at, A factor, E* capped, Vector<A> (&products)[kRows][kVectors]) const {
+    for_copy(products, [&](auto& copy) GENKERNELS_LAMBDA {
+      at.scores.cap(&copy[0][0], kRows * kVectors);
+      for (int i = 0; i < kRows; ++i)
+        for (int v = 0; v < kVectors; ++v) {
+          store(capped + i * score_stride + v * kLanes<A>, copy[i][v]);
+          copy[i][v] = rounded(copy[i][v] * factor);
+        }
+    });
+  }
+  // body(n, d) for a register of each query's scores, where d is the derivative of what a softcap makes of a score.
+  template <class Body>
+  void each_capped(const Place& at, const E* capped, const Body& body) const {
+    for_tiles(at, [&]<int, int kVectors>(int64_t, int64_t column, int64_t first, int64_t run) {
+      for (int64_t i = first; i < first + run; ++i)
+        for (int64_t n = i * score_stride + column, v = 0; v < kVectors; ++v, n += kLanes<A>)
+          body(n, Scores<T>::derivative(load(capped + n)));
+    });
+  }
+
   // The scores that the forward pass of few queries saw, times `factor`.
   void form_few_scores(const Place& at, A factor, E* to) const {
     constexpr int64_t kStride = kBlockKeys + kLanes<A>;
@@ -355,26 +393,28 @@ struct Gradients {
                          [&](int64_t i, int64_t k, int64_t) { return load(scores + i * kStride + k) * factor; });
   }
 
-  // P of a block of keys; with kSums what it adds up to for each query, in `sums`. `few` is scratch, and fetch(first,
-  // run) is called for runs of the keys.
+  // P of a block of keys; with kSums what it adds up to for each query, in `sums`, and with a softcap what that made of
+  // the products, in `capped`. `few` is scratch, and fetch(first, run) is called for runs of the keys.
   template <bool kSums, class Fetch>
   void form_probabilities(const Place& at, Rows<const E> keys, const E* panels, const A* near, const A* rest, E* p,
-                          E* few, A* sums, const Fetch& fetch) const {
-    const bool has_mask = of.mask.type != MaskType::none, has_scores = is_decode(of);
+                          E* few, E* capped, A* sums, const Fetch& fetch) const {
+    const bool has_cap = of.softcap != 0;
     if (has_mask) form_mask(at, p);
     // Without a mask that forward pass rounds them before it subtracts, the other one does not.
-    const A scale = has_scores && !has_mask ? A(1) : at.scores.scale;
-    if (has_scores) form_few_scores(at, has_mask ? A(1) : at.scores.scale, few);
+    const A few_scale = is_few && !has_mask ? at.scores.scale : A(1);
+    const A scale = is_few && !has_mask ? A(1) : at.scores.scale;
+    if (is_few) form_few_scores(at, has_cap ? A(1) : few_scale, few);
     if (kSums) __builtin_memset(sums, 0, size_t(width(at.columns)) * sizeof(A));
     for_small_tiles(at, [&]<int kPanel, int kRows, int kVectors>(int64_t panel, int64_t column, int64_t first) {
       if (panel + 1 == at.columns.panels) fetch(first, kRows);
       if (has_mask) fetch_mask(at, column, column + kVectors * kLanes<A>, first);
       Vector<A> sum[kRows][kVectors];
-      if (has_scores)
+      if (is_few)
         for_tile<kRows, kVectors>(
             [&](int i, int v) GENKERNELS_LAMBDA { sum[i][v] = load(tile(few, first + i, column) + v * kLanes<A>); });
       else
         multiply_rows<kPanel>(at, keys, panels, of.head_size, panel, column, first, sum);
+      if (has_cap) cap_tile(at, few_scale, tile(capped, first, column), sum);
       Vector<A> weights[kVectors] = {};
       shift_scores(at, first, column, scale, has_mask ? tile(p, first, column) : nullptr, near, rest, sum,
                    [&](int i, const auto& exponents) GENKERNELS_LAMBDA {
@@ -401,11 +441,13 @@ struct Gradients {
       columns.with_width(p, [&]<int kVectors>() {
         const int64_t column = columns.first_column(p);
         for_row_tiles(at.rows, [&]<int kRows>(int64_t first) {
-          const int64_t seen = at.scores.visible(at.query + first + kRows - 1) - at.key;
-          if (seen <= 0 && !is_first) return;
+          const KeySpan seen = at.scores.span(at.query + first, kRows);
+          const int64_t key = larger(0, seen.begin - at.key) / kTileRows * kTileRows;
+          const int64_t count = seen.begin == seen.end ? 0 : larger(0, smaller(at.count, seen.end - at.key) - key);
+          if (count == 0 && !is_first) return;
           Vector<A> sum[kRows][kVectors] = {};
-          add_in_chains<kKeyChain<A>>(scores + first, 1, score_stride, rows.first + column, rows.stride,
-                                      larger(0, smaller(at.count, seen)), sum);
+          add_in_chains<kKeyChain<A>>(scores + key * score_stride + first, 1, score_stride,
+                                      rows.first + key * rows.stride + column, rows.stride, count, sum);
 #pragma GCC unroll 8
           for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 3
@@ -429,8 +471,8 @@ struct Gradients {
       columns.with_width(p, [&]<int kVectors>() {
         const int64_t column = columns.first_column(p);
         for_row_tiles(at.count, [&]<int kRows>(int64_t first) {
-          const int64_t skipped = first_seeing(at, at.key + first);
-          if (skipped == at.rows) return;
+          const int64_t skipped = first_seeing(at, at.key + first), end = end_seeing(at, at.key + first + kRows - 1);
+          if (skipped >= end) return;
           const bool is_first =
               at.is_first_head && (at.query == 0 || at.scores.visible(at.query - 1) <= at.key + first);
           A* const each = to[at.key + first] + column;
@@ -441,7 +483,7 @@ struct Gradients {
           Vector<A> sum[kRows][kVectors] = {};
           const auto add = [&](const Factor& by) GENKERNELS_LAMBDA {
             add_in_chains<kKeyChain<A>>(by.scores + first * score_stride + skipped, score_stride, 1,
-                                        by.rows[skipped] + column, by.rows.stride, at.rows - skipped, sum);
+                                        by.rows[skipped] + column, by.rows.stride, end - skipped, sum);
           };
           add(one);
           if (other != nullptr) add(*other);
@@ -466,10 +508,13 @@ struct Gradients {
     return {own, width(value_columns)};
   }
   // Zeros for what add_to_keys() never reaches: tiles of keys that no query sees.
-  void clear_unseen(int64_t key, int64_t count, const Columns<E>& columns, Rows<A> to) const {
-    const int64_t seen = groups * of.queries == 0 ? 0 : larger(0, smaller(of.keys, of.queries + of.diagonal));
-    for (int64_t k = larger(key, ceil_div(seen, kTileRows) * kTileRows); k < key + count; ++k)
-      __builtin_memset(to[k], 0, size_t(columns.count) * sizeof(A));
+  void clear_unseen(int64_t b, int64_t key, int64_t count, const Columns<E>& columns, Rows<A> to) const {
+    const VisibleKeys visible(of, b);
+    const KeySpan seen = visible.span(0, groups == 0 ? 0 : of.queries);
+    const int64_t begin = seen.begin == seen.end ? visible.keys : seen.begin / kTileRows * kTileRows;
+    const int64_t end = smaller(visible.keys, ceil_div(seen.end, kTileRows) * kTileRows);
+    for (int64_t k = key; k < key + count; ++k)
+      if (k < begin || k >= end) __builtin_memset(to[k], 0, size_t(columns.count) * sizeof(A));
   }
   void narrow_rows(const HeadsOutput& to, int64_t b, int64_t h, int64_t key, int64_t count, int64_t size,
                    Rows<A> from) const {
@@ -490,14 +535,22 @@ struct Gradients {
     return grad_mask + b * arguments.grad_mask_batch + h * arguments.grad_mask_head + query * arguments.grad_mask_query;
   }
 
+  // The gradient of a mask where nothing is broadcast, of keys that a block of queries does not see.
+  void clear_mask(const Queries& at, int64_t member, const Team& team) const {
+    if (grad_mask == nullptr || sums_mask) return;
+    each_key_block(member, team, [&](int64_t key, int64_t count, int64_t block) {
+      if (block < at.first_block || block >= at.end_block) add_to_mask(Place{at, key, count, block}, nullptr);
+    });
+  }
   // The gradient of a mask that has keys: of the block's scores, += or, where nothing is broadcast, =.
   void add_to_mask(const Place& at, E* grad_scores) const {
     if (arguments.grad_mask_query == 0 && of.queries > 1) {
       for (int64_t k = 0; k < at.count && first_seeing(at, at.key + k) < at.rows; ++k) {
         Vector<A> sum{};
         const int64_t first = first_seeing(at, at.key + k / kTileRows * kTileRows) / kLanes<A> * kLanes<A>;
-        for (int64_t i = first; i < at.rows; i += kLanes<A>)
-          sum += load(tile(grad_scores, k, i), int(smaller(kLanes<A>, at.rows - i)));
+        const int64_t end = end_seeing(at, at.key + k);
+        for (int64_t i = first; i < end; i += kLanes<A>)
+          sum += load(tile(grad_scores, k, i), int(smaller(kLanes<A>, end - i)));
         mask_row(at.b, at.h, at.query)[at.key + k] += sum_of_lanes<A>(sum);
       }
       return;
@@ -505,11 +558,13 @@ struct Gradients {
     Lanes lanes{};
     for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
     A lines[kLanes<A>][kBlockKeys];
+    const int64_t all = smaller(block_keys, of.keys - at.key);  // of others than those of this batch there are zeros
     for (int64_t i = 0; i < at.rows; i += kLanes<A>) {
-      for (int64_t k = 0; k < at.count; k += kLanes<A>) {
-        const int64_t count = smaller(kLanes<A>, at.count - k), rows = smaller(kLanes<A>, at.rows - i);
-        const bool is_seen = at.scores.visible(at.query + i + rows - 1) > at.key + k;
-        if (!is_seen && sums_mask) break;
+      for (int64_t k = 0; k < all; k += kLanes<A>) {
+        const int64_t count = smaller(kLanes<A>, all - k), rows = smaller(kLanes<A>, at.rows - i);
+        const KeySpan span = at.scores.span(at.query + i, rows);
+        const bool is_seen = span.begin < smaller(span.end, at.key + k + count) && span.end > at.key + k;
+        if (!is_seen && sums_mask) continue;
         Square<LaneOf<sizeof(A)>> square;
         for (int64_t n = 0; n < kLanes<A>; ++n) {
           const Vector<A> row = n < count && is_seen ? load(tile(grad_scores, k + n, i)) : Vector<A>{};
@@ -518,11 +573,13 @@ struct Gradients {
         square.transpose();
         for (int64_t n = 0; n < rows; ++n) {
           const int64_t seen = larger(0, smaller(count, at.scores.visible(at.query + i + n) - at.key - k));
+          const int64_t unseen = smaller(seen, larger(0, at.scores.first_visible(at.query + i + n) - at.key - k));
           Vector<A> x;
           __builtin_memcpy(&x, &square.rows[n], sizeof x);
+          x = ((lanes >= Lane(unseen)) & (lanes < Lane(seen))) != 0 ? x : Vector<A>{};
           A* const to = mask_row(at.b, at.h, at.query + i + n) + at.key + k;
           if (!sums_mask)
-            store(lines[n] + k, lanes < Lane(seen) ? x : Vector<A>{});
+            store(lines[n] + k, x);
           else if (seen > 0)
             store(to, load(to, int(seen)) + x, int(seen));
         }
@@ -532,12 +589,12 @@ struct Gradients {
         A* const to = mask_row(at.b, at.h, at.query + i + n) + at.key;
         const bool streams = uintptr_t(to) % kVectorBytes == 0;
         int64_t k = 0;
-        for (; k + kLanes<A> <= at.count; k += kLanes<A>)
+        for (; k + kLanes<A> <= all; k += kLanes<A>)
           if (streams)
             stream(to + k, load(lines[n] + k));
           else
             store(to + k, load(lines[n] + k));
-        if (k < at.count) store(to + k, load(lines[n] + k), int(at.count - k));
+        if (k < all) store(to + k, load(lines[n] + k), int(all - k));
       }
     }
   }

@@ -170,6 +170,34 @@ Rows<T> rows_of(const HeadsOutput& of, int64_t b, int64_t h) {
   return {static_cast<T*>(of.data) + b * of.batch + h * of.head, of.row};
 }
 
+// Keys [begin, end).
+struct KeySpan {
+  int64_t begin, end;
+};
+
+// The keys that take part for each query of a batch: [first_visible(query), visible(query)).
+struct VisibleKeys {
+  int64_t keys, missing;  // of the batch, and what they are less than others'
+  int64_t diagonal, first_diagonal;
+
+  VisibleKeys(const Attention& of, int64_t b)
+      : keys(of.key_lengths == nullptr ? of.keys : of.key_lengths[b]),
+        missing(of.follows_lengths ? of.keys - keys : 0),
+        diagonal(of.diagonal - missing),
+        first_diagonal(of.first_diagonal - missing) {}
+
+  int64_t visible(int64_t query) const { return larger(0, smaller(keys, query + diagonal + 1)); }
+  int64_t first_visible(int64_t query) const { return larger(0, smaller(keys, query + first_diagonal)); }
+  // What queries [query, query + rows) see, together.
+  KeySpan span(int64_t query, int64_t rows) const {
+    if (rows <= 0) return {0, 0};
+    return {first_visible(query), visible(query + rows - 1)};
+  }
+};
+
+// Whether anything is added to scores.
+inline bool adds_mask(const Attention& of) { return of.mask.type != MaskType::none || of.alibi.slopes != nullptr; }
+
 // The passes of few queries, attention_decode.cpp. The second gives no gradient of a mask.
 constexpr int64_t kFewRows = 8;
 bool is_decode(const Attention& of);
@@ -178,7 +206,7 @@ void attention_decode_backward(const AttentionBackward& arguments, const Runtime
 
 // A head's scores: which keys take part for a query, and what is added to them.
 template <class T>
-struct Scores {
+struct Scores : VisibleKeys {
   using A = Accumulator<T>;
   typedef LaneOf<sizeof(A)> Lane;
   typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
@@ -187,18 +215,36 @@ struct Scores {
   const char* mask;  // of the head
   int64_t element;   // bytes of one of the mask
   uint32_t index;    // of the head among all
-  A scale;           // of scores as exponents of the base
+  A scale;           // of products, or of their tanh with a softcap, as exponents of the base
+  A slope, rest;     // ALiBi's, negative and as exponents, in two parts
+  int64_t offset;
 
   Scores(const Attention& attention, int64_t b, int64_t h)
-      : of(attention), index(uint32_t(b * of.heads + h)), scale(A(of.scale / kLogBase<A>)) {
+      : VisibleKeys(attention, b),
+        of(attention),
+        index(uint32_t(b * of.heads + h)),
+        scale(A((of.softcap != 0 ? of.softcap : of.scale) / kLogBase<A>)),
+        slope(0),
+        rest(0),
+        offset(of.alibi.offset - missing) {
     element = of.mask.type == MaskType::boolean    ? 1
               : of.mask.type == MaskType::of_dtype ? int64_t(sizeof(T))
                                                    : int64_t(sizeof(A));
     mask = static_cast<const char*>(of.mask.data) + (b * of.mask.batch + h * of.mask.head) * element;
+    if (of.alibi.slopes == nullptr) return;
+    const double exact =
+        -double(static_cast<const A*>(of.alibi.slopes)[b * of.alibi.batch + h * of.alibi.head]) / kLogBase<A>;
+    slope = A(exact);
+    rest = sizeof(A) == 8 ? A(0) : A(exact - double(slope));
   }
 
-  // Keys [0, visible(i)) take part for query i as far as the diagonal goes.
-  int64_t visible(int64_t query) const { return larger(0, smaller(of.keys, query + of.diagonal + 1)); }
+  // Products as the scores that a softcap leaves, over the softcap. Out of line: who does without is not slowed down.
+  __attribute__((noinline)) void cap(Vector<A>* products, int64_t count) const {
+    const A factor = A(of.scale / of.softcap);
+    for (int64_t n = 0; n < count; ++n) products[n] = tanh(several<1>([&](int) { return products[n] * factor; }))[0];
+  }
+  // Their derivative.
+  static GENKERNELS_INLINE Vector<A> derivative(Vector<A> capped) { return A(1) - capped * capped; }
 
   // A product and its mask as an exponent, the same in every pass: rounded twice, as PyTorch's.
   GENKERNELS_INLINE Vector<A> with_mask(Vector<A> product, Vector<A> masks) const {
@@ -206,14 +252,32 @@ struct Scores {
   }
   // The same of a query and the keys that a register holds, -inf where one takes no part.
   Vector<A> exponents_of(int64_t query, int64_t key, Vector<A> product) const {
-    const Vector<A> x = of.mask.type == MaskType::none
-                            ? product * scale
-                            : with_mask(product, as_exponents(load_mask(query, key, of.keys - key)));
-    const int64_t seen = visible(query) - key;
-    if (seen >= kLanes<A>) return x;
+    Vector<A> x;
+    if (!adds_mask(of)) {
+      x = product * scale;
+    } else {
+      Vector<A> masks{};
+      if (of.mask.type != MaskType::none) masks = as_exponents(load_mask(query, key, of.keys - key));
+      if (of.alibi.slopes != nullptr) masks += of_distance(key - query - offset);
+      x = with_mask(product, masks);
+    }
+    const int64_t seen = visible(query) - key, unseen = first_visible(query) - key;
+    return seen >= kLanes<A> && unseen <= 0 ? x : in_span(x, unseen, seen);
+  }
+  // -inf in all lanes but [begin, end).
+  static GENKERNELS_INLINE Vector<A> in_span(Vector<A> x, int64_t begin, int64_t end) {
     Lanes lanes{};
     for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
-    return lanes < Lane(larger(0, seen)) ? x : broadcast(-A(__builtin_inf()));
+    const auto lane = [](int64_t i) { return Lane(larger(0, smaller(kLanes<A>, i))); };
+    return ((lanes >= lane(begin)) & (lanes < lane(end))) != 0 ? x : broadcast(-A(__builtin_inf()));
+  }
+  // What ALiBi adds, as exponents, at distances of which the first lane's is `first` and each other's is 1 more.
+  GENKERNELS_INLINE Vector<A> of_distance(int64_t first) const {
+    Vector<A> distance{};
+    for (int l = 0; l < kLanes<A>; ++l) distance[l] = A(l);
+    distance += A(first);
+    distance = distance < A(0) ? -distance : distance;
+    return rounded(distance * rest) + distance * slope;
   }
 
   // A finite mask remains finite: a row of nothing but the least number has keys.
@@ -258,9 +322,21 @@ struct Scores {
         for (int64_t n = 0; n < some; ++n) __builtin_memcpy(to + (k + n) * stride + i, &square.rows[n], kVectorBytes);
       }
   }
-  // What the mask adds to scores as exponents, transposed. Where the diagonal hides a key this may be anything. The
-  // same of keys `ahead` later is fetched; 0 for none.
+  // What is added to scores as exponents, transposed. Where a diagonal hides a key this may be anything. The same of
+  // keys `ahead` later is fetched; 0 for none.
   void form_mask(int64_t query, int64_t rows, int64_t key, int64_t count, int64_t ahead, A* to, int64_t stride) const {
+    const bool has_mask = of.mask.type != MaskType::none;
+    if (has_mask) load_masks(query, rows, key, count, ahead, to, stride);
+    if (of.alibi.slopes == nullptr) return;
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t i = 0; i < rows; i += kLanes<A>) {
+        A* const at = to + k * stride + i;
+        const Vector<A> added = of_distance(query + i + offset - key - k);
+        store(at, has_mask ? load(at) + added : added);
+      }
+  }
+  // The mask's part of that.
+  void load_masks(int64_t query, int64_t rows, int64_t key, int64_t count, int64_t ahead, A* to, int64_t stride) const {
     if (of.mask.query == 0) {
       for (int64_t k = 0; k < count; k += kLanes<A>) {
         const int64_t some = smaller(kLanes<A>, count - k);

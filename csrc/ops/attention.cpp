@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "../dispatch.h"
@@ -56,14 +57,22 @@ AttentionMask mask_of(const char* name, const Tensor& mask, const Tensor& query,
   return result;
 }
 
+// What few calls have, each absent or as it was called.
+struct Features {
+  std::optional<Tensor> key_lengths, alibi_slopes;
+  int64_t window_left, window_right;
+  double softcap;
+};
+
 // All arguments but the gradients', with rows that are contiguous.
 struct Arguments {
   Tensor query, key, value;
+  std::optional<Tensor> key_lengths;
   Attention of{};
 
   Arguments(const Tensor& query_, const Tensor& key_, const Tensor& value_, const std::optional<Tensor>& attn_mask,
-            const std::optional<Tensor>& seed, double dropout_p, int64_t causal, double scale)
-      : query(query_), key(key_), value(value_) {
+            const std::optional<Tensor>& seed, double dropout_p, int64_t causal, double scale, const Features& features)
+      : query(query_), key(key_), value(value_), key_lengths(as_contiguous(features.key_lengths)) {
     check_heads("query", query);
     check_heads("key", key);
     check_heads("value", value);
@@ -102,17 +111,59 @@ struct Arguments {
       // Below 2^-32 nothing is dropped.
       if (of.dropout.threshold > 0) of.dropout.scale = dropout_p < 1 ? 1 / (1 - dropout_p) : 0;
     }
-    of.diagonal = causal == 0 ? S : causal == 1 ? 0 : S - L;
     of.scale = scale;
+    set_keys(features, causal);
+    if (features.alibi_slopes) set_slopes(*features.alibi_slopes);
+    STD_TORCH_CHECK(features.softcap >= 0 && std::isfinite(features.softcap), "softcap: expected 0 or more, got ",
+                    features.softcap);
+    of.softcap = features.softcap;
   }
 
-  double products() const { return double(of.batch * of.heads) * double(of.queries) * double(of.keys); }
+  double products() const {
+    return double(of.batch * of.heads) * double(of.queries) *
+           double(std::min(of.keys, of.diagonal - of.first_diagonal + 1));
+  }
+
+ private:
+  // Which keys take part.
+  void set_keys(const Features& features, int64_t causal) {
+    const int64_t left = features.window_left, right = features.window_right, reach = of.queries + of.keys;
+    STD_TORCH_CHECK(left >= -1 && right >= -1, "window_size: expected numbers of keys, or -1, got (", left, ", ", right,
+                    ")");
+    of.alibi.offset = causal == 1 ? 0 : of.keys - of.queries;
+    of.diagonal = causal == 0 ? of.keys : of.alibi.offset;
+    if (right >= 0) of.diagonal = std::min(of.diagonal, of.alibi.offset + std::min(right, reach));
+    if (left >= 0) of.first_diagonal = of.alibi.offset - std::min(left, reach);
+    of.follows_lengths = causal != 1;
+    if (!key_lengths) return;
+    STD_TORCH_CHECK(key_lengths->is_cpu() && key_lengths->scalar_type() == ScalarType::Long,
+                    "key_lengths: expected a CPU tensor of int64");
+    check_shape("key_lengths", *key_lengths, {of.batch});
+    of.key_lengths = static_cast<const int64_t*>(key_lengths->const_data_ptr());
+    for (int64_t b = 0; b < of.batch; ++b)
+      STD_TORCH_CHECK(of.key_lengths[b] >= 0 && of.key_lengths[b] <= of.keys, "key_lengths: expected numbers in [0, ",
+                      of.keys, "], got ", of.key_lengths[b]);
+  }
+
+  void set_slopes(const Tensor& slopes) {
+    STD_TORCH_CHECK(slopes.is_cpu() && slopes.scalar_type() == accumulator_dtype(query),
+                    "alibi_slopes: expected a CPU tensor of query's dtype, or of float32 beside bfloat16");
+    STD_TORCH_CHECK(
+        slopes.dim() == 2 && (slopes.size(0) == 1 || slopes.size(0) == of.batch) && slopes.size(1) == of.heads,
+        "alibi_slopes: expected shape ", shape_string(std::initializer_list<int64_t>{of.batch, of.heads}), " or [1, ",
+        of.heads, "], got ", shape_string(slopes.sizes()));
+    of.alibi.slopes = slopes.const_data_ptr();
+    of.alibi.batch = slopes.size(0) == 1 ? 0 : slopes.stride(0);
+    of.alibi.head = slopes.stride(1);
+  }
 };
 
 std::tuple<Tensor, Tensor> attention_forward(Tensor query, Tensor key, Tensor value, std::optional<Tensor> attn_mask,
-                                             std::optional<Tensor> seed, double dropout_p, int64_t causal,
-                                             double scale) {
-  const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale);
+                                             std::optional<Tensor> seed, double dropout_p, int64_t causal, double scale,
+                                             std::optional<Tensor> key_lengths, std::optional<Tensor> alibi_slopes,
+                                             int64_t window_left, int64_t window_right, double softcap) {
+  const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale,
+                            {key_lengths, alibi_slopes, window_left, window_right, softcap});
   const Attention& of = arguments.of;
   ++forward_calls.calls;
   const Tensor output = new_heads(query, of.batch, of.heads, of.queries, of.value_size);
@@ -164,13 +215,13 @@ Tensor new_grad_mask(const Tensor& query, const std::optional<Tensor>& attn_mask
   return grad_mask;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad_output_,
-                                                              std::optional<Tensor> grad_logsumexp_, Tensor query,
-                                                              Tensor key, Tensor value, std::optional<Tensor> attn_mask,
-                                                              std::optional<Tensor> seed, Tensor output_,
-                                                              Tensor statistics_, double dropout_p, int64_t causal,
-                                                              double scale, bool needs_mask) {
-  const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad_output_, std::optional<Tensor> grad_logsumexp_, Tensor query, Tensor key, Tensor value,
+    std::optional<Tensor> attn_mask, std::optional<Tensor> seed, Tensor output_, Tensor statistics_, double dropout_p,
+    int64_t causal, double scale, bool needs_mask, std::optional<Tensor> key_lengths,
+    std::optional<Tensor> alibi_slopes, int64_t window_left, int64_t window_right, double softcap) {
+  const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale,
+                            {key_lengths, alibi_slopes, window_left, window_right, softcap});
   const Attention& of = arguments.of;
   const int64_t B = of.batch, H = of.heads, L = of.queries;
   check_saved(arguments, grad_output_, grad_logsumexp_, output_, statistics_, needs_mask);
@@ -202,8 +253,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_back
     std::optional<Tensor> grad_grad_mask, Tensor grad_output_, std::optional<Tensor> grad_logsumexp_, Tensor query,
     Tensor key, Tensor value, std::optional<Tensor> attn_mask, std::optional<Tensor> seed, Tensor output,
     Tensor statistics_, double dropout_p, int64_t causal, double scale, bool needs_mask, bool needs_grad_output,
-    bool needs_query, bool needs_key, bool needs_value) {
-  const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale);
+    bool needs_query, bool needs_key, bool needs_value, std::optional<Tensor> key_lengths,
+    std::optional<Tensor> alibi_slopes, int64_t window_left, int64_t window_right, double softcap) {
+  const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale,
+                            {key_lengths, alibi_slopes, window_left, window_right, softcap});
   const Attention& of = arguments.of;
   const int64_t B = of.batch, H = of.heads, Hk = of.kv_heads, L = of.queries, S = of.keys;
   check_saved(arguments, grad_output_, grad_logsumexp_, output, statistics_, needs_mask);

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from .. import backend, reference
-from ..reference.attention import sum_dtype
+from ..reference.attention import Features, sum_dtype
 from .library import (
     apply,
     autocast,
@@ -33,6 +33,11 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     return_lse: Literal[False] = False,
+    key_lengths: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -48,6 +53,11 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     return_lse: Literal[True],
+    key_lengths: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -62,11 +72,17 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     return_lse: bool = False,
+    key_lengths: Tensor | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    alibi_slopes: Tensor | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of queries to keys, and the mean of the values that it weighs.
 
     Equivalent to: ``dropout(torch.softmax(scale * query @ key.mT + attn_mask, -1)) @ value``, and
-    with the signature of ``torch.nn.functional.scaled_dot_product_attention`` but for return_lse.
+    with the signature of ``torch.nn.functional.scaled_dot_product_attention`` but for what follows
+    ``enable_gqa``.
 
     The compiled CPU kernel holds a block of scores at a time, forward and backward, whatever
     attn_mask, dropout and gradients are asked for: memory grows with L + S, not with L x S. It
@@ -90,16 +106,34 @@ def scaled_dot_product_attention(
         enable_gqa: query may have several times as many heads (dimension -3) as key and value;
             neighbouring heads share one. Default False.
         return_lse: return the log-sum-exp of the scores as well. Default False.
+        key_lengths: [B], int64 or int32: how many keys of each batch, the first, take part (n in
+            what follows; S without it). Of several leading dimensions before the heads', of a shape
+            that can be broadcast to them. Keys and values beyond are never read, and get zeros for
+            gradients. A lower right diagonal ends at the last of the n keys. Default None.
+        window_size: (left, right), each -1 for no limit: key j takes part for query i where
+            i + o - left <= j <= i + o + right, with o = 0 beside an upper left diagonal
+            (``is_causal``) and o = n - L otherwise, as in FlashAttention; beside a diagonal both
+            count. What no query of a block sees is not computed: time grows with L times the
+            window (Beltagy et al. 2020, https://arxiv.org/abs/2004.05150). Default (-1, -1).
+        alibi_slopes: [H], or [B, H] (broadcast as key_lengths), float32 (or float64 beside
+            float64): -slope * |i + o - j| is added to the scores, with the o of window_size
+            (Press et al. 2022, https://arxiv.org/abs/2108.12409). Constants. Default None.
+        softcap: scores, once scaled, become softcap * tanh(score / softcap) before anything is
+            added to them (Gemma 2, https://arxiv.org/abs/2408.00118). Default 0: they do not.
+        sinks: [H], float32 or in query's dtype: of each head one more score, of a key without a
+            value, in the softmax and in the log-sum-exp (gpt-oss, https://arxiv.org/abs/2508.10925;
+            Xiao et al. 2023, https://arxiv.org/abs/2309.17453). Default None.
 
     Returns:
         output: [.., H, L, Dv], in query's dtype; under autocast in autocast's dtype. A query
             without any key gets zeros. It lies in memory as [.., L, H, Dv], so that heads are
             joined without a copy.
         logsumexp: with return_lse [.., H, L], the natural logarithm of the sum over the keys of
-            the scores' exponentials, before dropout, in float32 (float64 beside float64); -inf for
-            a query without any key.
+            the scores' exponentials, before dropout, in float32 (float64 beside float64); -inf, or
+            the sink, for a query without any key.
 
-    Both can be differentiated to any order, with respect to all floating-point tensors. From the
+    Both can be differentiated to any order, with respect to all floating-point tensors but
+    alibi_slopes. From the
     third order on that is plain PyTorch (counted as ``("attention_double_backward", "reference")``
     in ``stats()``), in blocks of scores too. Forward mode raises; ``use_backend("reference")`` has
     it.
@@ -108,8 +142,9 @@ def scaled_dot_product_attention(
     dropout_p > 0) and from an element's place, not from the number of threads.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that do not fit, and a dropout_p outside [0, 1]; the
-            message names the argument and the shapes.
+        RuntimeError: shapes, dtypes or devices that do not fit, a dropout_p outside [0, 1], lengths
+            outside [0, S], a window below -1, a softcap below 0, and alibi_slopes that require
+            gradients; the message names the argument and the shapes.
         ValueError: is_causal beside a ``CausalBias``.
 
     Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135, and Dao 2023,
@@ -132,7 +167,16 @@ def scaled_dot_product_attention(
         # Its gradient has more digits than what a bfloat16 output and gradient are rounded to.
         query, key, value = query.float(), key.float(), value.float()
     leading: tuple[int, ...] | None = None  # of the result, where the raw op's are not the same
-    if not _is_raw(query, key, value, attn_mask, enable_gqa):
+    features: tuple[Any, ...] = ()
+    is_plain = key_lengths is None and alibi_slopes is None and sinks is None
+    if not (is_plain and softcap == 0.0 and window_size == (-1, -1)):
+        _check(query, key, value, attn_mask, enable_gqa)
+        batch = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value))) or (1,)
+        query, key, value, attn_mask, leading = _as_raw(query, key, value, attn_mask)
+        if sinks is not None:
+            _check_constants("sinks", sinks, query, [query.size(1)])
+        features = _features(batch, query, key_lengths, alibi_slopes, tuple(window_size), softcap)
+    elif not _is_raw(query, key, value, attn_mask, enable_gqa):
         _check(query, key, value, attn_mask, enable_gqa)
         query, key, value, attn_mask, leading = _as_raw(query, key, value, attn_mask)
     if scale is None:
@@ -146,19 +190,25 @@ def scaled_dot_product_attention(
     arguments: Any = (*tensors, seed, dropout_p, causal, scale)
     if backend.select("scaled_dot_product_attention", query.device, query.dtype) == "reference":
         _check(*tensors, enable_gqa=True)
+        _check_lengths(key.size(2), *features[:1])
         backend.count("scaled_dot_product_attention", "reference")
-        output, statistics = reference.attention_forward(*arguments)
+        output, statistics = reference.attention_forward(*arguments, *features)
         logsumexps = [statistics.sum(0)]
     else:
         try:
             if needs_autograd(*tensors) or is_transformed():
-                output, statistics, *logsumexps = apply(_Attention, *arguments, return_lse)
+                needs_lse = return_lse or sinks is not None
+                results = apply(_Attention, *arguments, needs_lse, *features)
+                output, statistics, *logsumexps = results
             else:
-                output, statistics = _attention_forward(*arguments)
-                logsumexps = [statistics.sum(0)] if return_lse else []
+                output, statistics = _attention_forward(*arguments, *features)
+                logsumexps = [statistics.sum(0)] if return_lse or sinks is not None else []
         except RuntimeError:  # the compiled op checks faster, and the check says it better
             _check(*tensors, enable_gqa=True)
+            _check_lengths(key.size(2), *features[:1])
             raise
+    if sinks is not None:
+        output, logsumexps[0] = _with_sinks(output, logsumexps[0], sinks.unsqueeze(-1))
     if leading is not None:
         output = output.reshape(*leading, *output.shape[-2:])
     if output.dtype != dtype:
@@ -169,6 +219,16 @@ def scaled_dot_product_attention(
     if leading is not None:
         logsumexp = logsumexp.reshape(*leading, logsumexp.size(-1))
     return output, logsumexp
+
+
+def _with_sinks(output: Tensor, logsumexp: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, H, L, Dv] and [B, H, L] with one more score in each head's softmax."""
+    sinks = sinks.to(logsumexp.dtype).expand(logsumexp.shape)
+    finite = logsumexp.masked_fill(logsumexp == -torch.inf, 0)  # beside an output of zeros
+    # Not the sigmoid of the difference, whose derivative loses a small sink's digits.
+    weights = torch.stack([finite, sinks], -1).softmax(-1)
+    output = (output * weights[..., :1]).to(output.dtype)
+    return output, torch.stack([logsumexp, sinks], -1).logsumexp(-1)
 
 
 def _causal(bias: CausalBias, is_causal: bool, query: Tensor, key: Tensor) -> int:
@@ -301,6 +361,63 @@ def _merged(a: list[int], b: list[int]) -> list[int] | None:
     return None if None in merged else merged  # type: ignore[return-value]
 
 
+def _features(
+    batch: tuple[int, ...],
+    query: Tensor,
+    key_lengths: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window_size: tuple[int, ...],
+    softcap: float,
+) -> Features:
+    """What the raw op is given of these, beside a checked query that has its four dimensions."""
+    if key_lengths is not None:
+        if key_lengths.dtype not in (torch.int64, torch.int32):
+            _reject("key_lengths", "int64 or int32", key_lengths.dtype)
+        _check_constants("key_lengths", key_lengths, query, batch)
+        key_lengths = key_lengths.expand(batch).flatten().to(torch.int64)
+    if alibi_slopes is not None:
+        if alibi_slopes.requires_grad:
+            _reject("alibi_slopes", "constants", "a tensor that requires gradients")
+        of_heads = (*batch, query.size(1))
+        if alibi_slopes.dim() == 1:
+            _check_constants("alibi_slopes", alibi_slopes, query, of_heads[-1:])
+            alibi_slopes = alibi_slopes.unsqueeze(0)
+        else:
+            _check_constants("alibi_slopes", alibi_slopes, query, of_heads)
+            alibi_slopes = alibi_slopes.expand(of_heads).flatten(0, -2)
+        alibi_slopes = alibi_slopes.to(sum_dtype(query))
+    if len(window_size) != 2 or min(window_size) < -1:
+        _reject("window_size", "two numbers of keys, each -1 or more", window_size)
+    _check_softcap(softcap)
+    return Features(key_lengths, alibi_slopes, *window_size, softcap)
+
+
+def _check_constants(name: str, tensor: Tensor, query: Tensor, shape: Sequence[int]) -> None:
+    """A tensor of [.., heads] or of batches, or of fewer dimensions."""
+    if tensor.is_floating_point() != (name != "key_lengths"):
+        _reject(name, "a floating-point dtype", tensor.dtype)
+    if tensor.is_floating_point() and tensor.dtype not in (torch.float32, query.dtype):
+        _reject(name, f"float32 or query's dtype {query.dtype}", tensor.dtype)
+    if tensor.device != query.device:
+        _reject(name, f"query's device {query.device}", tensor.device)
+    if tensor.dim() > len(shape) or _merged(list(tensor.shape), list(shape)) != list(shape):
+        _reject(name, f"shape {list(shape)}, or one that is broadcast to it", list(tensor.shape))
+
+
+def _check_lengths(S: int, key_lengths: Tensor | None = None) -> None:
+    is_known = not torch.compiler.is_compiling() and not is_transformed()
+    if key_lengths is None or type(key_lengths) is not Tensor or not is_known:
+        return
+    for length in [] if key_lengths.is_meta else key_lengths.tolist():
+        if not 0 <= length <= S:
+            _reject("key_lengths", f"numbers in [0, {S}]", length)
+
+
+def _check_softcap(softcap: float) -> None:
+    if not 0 <= softcap < math.inf:
+        _reject("softcap", "a finite number, 0 or more", softcap)
+
+
 def _check_dropout(dropout_p: float) -> None:
     if not 0 <= dropout_p <= 1:
         _reject("dropout_p", "a probability in [0, 1]", dropout_p)
@@ -314,6 +431,7 @@ def _check_raw(
     seed: Tensor | None,
     dropout_p: float,
     causal: int,
+    *features: Any,
 ) -> None:
     tensors = {"query": query, "key": key, "value": value, "attn_mask": attn_mask}
     for name, tensor in tensors.items():
@@ -331,6 +449,17 @@ def _check_raw(
         _reject("seed", "int64 of shape [1]", f"{seed.dtype} of shape {list(seed.shape)}")
     if causal not in (0, 1, 2):
         _reject("causal", "0, 1 or 2", causal)
+    lengths, slopes, *window, softcap = Features(*features)
+    _check_tensor("key_lengths", lengths, [B], torch.int64)
+    if slopes is not None:
+        batches = 1 if slopes.dim() == 2 and slopes.size(0) == 1 else B
+        _check_tensor("alibi_slopes", slopes, [batches, query.size(1)], sum_dtype(query))
+    for name, constants in (("key_lengths", lengths), ("alibi_slopes", slopes)):
+        if constants is not None and constants.device != query.device:
+            _reject(name, f"query's device {query.device}", constants.device)
+    if min(window) < -1:
+        _reject("window_size", "numbers of keys, each -1 or more", window)
+    _check_softcap(softcap)
 
 
 def _rows(like: Tensor, columns: int) -> Tensor:
@@ -348,8 +477,9 @@ def _fake_forward(
     dropout_p: float,
     causal: int,
     scale: float,
+    *features: Any,
 ) -> tuple[Tensor, Tensor]:
-    _check_raw(query, key, value, attn_mask, seed, dropout_p, causal)
+    _check_raw(query, key, value, attn_mask, seed, dropout_p, causal, *features)
     dtype = sum_dtype(query)
     return _rows(query, value.size(-1)), query.new_empty((2, *query.shape[:3]), dtype=dtype)
 
@@ -376,8 +506,9 @@ def _fake_backward(
     causal: int,
     scale: float,
     needs_mask: bool,
+    *features: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_raw(query, key, value, attn_mask, seed, dropout_p, causal)
+    _check_raw(query, key, value, attn_mask, seed, dropout_p, causal, *features)
     shape = (*query.shape[:3], value.size(-1))
     dtype = sum_dtype(query)
     _check_tensor("grad_output", grad_output, shape, query.dtype)
@@ -404,7 +535,7 @@ def _fake_double_backward(
     grad_grad_mask: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    *gradients, grad_mask = _fake_backward(*args[:13])
+    *gradients, grad_mask = _fake_backward(*args[:13], *args[17:])
     grad_output, grad_logsumexp, query, key, value, attn_mask = args[:6]
     for name, tensor, like in (
         ("grad_grad_query", grad_grad_query, query),
@@ -421,7 +552,7 @@ def _fake_double_backward(
     gradients = [_rows(query, grad_output.size(-1)), *gradients]
     grad_grad_output, *gradients = (
         gradient if is_needed else query.new_empty(0)
-        for gradient, is_needed in zip(gradients, args[13:], strict=True)
+        for gradient, is_needed in zip(gradients, args[13:17], strict=True)
     )
     return grad_grad_output, grad_grad_logsumexp, *gradients, grad_mask
 
@@ -437,7 +568,7 @@ def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
 
 def _reference_double_backward(*args: Any) -> tuple[Tensor, ...]:
     empty = _fake_double_backward(*args)
-    results = reference.attention_double_backward(args[:4], *args[4:17])
+    results = reference.attention_double_backward(args[:4], *args[4:17], *args[21:])
     given = (
         e if result is None or e.dim() == 1 else result
         for e, result in zip(empty, results, strict=True)
@@ -456,17 +587,22 @@ def _laid(results: tuple[Tensor, ...], empty: tuple[Tensor, ...]) -> tuple[Tenso
 # 2 lower right. Of 16-bit tensors statistics, [2, B, H, L], are float32. Output and gradients but
 # for the mask's lie in memory as [B, L, H, D]. The double backward is given the gradients of the
 # backward pass's results; what it gives for a tensor that is not there, or is not needed, has no
-# elements.
+# elements. Few calls have the last arguments: those of `Features`.
+_FEATURES = (
+    "Tensor? key_lengths=None, Tensor? alibi_slopes=None, int window_left=-1, int window_right=-1, "
+    "float softcap=0.0"
+)
 _attention_forward = define(
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, "
-    "float dropout_p, int causal, float scale) -> (Tensor output, Tensor statistics)",
+    f"float dropout_p, int causal, float scale, {_FEATURES}) "
+    "-> (Tensor output, Tensor statistics)",
     _reference_forward,
     _fake_forward,
 )
 _attention_backward = define(
     "attention_backward(Tensor grad_output, Tensor? grad_logsumexp, Tensor query, Tensor key, "
     "Tensor value, Tensor? attn_mask, Tensor? seed, Tensor output, Tensor statistics, "
-    "float dropout_p, int causal, float scale, bool needs_mask) "
+    f"float dropout_p, int causal, float scale, bool needs_mask, {_FEATURES}) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
     _reference_backward,
     _fake_backward,
@@ -476,7 +612,7 @@ _attention_double_backward = define(
     "Tensor? grad_grad_value, Tensor? grad_grad_mask, Tensor grad_output, Tensor? grad_logsumexp, "
     "Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? seed, Tensor output, "
     "Tensor statistics, float dropout_p, int causal, float scale, bool needs_mask, "
-    "bool needs_grad_output, bool needs_query, bool needs_key, bool needs_value) "
+    f"bool needs_grad_output, bool needs_query, bool needs_key, bool needs_value, {_FEATURES}) "
     "-> (Tensor grad_grad_output, Tensor grad_grad_logsumexp, Tensor grad_query, Tensor grad_key, "
     "Tensor grad_value, Tensor grad_mask)",
     _reference_double_backward,
@@ -486,8 +622,10 @@ _attention_double_backward = define(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(query, key, value, attn_mask, seed, dropout_p, causal, scale, return_lse):
-        args = (query, key, value, attn_mask, seed, dropout_p, causal, scale)
+    def forward(
+        query, key, value, attn_mask, seed, dropout_p, causal, scale, return_lse, *features
+    ):
+        args = (query, key, value, attn_mask, seed, dropout_p, causal, scale, *features)
         output, statistics = _attention_forward(*args)
         return (output, statistics, statistics.sum(0)) if return_lse else (output, statistics)
 
@@ -495,23 +633,25 @@ class _Attention(torch.autograd.Function):
     def setup_context(ctx, inputs, outputs):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[1])
-        ctx.save_for_backward(*inputs[:5], *outputs[:2])
-        ctx.settings = inputs[5:8]
+        ctx.save_for_backward(*inputs[:5], *outputs[:2], *inputs[9:11])
+        ctx.settings, ctx.features = inputs[5:8], inputs[11:]
 
     @staticmethod
     def backward(ctx, grad_output, _, grad_logsumexp=None):
         if grad_output is None and grad_logsumexp is None:
-            return (None,) * 9
-        *inputs, seed, output, statistics = ctx.saved_tensors
+            return (None,) * len(ctx.needs_input_grad)
+        tensors = ctx.saved_tensors
+        *inputs, seed, output, statistics = tensors[:7]
+        features = (*tensors[7:], *ctx.features)
         if grad_output is None:
             grad_output = output.new_zeros(output.shape)
         saved = (seed, output, statistics, *ctx.settings, ctx.needs_input_grad[3])
-        args = (grad_output, grad_logsumexp, *inputs, *saved)
+        args = (grad_output, grad_logsumexp, *inputs, *saved, *features)
         if needs_autograd(grad_output, grad_logsumexp, *inputs):
             gradients = apply(_AttentionBackward, *args)
         else:
             gradients = _attention_backward(*args)
-        return *_needed(gradients, ctx.needs_input_grad[:4]), *(None,) * 5
+        return *_needed(gradients, ctx.needs_input_grad[:4]), *(None,) * (5 + len(features))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -526,23 +666,26 @@ class _AttentionBackward(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:9])
-        ctx.settings = inputs[9:12]
+        ctx.save_for_backward(*inputs[:9], *inputs[13:15])
+        ctx.settings, ctx.features = inputs[9:12], inputs[15:]
         if not inputs[12]:
             ctx.mark_non_differentiable(output[3])
 
     @staticmethod
     def backward(ctx, *cotangents):
         if all(cotangent is None for cotangent in cotangents):
-            return (None,) * 13
+            return (None,) * len(ctx.needs_input_grad)
         needed = ctx.needs_input_grad[:6]
-        args: Any = (*ctx.saved_tensors, *ctx.settings, needed[5])
+        tensors = ctx.saved_tensors
+        args: Any = (*tensors[:9], *ctx.settings, needed[5])
+        features = (*tensors[9:], *ctx.features)
         if needs_autograd(*cotangents, *args[:6]) or is_transformed():
             backend.count("attention_double_backward", "reference")
-            gradients = reference.attention_double_backward(cotangents, *args)
+            gradients = reference.attention_double_backward(cotangents, *args, *features)
         else:
-            gradients = _attention_double_backward(*cotangents, *args, needed[0], *needed[2:5])
-        return *_needed(gradients, needed), *(None,) * 7
+            needs = (needed[0], *needed[2:5])
+            gradients = _attention_double_backward(*cotangents, *args, *needs, *features)
+        return *_needed(gradients, needed), *(None,) * (7 + len(features))
 
     @staticmethod
     def vmap(info, in_dims, *args):

@@ -3,10 +3,12 @@
 Everywhere query is [B, H, L, D], key [B, Hk, S, D] and value [B, Hk, S, Dv]; H is a multiple of Hk,
 and query head h meets key head h // (H // Hk). attn_mask has four dimensions, each 1 or that of
 [B, H, L, S]. `causal` is 0 (not), 1 (key j takes part for query i where j <= i, "upper left") or 2
-(where j <= i + S - L, "lower right"). Of 16-bit arguments everything is computed in float32.
+(where j <= i + S - L, "lower right"). What few calls have follows the other arguments, in the order
+of `Features`. Of 16-bit arguments everything is computed in float32.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,20 @@ from torch import Tensor
 # Scores that the double backward holds at once: enough for a product, and what is computed of them
 # stays in the cache from one operation to the next.
 BLOCK = 2**18
+
+
+class Features(NamedTuple):
+    """With n the number of a batch's keys, S or of key_lengths, and o = 0 beside the upper left
+    diagonal, n - L otherwise (which the lower right one ends at, too), key j takes part for query i
+    where j < n and i + o - window_left <= j <= i + o + window_right."""
+
+    key_lengths: Tensor | None = None  # int64 [B]
+    alibi_slopes: Tensor | None = None  # [1 or B, H]: -slope |i + o - j| is added to scores
+    window_left: int = -1  # -1: no limit
+    window_right: int = -1
+    softcap: float = (
+        0.0  # scores become softcap tanh(score / softcap), first of all; 0: as they are
+    )
 
 
 def attention_forward(
@@ -25,13 +41,15 @@ def attention_forward(
     dropout_p: float = 0.0,
     causal: int = 0,
     scale: float = 1.0,
+    *features: Any,
 ) -> tuple[Tensor, Tensor]:
     """The output, [B, H, L, Dv], and statistics of the scores, [2, B, H, L]: a number near their
     logsumexp, and the rest of it, for which large scores would leave no digits. A query without
     keys gets zeros, and -inf and 0."""
-    (B, H, L, _), S, dtype = query.shape, key.size(2), sum_dtype(query)
-    q, k, v = query.to(dtype), _of_each_head(key, H).to(dtype), _of_each_head(value, H).to(dtype)
-    scores = _masked(scale * q @ k.mT, attn_mask, _diagonal(causal, L, S))  # [B, H, L, S]
+    (B, H, L, _), S, dtype, options = *_sizes(query, key), Features(*features)
+    q, k, v = query.to(dtype), *(_key_rows(t, H, dtype, options) for t in (key, value))
+    products = _capped(scale * q @ k.mT, options.softcap)  # [B, H, L, S]
+    scores = _masked(products, attn_mask, causal, (L, S), options)
     p, *statistics = _softmax(scores)
     if seed is not None:
         p = p * dropout_factors(seed, dropout_p, dtype, (0, B * H), (0, L), S).view(p.shape)
@@ -52,16 +70,19 @@ def attention_backward(
     causal: int = 0,
     scale: float = 1.0,
     needs_mask: bool = False,
+    *features: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and attn_mask, of which the last has no elements if it is
     not needed.
 
     Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135, appendix B.2.
     """
-    (B, H, L, _), (_, Hk, S, _), dtype = query.shape, key.shape, sum_dtype(query)
-    q, k, v = query.to(dtype), _of_each_head(key, H).to(dtype), _of_each_head(value, H).to(dtype)
+    (B, H, L, _), S, dtype, options = *_sizes(query, key), Features(*features)
+    Hk = key.size(1)
+    q, k, v = query.to(dtype), *(_key_rows(t, H, dtype, options) for t in (key, value))
     g = grad_output.to(dtype)
-    scores = _masked(scale * q @ k.mT, attn_mask, _diagonal(causal, L, S))
+    products = _capped(scale * q @ k.mT, options.softcap)
+    scores = _masked(products, attn_mask, causal, (L, S), options)
     p = _exp(scores, *statistics.unsqueeze(-1))
     dp, kept = g @ v.mT, p
     if seed is not None:
@@ -74,6 +95,8 @@ def attention_backward(
     grad_mask = query.new_empty(0)
     if needs_mask and attn_mask is not None:
         grad_mask = ds.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+    if options.softcap:
+        ds = ds * (1 - (products / options.softcap).square())
     return (
         (scale * ds @ k).to(query.dtype),
         _of_shared_heads(scale * ds.mT @ q, Hk).to(key.dtype),
@@ -97,6 +120,7 @@ def attention_double_backward(
     causal: int = 0,
     scale: float = 1.0,
     needs_mask: bool = False,
+    *features: Any,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of <cotangents, attention_backward(...)> with respect to its first six arguments.
 
@@ -110,24 +134,29 @@ def attention_double_backward(
         grad of S = P (T - rowsum(P T)), where T = U E + Z (G C^T)
 
     which reaches Q, K and attn_mask. Through W, Q gets scale (P E) B, and K gets scale (P E)^T A.
-    Of S the code has P T = (P U) E + P Z (G C^T).
+    Of S the code has P T = (P U) E + P Z (G C^T). A softcap's derivative D, and that of D, D', are
+    factors of W but for M, and of P E, which Q and K get; and Q and K get D (grad of S) + D' W P E.
 
     Several heads at a time, or some rows of one: no more than `BLOCK` scores are held, and nothing
     of size L x S. Differentiable to any order; what records gradients reads neither output nor
     statistics.
     """
-    (B, H, L, _), S, dtype = query.shape, key.size(2), sum_dtype(query)
+    (B, H, L, _), S, dtype, options = *_sizes(query, key), Features(*features)
+    softcap = options.softcap
 
-    def rows_of(tensor: Tensor, factor: float = 1.0) -> Tensor:  # [B * H, L or S, D]
-        tensor = _of_each_head(tensor, H).to(dtype).flatten(0, 1).contiguous()
+    def rows_of(tensor: Tensor, factor: float = 1.0) -> Tensor:  # [B * H, L, D]
+        tensor = tensor.to(dtype).flatten(0, 1).contiguous()
         return tensor if factor == 1 else factor * tensor
 
+    def key_rows_of(tensor: Tensor) -> Tensor:  # [B * H, S, D]
+        return rows_of(_key_rows(tensor, H, dtype, options))
+
     d_query, d_key, d_value, d_mask = cotangents
-    G, Q, K, V = rows_of(grad_output), rows_of(query, scale), rows_of(key), rows_of(value)
+    G, Q, K, V = rows_of(grad_output), rows_of(query, scale), key_rows_of(key), key_rows_of(value)
     A = None if d_query is None else rows_of(d_query, scale)
-    of_K, of_V = (None if d is None else rows_of(d) for d in (d_key, d_value))
+    of_K, of_V = (None if d is None else key_rows_of(d) for d in (d_key, d_value))
     # Written in place, by what torch.func may have mapped: then zeros have to be mapped, too.
-    given = (*cotangents, grad_output, grad_logsumexp, query, key, value, attn_mask)
+    given = (*cotangents, grad_output, grad_logsumexp, query, key, value, attn_mask, *options[:2])
     zero = sum((t.new_zeros((), dtype=dtype) for t in given if t is not None), G.new_zeros(()))
     grad_G, grad_Q, grad_K, grad_V = (zero.new_zeros(t.shape) for t in (G, Q, K, V))
     grad_lse = zero.new_zeros(B, H, L, 1)
@@ -147,12 +176,9 @@ def attention_double_backward(
         def per_row(of_row: Tensor, block: tuple[slice, ...] = block) -> Tensor:
             return of_row[block[:3]].flatten(0, 1)  # [heads, rows, 1]
 
-        scores = torch.bmm(q, k.mT)  # [heads, rows, columns], as everything below
-        if attn_mask is not None or causal:
-            diagonal = _diagonal(causal, L, S)
-            diagonal = None if diagonal is None else diagonal + rows.start
-            mask = None if attn_mask is None else attn_mask[_within(attn_mask, block)]
-            scores = _masked(scores.view(shape), mask, diagonal).flatten(0, 1)
+        products = _capped(torch.bmm(q, k.mT), softcap)  # [heads, rows, columns], as all below
+        mask = None if attn_mask is None else attn_mask[_within(attn_mask, block)]
+        scores = _masked(products.view(shape), mask, causal, (L, S), options, block).flatten(0, 1)
         if is_recorded:
             p = _softmax(scores)[0]
         else:
@@ -168,6 +194,12 @@ def attention_double_backward(
         if of_K is not None:
             b = of_K[of_keys].mT
             w = torch.bmm(q, b) if w is None else torch.baddbmm(w, q, b)
+        slope = bent = None
+        if softcap:
+            slope = 1 - (products / softcap).square()
+            if w is not None:
+                w = slope * w
+                bent = w * products * (-2 / softcap**2)
         if d_mask is not None:
             m = d_mask[_within(d_mask, block)].to(dtype).expand(shape).flatten(0, 1)
             w = m if w is None else w + m
@@ -185,6 +217,9 @@ def attention_double_backward(
             zpu = pu if z is None else z * pu
             grad_G[of_rows].baddbmm_(zpu, v)
             grad_V[of_keys].baddbmm_(zpu.mT, g)
+            if slope is not None:
+                bent = None if bent is None else bent * pe
+                pe = slope * pe
             if of_K is not None:
                 grad_Q[of_rows].baddbmm_(pe, of_K[of_keys])
             if A is not None:
@@ -198,11 +233,13 @@ def attention_double_backward(
         if pt is None:
             continue
         grad_s = torch.addcmul(pt, p, pt.sum(-1, keepdim=True), value=-1)
-        grad_Q[of_rows].baddbmm_(grad_s, k)
-        grad_K[of_keys].baddbmm_(grad_s.mT, q)
         if grad_mask is not None:
             here = grad_mask[_within(grad_mask, block)]
             here += grad_s.view(shape).sum_to_size(here.shape)
+        if slope is not None:
+            grad_s = slope * grad_s if bent is None else torch.addcmul(bent, slope, grad_s)
+        grad_Q[of_rows].baddbmm_(grad_s, k)
+        grad_K[of_keys].baddbmm_(grad_s.mT, q)
 
     def of_heads(grad: Tensor, like: Tensor, factor: float = 1.0) -> Tensor:
         grad = grad if factor == 1 else factor * grad
@@ -271,19 +308,56 @@ def sum_dtype(query: Tensor) -> torch.dtype:
     return torch.float32 if query.dtype in (torch.bfloat16, torch.float16) else query.dtype
 
 
+def _sizes(query: Tensor, key: Tensor) -> tuple[torch.Size, int, torch.dtype]:
+    return query.shape, key.size(2), sum_dtype(query)
+
+
 def _diagonal(causal: int, L: int, S: int) -> int | None:
     """Key j takes part for query i where j <= i + this."""
     return (None, 0, S - L)[causal]
 
 
-def _masked(scores: Tensor, attn_mask: Tensor | None, diagonal: int | None) -> Tensor:
+def _capped(scores: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def _masked(
+    scores: Tensor,
+    attn_mask: Tensor | None,
+    causal: int,
+    sizes: tuple[int, int],
+    options: Features,
+    block: tuple[slice, ...] | None = None,
+) -> Tensor:
+    """What is added to scores, [B, H, L, S] or a block of them as the mask, and -inf for keys that
+    take no part."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    if diagonal is not None:
-        ones = scores.new_ones(scores.shape[-2:], dtype=torch.bool)
-        scores = scores.masked_fill(~ones.tril(diagonal), -torch.inf)
+    lengths, slopes, left, right, _ = options
+    if not causal and lengths is None and slopes is None and left < 0 and right < 0:
+        return scores
+    (L, S), device = sizes, scores.device
+    batches, heads, rows, columns = block or (slice(None), slice(None), slice(0, L), slice(0, S))
+    i = torch.arange(rows.start, rows.stop, device=device).unsqueeze(-1)
+    j = torch.arange(columns.start, columns.stop, device=device)
+    length = S if lengths is None else lengths[batches].view(-1, 1, 1, 1)
+    distance = i - j + (0 if causal == 1 else length - L)  # to the left of query i's own key
+    if slopes is not None:
+        of_heads = slopes[_within(slopes, (batches, heads))][..., None, None]
+        scores = scores - of_heads * distance.abs()
+    hidden = []
+    if lengths is not None:
+        hidden.append(j >= length)
+    if causal:
+        hidden.append(distance < 0)
+    if left >= 0:
+        hidden.append(distance > left)
+    if right >= 0:
+        hidden.append(distance < -right)
+    for each in hidden:
+        scores = scores.masked_fill(each, -torch.inf)
     return scores
 
 
@@ -306,9 +380,13 @@ def _exp(scores: Tensor, shift: Tensor, log_sum: Tensor | None = None) -> Tensor
     return (difference if log_sum is None else difference - log_sum).exp()
 
 
-def _of_each_head(tensor: Tensor, H: int) -> Tensor:
-    """[B, Hk, S, D] as [B, H, S, D]."""
-    return tensor if tensor.size(1) == H else tensor.repeat_interleave(H // tensor.size(1), 1)
+def _key_rows(tensor: Tensor, H: int, dtype: torch.dtype, options: Features) -> Tensor:
+    """[B, Hk, S, D] as [B, H, S, D]; zeros beyond the keys of a batch, whatever is there."""
+    if options.key_lengths is not None:
+        j = torch.arange(tensor.size(2), device=tensor.device).view(1, 1, -1, 1)
+        tensor = tensor.masked_fill(j >= options.key_lengths.view(-1, 1, 1, 1), 0)
+    tensor = tensor if tensor.size(1) == H else tensor.repeat_interleave(H // tensor.size(1), 1)
+    return tensor.to(dtype)
 
 
 def _of_shared_heads(gradient: Tensor, Hk: int) -> Tensor:

@@ -377,21 +377,26 @@ bool check_loss(const genkernels::Kernels& kernels, const genkernels::Runtime& r
 }
 
 // Few queries, which have kernels of their own, and more; keys of several chunks, or of more than one block. Where
-// there is a mask its gradient is wanted, too, which those of few queries do not give.
+// there is a mask its gradient is wanted, too, which those of few queries do not give. With a window there are also
+// batches of different lengths, ALiBi and a softcap.
 struct AttentionSizes {
   int64_t heads, kv_heads, queries, keys;
   bool is_causal, has_mask;
+  int64_t window;  // of keys on either side; 0: none
 };
-constexpr AttentionSizes kAttentionSizes[] = {{4, 2, 3, 1100, true, false},
-                                              {3, 3, 3, 70, false, true},
-                                              {4, 2, 37, 70, true, false},
-                                              {3, 3, 37, 300, false, true}};
+constexpr AttentionSizes kAttentionSizes[] = {
+    {4, 2, 3, 1100, true, false, 0},  {3, 3, 3, 70, false, true, 0},      {4, 2, 37, 70, true, false, 0},
+    {3, 3, 37, 300, false, true, 0},  {4, 2, 3, 1100, false, false, 500}, {4, 2, 300, 310, true, false, 40},
+    {3, 3, 37, 300, false, true, 90},
+};
 
 // What attention gets, grad_output, grad_logsumexp, query, key, value and mask, or what it gives that has their shapes:
 // output, logsumexp and the last four's gradients.
 enum { kOutput, kLogsumexp, kQuery, kKey, kValue, kMask };
 template <class S>
 using AttentionTensors = std::array<std::vector<S>, 6>;
+
+constexpr double kSlopes[] = {0.5, 0.25, 0.0625, 0.125};
 
 AttentionTensors<double> plain_attention(const genkernels::Attention& of, const AttentionTensors<double>& arguments) {
   const auto& [grad_output, grad_logsumexp, query, key, value, mask] = arguments;
@@ -401,16 +406,26 @@ AttentionTensors<double> plain_attention(const genkernels::Attention& of, const 
   const int64_t S = of.keys, D = of.head_size, Dv = of.value_size;
   for (int64_t row = 0; row < of.batch * of.heads * of.queries; ++row) {
     const int64_t i = row % of.queries, kv = row / of.queries / (of.heads / of.kv_heads);
-    const int64_t seen = std::min(S, i + of.diagonal + 1);
-    Values p(seen), grad_p(seen);
+    const int64_t b = row / of.queries / of.heads, h = row / of.queries % of.heads;
+    const int64_t keys = of.key_lengths == nullptr ? S : of.key_lengths[b], missing = of.follows_lengths ? S - keys : 0;
+    const int64_t unseen = std::max<int64_t>(0, i + of.first_diagonal - missing);
+    const int64_t seen = std::min(keys, i + of.diagonal - missing + 1);
+    Values p(seen), grad_p(seen), derivative(seen, 1);
     double total = 0, mean = 0;
-    for (int64_t j = 0; j < seen; ++j) {
-      double score = mask.empty() ? 0 : mask[i * S + j];
+    for (int64_t j = unseen; j < seen; ++j) {
+      double score = 0;
       for (int64_t k = 0; k < D; ++k) score += of.scale * query[row * D + k] * key[(kv * S + j) * D + k];
+      if (of.softcap != 0) {
+        const double capped = std::tanh(score / of.softcap);
+        score = of.softcap * capped;
+        derivative[j] = 1 - capped * capped;
+      }
+      if (!mask.empty()) score += mask[i * S + j];
+      if (of.alibi.slopes != nullptr) score -= kSlopes[h] * double(std::abs(i + of.alibi.offset - missing - j));
       total += p[j] = std::exp(score);
     }
     logsumexp[row] = std::log(total);
-    for (int64_t j = 0; j < seen; ++j) {
+    for (int64_t j = unseen; j < seen; ++j) {
       p[j] /= total;
       for (int64_t k = 0; k < Dv; ++k) {
         const int64_t at = row * Dv + k, from = (kv * S + j) * Dv + k;
@@ -420,9 +435,10 @@ AttentionTensors<double> plain_attention(const genkernels::Attention& of, const 
       }
       mean += p[j] * grad_p[j];
     }
-    for (int64_t j = 0; j < seen; ++j) {
-      const double grad_score = p[j] * (grad_p[j] - mean + grad_logsumexp[row]);
+    for (int64_t j = unseen; j < seen; ++j) {
+      double grad_score = p[j] * (grad_p[j] - mean + grad_logsumexp[row]);
       if (!mask.empty()) grad_mask[i * S + j] += grad_score;
+      grad_score *= derivative[j];
       for (int64_t k = 0; k < D; ++k) {
         const int64_t at = row * D + k, from = (kv * S + j) * D + k;
         grad_query[at] += of.scale * grad_score * key[from];
@@ -459,6 +475,16 @@ bool check_attention(const genkernels::Kernels& kernels, const genkernels::Runti
   of.dropout.scale = 1;
   of.diagonal = sizes.is_causal ? of.keys - of.queries : of.keys;
   of.scale = 0.2;
+  const int64_t lengths[] = {of.keys - 7, of.keys};
+  const std::vector<S> alibi_slopes(std::begin(kSlopes), std::end(kSlopes));
+  if (sizes.window > 0) {
+    of.key_lengths = lengths;
+    of.follows_lengths = true;
+    of.alibi = {alibi_slopes.data(), 0, 1, of.keys - of.queries};
+    of.diagonal = of.alibi.offset + (sizes.is_causal ? 0 : sizes.window);
+    of.first_diagonal = of.alibi.offset - sizes.window;
+    of.softcap = 1.5;
+  }
 
   const int64_t rows = of.batch * of.heads * of.queries, key_rows = of.batch * of.kv_heads * of.keys;
   const int64_t counts[6] = {rows * of.value_size,     rows,
