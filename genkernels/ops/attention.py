@@ -81,8 +81,7 @@ def scaled_dot_product_attention(
     """Attention of queries to keys, and the mean of the values that it weighs.
 
     Equivalent to: ``dropout(torch.softmax(scale * query @ key.mT + attn_mask, -1)) @ value``, and
-    with the signature of ``torch.nn.functional.scaled_dot_product_attention`` but for what follows
-    ``enable_gqa``.
+    with the signature of ``torch.nn.functional.scaled_dot_product_attention`` up to enable_gqa.
 
     The compiled CPU kernel holds a block of scores at a time, forward and backward, whatever
     attn_mask, dropout and gradients are asked for: memory grows with L + S, not with L x S. It
@@ -115,12 +114,12 @@ def scaled_dot_product_attention(
             (``is_causal``) and o = n - L otherwise, as in FlashAttention; beside a diagonal both
             count. What no query of a block sees is not computed: time grows with L times the
             window (Beltagy et al. 2020, https://arxiv.org/abs/2004.05150). Default (-1, -1).
-        alibi_slopes: [H], or [B, H] (broadcast as key_lengths), float32 (or float64 beside
+        alibi_slopes: [H], or [B, H] (broadcast as key_lengths), float32 or narrower (float64 beside
             float64): -slope * |i + o - j| is added to the scores, with the o of window_size
             (Press et al. 2022, https://arxiv.org/abs/2108.12409). Constants. Default None.
         softcap: scores, once scaled, become softcap * tanh(score / softcap) before anything is
             added to them (Gemma 2, https://arxiv.org/abs/2408.00118). Default 0: they do not.
-        sinks: [H], float32 or in query's dtype: of each head one more score, of a key without a
+        sinks: [H], in the dtypes of alibi_slopes: of each head one more score, of a key without a
             value, in the softmax and in the log-sum-exp (gpt-oss, https://arxiv.org/abs/2508.10925;
             Xiao et al. 2023, https://arxiv.org/abs/2309.17453). Default None.
 
@@ -129,14 +128,13 @@ def scaled_dot_product_attention(
             without any key gets zeros. It lies in memory as [.., L, H, Dv], so that heads are
             joined without a copy.
         logsumexp: with return_lse [.., H, L], the natural logarithm of the sum over the keys of
-            the scores' exponentials, before dropout, in float32 (float64 beside float64); -inf, or
-            the sink, for a query without any key.
+            the scores' exponentials, before dropout, in float32 (float64 beside float64); -inf for
+            a query without any key, where there is no sink.
 
     Both can be differentiated to any order, with respect to all floating-point tensors but
-    alibi_slopes. From the
-    third order on that is plain PyTorch (counted as ``("attention_double_backward", "reference")``
-    in ``stats()``), in blocks of scores too. Forward mode raises; ``use_backend("reference")`` has
-    it.
+    alibi_slopes. From the third order on that is plain PyTorch (counted as
+    ``("attention_double_backward", "reference")`` in ``stats()``), in blocks of scores too. Forward
+    mode raises; ``use_backend("reference")`` has it.
 
     What is dropped follows from torch's default generator (one number of it at each call with
     dropout_p > 0) and from an element's place, not from the number of threads.
@@ -168,13 +166,14 @@ def scaled_dot_product_attention(
         query, key, value = query.float(), key.float(), value.float()
     leading: tuple[int, ...] | None = None  # of the result, where the raw op's are not the same
     features: tuple[Any, ...] = ()
+    needs_lse = return_lse or sinks is not None
     is_plain = key_lengths is None and alibi_slopes is None and sinks is None
     if not (is_plain and softcap == 0.0 and window_size == (-1, -1)):
         _check(query, key, value, attn_mask, enable_gqa)
         batch = torch.broadcast_shapes(*(t.shape[:-3] for t in (query, key, value))) or (1,)
         query, key, value, attn_mask, leading = _as_raw(query, key, value, attn_mask)
         if sinks is not None:
-            _check_constants("sinks", sinks, query, [query.size(1)])
+            _check_of_heads("sinks", sinks, query, [query.size(1)])
         features = _features(batch, query, key_lengths, alibi_slopes, tuple(window_size), softcap)
     elif not _is_raw(query, key, value, attn_mask, enable_gqa):
         _check(query, key, value, attn_mask, enable_gqa)
@@ -197,12 +196,11 @@ def scaled_dot_product_attention(
     else:
         try:
             if needs_autograd(*tensors) or is_transformed():
-                needs_lse = return_lse or sinks is not None
                 results = apply(_Attention, *arguments, needs_lse, *features)
                 output, statistics, *logsumexps = results
             else:
                 output, statistics = _attention_forward(*arguments, *features)
-                logsumexps = [statistics.sum(0)] if return_lse or sinks is not None else []
+                logsumexps = [statistics.sum(0)] if needs_lse else []
         except RuntimeError:  # the compiled op checks faster, and the check says it better
             _check(*tensors, enable_gqa=True)
             _check_lengths(key.size(2), *features[:1])
@@ -373,17 +371,17 @@ def _features(
     if key_lengths is not None:
         if key_lengths.dtype not in (torch.int64, torch.int32):
             _reject("key_lengths", "int64 or int32", key_lengths.dtype)
-        _check_constants("key_lengths", key_lengths, query, batch)
+        _check_place("key_lengths", key_lengths, query, batch)
         key_lengths = key_lengths.expand(batch).flatten().to(torch.int64)
     if alibi_slopes is not None:
         if alibi_slopes.requires_grad:
             _reject("alibi_slopes", "constants", "a tensor that requires gradients")
         of_heads = (*batch, query.size(1))
         if alibi_slopes.dim() == 1:
-            _check_constants("alibi_slopes", alibi_slopes, query, of_heads[-1:])
+            _check_of_heads("alibi_slopes", alibi_slopes, query, of_heads[-1:])
             alibi_slopes = alibi_slopes.unsqueeze(0)
         else:
-            _check_constants("alibi_slopes", alibi_slopes, query, of_heads)
+            _check_of_heads("alibi_slopes", alibi_slopes, query, of_heads)
             alibi_slopes = alibi_slopes.expand(of_heads).flatten(0, -2)
         alibi_slopes = alibi_slopes.to(sum_dtype(query))
     if len(window_size) != 2 or min(window_size) < -1:
@@ -392,12 +390,14 @@ def _features(
     return Features(key_lengths, alibi_slopes, *window_size, softcap)
 
 
-def _check_constants(name: str, tensor: Tensor, query: Tensor, shape: Sequence[int]) -> None:
-    """A tensor of [.., heads] or of batches, or of fewer dimensions."""
-    if tensor.is_floating_point() != (name != "key_lengths"):
-        _reject(name, "a floating-point dtype", tensor.dtype)
-    if tensor.is_floating_point() and tensor.dtype not in (torch.float32, query.dtype):
-        _reject(name, f"float32 or query's dtype {query.dtype}", tensor.dtype)
+def _check_of_heads(name: str, tensor: Tensor, query: Tensor, shape: Sequence[int]) -> None:
+    dtype = sum_dtype(query)
+    if not tensor.is_floating_point() or torch.promote_types(tensor.dtype, dtype) != dtype:
+        _reject(name, f"{dtype} or a narrower floating-point dtype", tensor.dtype)
+    _check_place(name, tensor, query, shape)
+
+
+def _check_place(name: str, tensor: Tensor, query: Tensor, shape: Sequence[int]) -> None:
     if tensor.device != query.device:
         _reject(name, f"query's device {query.device}", tensor.device)
     if tensor.dim() > len(shape) or _merged(list(tensor.shape), list(shape)) != list(shape):
