@@ -260,14 +260,13 @@ struct Forward {
             });
             scale = 1;
           }
-          const bool hides = key + kRows > at.scores.visible(at.query + first) ||
-                             key < at.query + first + kVectors * kLanes<A> - 1 + at.scores.first_diagonal;
+          const bool hides = key + kRows > at.scores.visible(at.query + first);
           if (!have_most) {
             Vector<A> scaled[kRows][kVectors];
             // With a scale of its own: products that the two share would not be fused with what is subtracted.
             const Vector<A> own = rounded(broadcast(scale));
             for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA { scaled[i][v] = sum[i][v] * own; });
-            if (hides) hide_keys(at.scores, at.query + first, key, scaled);
+            hide_keys(at, first, row, hides, scaled);
             have_most = find_most(at, row, first, scaled) && from == 0;
           }
           if (!subtract_most(at, row, first, scale, hides, is_raised, sum)) break;
@@ -295,23 +294,25 @@ struct Forward {
     if constexpr (kRows > 1) for_key_tiles<kRows / 2>(count, body, first);
   }
 
-  // -inf where a diagonal hides a key.
+  // -inf where a diagonal hides a key: where `hides`, from queries before it, and the first one from queries after it.
   template <int kRows, int kVectors>
-  GENKERNELS_INLINE void hide_keys(const VisibleKeys& of_batch, int64_t query, int64_t key,
+  GENKERNELS_INLINE void hide_keys(const Place& at, int64_t column, int64_t row, bool hides,
                                    Vector<A> (&tile)[kRows][kVectors]) const {
     typedef LaneOf<sizeof(A)> Lane;
     typedef Lane Lanes __attribute__((vector_size(kVectorBytes)));
-    Lanes lanes{};
-    for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
-    // The first query that sees the first key, and the first that no longer does.
     constexpr int64_t kQueries = kVectors * kLanes<A>;
-    const int64_t seeing = smaller(kQueries, key - of_batch.diagonal - query);
-    const int64_t end = smaller(kQueries, key - of_batch.first_diagonal - query + 1);
-    for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
-      const Lanes at = lanes + Lane(v * kLanes<A>);
-      const auto is_hidden = (at < Lane(larger(0, seeing + i))) | (at >= Lane(larger(0, end + i)));
-      tile[i][v] = is_hidden != 0 ? broadcast(-A(__builtin_inf())) : tile[i][v];
-    });
+    const int64_t query = at.query + column, key = at.key + row;
+    if (hides) {
+      Lanes lanes{};
+      for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
+      const int64_t seeing = smaller(kQueries, key - at.scores.diagonal - query);
+      for_tile<kRows, kVectors>([&](int i, int v) GENKERNELS_LAMBDA {
+        tile[i][v] =
+            lanes + Lane(v * kLanes<A>) < Lane(larger(0, seeing + i)) ? broadcast(-A(__builtin_inf())) : tile[i][v];
+      });
+    }
+    const int64_t end = key - at.scores.first_diagonal - query + 1;  // the queries that see the first key
+    if (end < kQueries) for_copy(tile, [&](auto& copy) { at.scores.hide_left(&copy[0][0], kRows, kVectors, end); });
   }
 
   // Makes the scores of a tile exponents. Whether they have to be computed again: of those that were far above `most`,
@@ -325,7 +326,7 @@ struct Forward {
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) x[i][v] = x[i][v] * scale - most;
     }
-    if (hides) hide_keys(at.scores, at.query + column, at.key + row, x);
+    hide_keys(at, column, row, hides, x);
     Vector<A> tops[kVectors];
     for_tile<kRows, kVectors>([&](int i, int v)
                                   GENKERNELS_LAMBDA { tops[v] = i > 0 && tops[v] > x[i][v] ? tops[v] : x[i][v]; });

@@ -266,8 +266,8 @@ struct Gradients {
       scale = 1;
     }
     const int64_t hidden = at.key + first - at.scores.diagonal - at.query - column;  // queries, for the first key
-    const int64_t seeing = at.key + first - at.scores.first_diagonal - at.query - column + 1;  // and to its left
-    const bool hides = hidden + kRows > 1 || seeing < kVectors * kLanes<A>;
+    const int64_t seeing = at.key + first - at.scores.first_diagonal - at.query - column + 1;  // of the first diagonal
+    const bool hides = hidden + kRows > 1, hides_left = seeing < kVectors * kLanes<A>;
     Lanes lanes{};
     for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
 #pragma GCC unroll 8
@@ -276,13 +276,15 @@ struct Gradients {
         return (sum[i][v] * scale - load(near + column + v * kLanes<A>)) - load(rest + column + v * kLanes<A>);
       });
       if (hides) {
-        const auto lane = [](int64_t n) GENKERNELS_LAMBDA { return Lane(larger(0, smaller(kVectors * kLanes<A>, n))); };
-        const Lane begin = lane(hidden + i), end = lane(seeing + i);
+        const Lanes begin = Lanes{} + Lane(larger(0, smaller(kVectors * kLanes<A>, hidden + i)));
 #pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) {
-          const Lanes query = lanes + Lane(v * kLanes<A>);
-          x.at[v] = ((query >= begin) & (query < end)) != 0 ? x.at[v] : broadcast(-A(__builtin_inf()));
-        }
+        for (int v = 0; v < kVectors; ++v)
+          x.at[v] = lanes + Lane(v * kLanes<A>) >= begin ? x.at[v] : broadcast(-A(__builtin_inf()));
+      }
+      if (hides_left) {
+        auto copy = x;
+        Scores<T>::hide_left(copy.at, 1, kVectors, seeing + i);
+        x = copy;
       }
       form(i, x);
     }

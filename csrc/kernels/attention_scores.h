@@ -271,6 +271,11 @@ struct Scores : VisibleKeys {
     const auto lane = [](int64_t i) { return Lane(larger(0, smaller(kLanes<A>, i))); };
     return ((lanes >= lane(begin)) & (lanes < lane(end))) != 0 ? x : broadcast(-A(__builtin_inf()));
   }
+  // -inf in a tile of keys by registers of queries for all but the first `end` queries, one more for each next key.
+  __attribute__((noinline)) static void hide_left(Vector<A>* tile, int64_t rows, int64_t vectors, int64_t end) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t v = 0; v < vectors; ++v, ++tile) *tile = in_span(*tile, 0, end + i - v * kLanes<A>);
+  }
   // What ALiBi adds, as exponents, at distances of which the first lane's is `first` and each other's is 1 more.
   GENKERNELS_INLINE Vector<A> of_distance(int64_t first) const {
     Vector<A> distance{};
