@@ -4,7 +4,6 @@ their definitions in plain PyTorch, each alone, with each other and beside all t
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -92,7 +91,7 @@ def exact(causal: int = 0, **values: Any) -> tuple[Tensor, Tensor]:
 def operands(causal: int, **values: Any) -> tuple[Any, ...]:
     """Query, key, value and all that is added to their scores, in the same leading dimensions."""
     query, key, value = (values[name] for name in TENSORS)
-    dtype = torch.float32 if query.dtype == torch.bfloat16 else query.dtype
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     (*batch, H, L, D), S = query.shape, key.size(-2)
     query, key, value = (t.to(dtype) for t in (query, key, value))
     key, value = (t.repeat_interleave(H // t.size(-3), -3) for t in (key, value))
@@ -148,7 +147,6 @@ ALL: dict[str, Any] = {
     "window_size": (20, 9),
     "alibi_slopes": SLOPES[:2],
     "softcap": 2.0,
-    "sinks": True,
 }
 FEATURES: dict[str, dict[str, Any]] = {
     "lengths": {"lengths": (0.5, 1.0)},
@@ -173,7 +171,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "bias_of_queries": {"mask": (1, 2, 35, 1), **ALL},
     "gqa": {"Hk": 1, "enable_gqa": True, **ALL},
     "dropout": {"dropout_p": 0.3, **ALL},
-    "all": ALL,
+    "all": {"sinks": True, **ALL},
     "all_causal": {"causal": UPPER_LEFT, **ALL},
     "all_lower_right": {"causal": LOWER_RIGHT, **ALL},
 }
@@ -217,7 +215,7 @@ class TestParity:
         ("L", "S"), [(0, 5), (5, 0), (1, 1), (2, 1), (17, 1), (9, 16), (16, 9), (48, 193)], ids=str
     )
     def test_sizes(self, L: int, S: int, dtype: torch.dtype) -> None:
-        for causal, options in itertools.product((0, UPPER_LEFT, LOWER_RIGHT), ({}, ALL)):
+        for causal, options in ((0, ALL), (UPPER_LEFT, ALL), (LOWER_RIGHT, {})):
             small = {**options, "window_size": (2, 1), "lengths": (0.5, 1.0)}
             check(
                 lambda seed, causal=causal, small=small: drawn(
@@ -294,9 +292,15 @@ def test_what_is_outside_of_a_window_is_not_computed(causal: int, dtype: torch.d
 
 @pytest.mark.usefixtures("simd", "poisoned_memory", "two_threads", "compiled_only")
 class TestDoubleBackward:
-    @pytest.mark.parametrize("sizes", [(35, 70), (3, 40), (230, 300), (230, 20)], ids=str)
     @pytest.mark.parametrize(
-        "case", [n for n in FEATURES if n not in ("mask", "one_key", "wide", "causal_alibi")]
+        ("case", "sizes"),
+        [
+            *((case, (35, 70)) for case in FEATURES if case not in ("mask", "one_key", "wide")),
+            *((case, (3, 40)) for case in ("lengths", "window", "softcap", "bias", "gqa")),
+            *((case, (230, 20)) for case in ("causal_window", "lower_right_window", "all")),
+            *((case, (230, 300)) for case in ("window", "bias", "bias_of_keys")),
+        ],
+        ids=str,
     )
     def test_against_the_reference(self, case: str, sizes: tuple[int, int]) -> None:
         """Whose own derivatives are autograd's."""
@@ -357,13 +361,14 @@ class TestGradients:
     def test_gradgradcheck(self, case: str) -> None:
         function, leaves = self.leaves_of(case)
         assert torch.autograd.gradcheck(function, leaves)
-        assert torch.autograd.gradgradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=case == "sinks")
         assert {name for _, name in genkernels.stats()} == {"cpp"}
 
-    @each_small
-    @pytest.mark.parametrize("block", [1, 7, 2**18])
+    @pytest.mark.parametrize(
+        ("case", "block"), [*((case, 2**18) for case in SMALL if case != "sinks"), ("all", 7)]
+    )
     def test_reference_in_blocks(
-        self, block: int, case: str, monkeypatch: pytest.MonkeyPatch
+        self, case: str, block: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The closed forms of the reference, for devices without a kernel and for third orders."""
         monkeypatch.setattr(reference, "BLOCK", block)
@@ -371,7 +376,7 @@ class TestGradients:
             plain = getattr(module, f"_reference_{name}")
             monkeypatch.setattr(module, f"_attention_{name}", plain)
         function, leaves = self.leaves_of(case)
-        assert torch.autograd.gradgradcheck(function, leaves)
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
     @each_small
     def test_third_derivative(self, case: str) -> None:
@@ -459,33 +464,25 @@ def test_raw_ops(dtype: torch.dtype) -> None:
         torch.testing.assert_close(actual, expected, **tolerance)
 
 
-class TestCompile:
-    def test_dynamic(self) -> None:
-        """One graph for any sizes, and the numbers of eager mode."""
-        torch._dynamo.reset()
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-        slopes = torch.tensor(SLOPES[:2])
+def test_compiled() -> None:
+    """One graph for any sizes, and the numbers of eager mode."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    slopes = torch.tensor(SLOPES[:2])
 
-        def function(**values: Any) -> tuple[Tensor, ...]:
-            return attention(
-                **values, window_size=(4, 1), alibi_slopes=slopes, softcap=2.0, return_lse=True
-            )
+    def function(**values: Any) -> tuple[Tensor, ...]:
+        return attention(
+            **values, window_size=(4, 1), alibi_slopes=slopes, softcap=2.0, return_lse=True
+        )
 
-        compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
-        graphs = set()
-        for L, S in ((5, 7), (9, 6), (40, 33)):
-            values = drawn((2, 2, L, S, 8), torch.float32, 0, lengths=(0.5, 1.0), sinks=True)
-            actual = with_gradients(compiled, values)
-            torch.testing.assert_close(actual, with_gradients(function, values), rtol=0, atol=0)
-            graphs.add(counter.frame_count)
-        assert len(graphs) == 1
-
-    def test_inductor(self) -> None:
-        torch._dynamo.reset()
-        values = drawn((2, 2, 20, 30, 8), torch.float32, 0, lengths=(0.5, 1.0), sinks=True)
-        with torch.no_grad():
-            actual = torch.compile(attention, fullgraph=True)(**values, softcap=1.5)
-        torch.testing.assert_close(actual, attention(**values, softcap=1.5))
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    graphs = set()
+    for L, S in ((5, 7), (40, 33)):
+        values = drawn((2, 2, L, S, 8), torch.float32, 0, lengths=(0.5, 1.0), sinks=True)
+        actual = with_gradients(compiled, values)
+        torch.testing.assert_close(actual, with_gradients(function, values), rtol=0, atol=0)
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1
 
 
 def test_vmap() -> None:
