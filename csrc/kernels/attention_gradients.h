@@ -578,7 +578,7 @@ struct Gradients {
           const int64_t unseen = smaller(seen, larger(0, at.scores.first_visible(at.query + i + n) - at.key - k));
           Vector<A> x;
           __builtin_memcpy(&x, &square.rows[n], sizeof x);
-          x = ((lanes >= Lane(unseen)) & (lanes < Lane(seen))) != 0 ? x : Vector<A>{};
+          x = (lanes >= Lane(unseen)) & (lanes < Lane(seen)) ? x : Vector<A>{};
           A* const to = mask_row(at.b, at.h, at.query + i + n) + at.key + k;
           if (!sums_mask)
             store(lines[n] + k, x);

@@ -269,7 +269,7 @@ struct Scores : VisibleKeys {
     Lanes lanes{};
     for (int l = 0; l < kLanes<A>; ++l) lanes[l] = Lane(l);
     const auto lane = [](int64_t i) { return Lane(larger(0, smaller(kLanes<A>, i))); };
-    return ((lanes >= lane(begin)) & (lanes < lane(end))) != 0 ? x : broadcast(-A(__builtin_inf()));
+    return (lanes >= lane(begin)) & (lanes < lane(end)) ? x : broadcast(-A(__builtin_inf()));
   }
   // -inf in a tile of keys by registers of queries for all but the first `end` queries, one more for each next key.
   __attribute__((noinline)) static void hide_left(Vector<A>* tile, int64_t rows, int64_t vectors, int64_t end) {

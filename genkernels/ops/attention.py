@@ -379,7 +379,7 @@ def _features(
         of_heads = (*batch, query.size(1))
         if alibi_slopes.dim() == 1:
             _check_of_heads("alibi_slopes", alibi_slopes, query, of_heads[-1:])
-            alibi_slopes = alibi_slopes.unsqueeze(0)
+            alibi_slopes = alibi_slopes.expand(1, query.size(1))
         else:
             _check_of_heads("alibi_slopes", alibi_slopes, query, of_heads)
             alibi_slopes = alibi_slopes.expand(of_heads).flatten(0, -2)
