@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -79,6 +80,13 @@ def _compiled(is_meant: Callable[[str], bool]) -> Iterator[None]:
     assert {name for _, name in calls} == {"cpp"}, (
         f"not every call ran the compiled kernel: {calls}"
     )
+
+
+@pytest.fixture
+def nothing_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel of `linear` runs sizes, too, that PyTorch does as fast."""
+    for limit in ("LEAST_ROWS", "LEAST_PRODUCTS", "LEAST_PRODUCTS_BESIDE_MKL"):
+        monkeypatch.setattr(sys.modules["genkernels.ops.linear"], limit, 0)
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ PyTorch has them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -92,6 +94,77 @@ def _differentiate(
     gradients = torch.autograd.grad(values, list(leaves.values()), cotangents)
     names = [*outputs, *(f"grad of {name}" for name in leaves)]
     return dict(zip(names, (*values, *gradients), strict=True)), cotangents
+
+
+def tensors_of(result: Any) -> list[Tensor]:
+    """The tensors that a module returned."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, PackedSequence):
+        return [result.data]
+    return [] if result is None else [tensor for part in result for tensor in tensors_of(part)]
+
+
+def run_module(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Outputs of a module at its own dtype and gradients of all it was given, by name."""
+    leaves: dict[str, Tensor] = dict(module.named_parameters())
+    prepared: dict[int, Tensor] = {}  # what was given twice is so again
+
+    def prepare(name: str, value: Any) -> Any:
+        if isinstance(value, PackedSequence):
+            return value._replace(data=prepare(name, value.data))
+        if not _floats(value):
+            return value
+        if id(value) not in prepared:
+            leaves[name] = prepared[id(value)] = value.detach().to(dtype).requires_grad_()
+        return prepared[id(value)]
+
+    args = [prepare(f"argument {i}", value) for i, value in enumerate(args)]
+    kwargs = {name: prepare(name, value) for name, value in kwargs.items()}
+    outputs = tensors_of(module(*args, **kwargs))
+    generator = torch.Generator().manual_seed(0)
+    cotangents = [
+        torch.randn(output.shape, generator=generator).to(torch.float32).to(dtype)
+        for output in outputs
+    ]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    return {f"output {i}": output for i, output in enumerate(outputs)} | {
+        f"grad of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)
+    }
+
+
+def assert_module_parity(
+    theirs: nn.Module,
+    ours: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    draws: int = 64,
+) -> None:
+    """Apply the rule to every output of a module and to the gradients of its parameters and
+    arguments.
+
+    Errors are the largest of all draws of the parameters: the modules are small, and of a few
+    elements alone PyTorch's error may be small by luck.
+    """
+    dtype = next(theirs.parameters()).dtype
+    results: tuple[list[dict[str, Tensor]], ...] = ([], [], [])
+    for draw in range(draws):
+        if draw > 0:
+            torch.manual_seed(draw)
+            with torch.no_grad():
+                for parameter in theirs.parameters():
+                    parameter.uniform_(-(parameter.size(-1) ** -0.5), parameter.size(-1) ** -0.5)
+            ours.load_state_dict(theirs.state_dict())
+        plain = run_module(theirs, args, kwargs, dtype)
+        exact = run_module(copy.deepcopy(theirs).double(), args, kwargs, torch.float64)
+        actual = run_module(ours, args, kwargs, dtype)
+        assert actual.keys() == plain.keys()
+        for kept, result in zip(results, (actual, plain, exact), strict=True):
+            kept.append(result)
+    for name in results[0][0]:
+        assert_parity(name, *(torch.stack([d[name].detach() for d in kept]) for kept in results))
 
 
 class ExactSums(TorchDispatchMode):

@@ -25,8 +25,6 @@ import genkernels
 from genkernels import backend
 from genkernels.ops.linear import ACTIVATIONS, LEAST_ROWS, MOST_FEW_ROWS
 
-module = sys.modules["genkernels.ops.linear"]
-
 TENSORS = ("input", "weight", "bias")
 COMPILED = {("linear_forward", "cpp"): 1}
 HANDED_OVER = {("linear", "reference"): 1}
@@ -130,13 +128,6 @@ def shape(values: dict[str, Any]) -> tuple[int, ...]:
 @pytest.fixture(autouse=True)
 def counts_from_zero() -> None:
     genkernels.stats(reset=True)
-
-
-@pytest.fixture
-def nothing_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For sizes that the kernel could run and PyTorch does as fast."""
-    for limit in ("LEAST_ROWS", "LEAST_PRODUCTS", "LEAST_PRODUCTS_BESIDE_MKL"):
-        monkeypatch.setattr(module, limit, 0)
 
 
 @pytest.mark.usefixtures(

@@ -6,15 +6,15 @@ import copy
 import io
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from parity import assert_parity
+from parity import assert_module_parity, assert_parity, run_module, tensors_of
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import pack_sequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import genkernels
@@ -35,67 +35,11 @@ def pair(*args: Any, module: type[nn.Module] = nn.GRU, **options: Any) -> tuple[
     return theirs, ours
 
 
-def tensors_of(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    if isinstance(result, PackedSequence):
-        return [result.data]
-    return [tensor for part in result for tensor in tensors_of(part)]
-
-
-def run(
-    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Outputs of a module at its own dtype and gradients of all it was given, by name."""
-    leaves: dict[str, Tensor] = dict(module.named_parameters())
-
-    def prepare(name: str, value: Any) -> Any:
-        if isinstance(value, PackedSequence):
-            return value._replace(data=prepare(name, value.data))
-        if isinstance(value, Tensor) and value.is_floating_point():
-            leaves[name] = value.detach().to(dtype).requires_grad_()
-            return leaves[name]
-        return value
-
-    args = [prepare(f"argument {i}", value) for i, value in enumerate(args)]
-    kwargs = {name: prepare(name, value) for name, value in kwargs.items()}
-    outputs = tensors_of(module(*args, **kwargs))
-    generator = torch.Generator().manual_seed(0)
-    cotangents = [
-        torch.randn(output.shape, generator=generator).to(torch.float32).to(dtype)
-        for output in outputs
-    ]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
-    return {f"output {i}": output for i, output in enumerate(outputs)} | {
-        f"grad of {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)
-    }
-
-
 def assert_same(theirs: nn.Module, ours: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Outputs and every gradient under the one rule, and the compiled kernel computed them.
-
-    Errors are the largest of 64 draws of the parameters: the modules are small, and of a few
-    elements alone PyTorch's error may be small by luck.
-    """
-    dtype = next(theirs.parameters()).dtype
-    results: tuple[list[dict[str, Tensor]], ...] = ([], [], [])
-    for draw in range(64):
-        if draw > 0:
-            torch.manual_seed(draw)
-            with torch.no_grad():
-                for parameter in theirs.parameters():
-                    parameter.uniform_(-(parameter.size(-1) ** -0.5), parameter.size(-1) ** -0.5)
-            ours.load_state_dict(theirs.state_dict())
-        plain = run(theirs, args, kwargs, dtype)
-        exact = run(copy.deepcopy(theirs).double(), args, kwargs, torch.float64)
-        genkernels.stats(reset=True)
-        actual = run(ours, args, kwargs, dtype)
-        assert {backend for _, backend in genkernels.stats(reset=True)} == {"cpp"}
-        assert actual.keys() == plain.keys()
-        for kept, result in zip(results, (actual, plain, exact), strict=True):
-            kept.append(result)
-    for name in results[0][0]:
-        assert_parity(name, *(torch.stack([d[name].detach() for d in kept]) for kept in results))
+    """Outputs and every gradient under the one rule, and the compiled kernel computed them."""
+    genkernels.stats(reset=True)
+    assert_module_parity(theirs, ours, args, kwargs)
+    assert {backend for _, backend in genkernels.stats(reset=True)} == {"cpp"}
 
 
 def options_id(options: dict[str, Any]) -> str:
@@ -307,12 +251,12 @@ class TestCompile:
         torch._dynamo.reset()
         _, ours = pair(6, 8, **options)
         compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
-        run(compiled, [torch.randn(5, 3, 6)], {}, torch.float32)
+        run_module(compiled, [torch.randn(5, 3, 6)], {}, torch.float32)
         with torch.compiler.set_stance("fail_on_recompile"):
             for shape in ((7, 4, 6), (2, 9, 6), (11, 2, 6)):
                 input = torch.randn(shape)
                 actual, expected = (
-                    run(module, [input], {}, torch.float32) for module in (compiled, ours)
+                    run_module(module, [input], {}, torch.float32) for module in (compiled, ours)
                 )
                 assert all(map(torch.equal, actual.values(), expected.values()))
 
@@ -321,7 +265,9 @@ class TestCompile:
         _, ours = pair(6, 8)
         compiled = torch.compile(ours, fullgraph=True)
         input = torch.randn(5, 3, 6)
-        actual, expected = (run(module, [input], {}, torch.float32) for module in (compiled, ours))
+        actual, expected = (
+            run_module(module, [input], {}, torch.float32) for module in (compiled, ours)
+        )
         assert all(map(torch.equal, actual.values(), expected.values()))
 
     def test_packed(self) -> None:

@@ -1,7 +1,17 @@
 """Drop-in modules: the names, arguments, parameters and state_dict of torch.nn's."""
 
+from .attention import MultiheadAttention
 from .gru import GRU, GRUCell
 from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
+from .transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
-__all__ = ["GRU", "GRUCell", "Linear", "LinearCrossEntropyLoss"]
+__all__ = [
+    "GRU",
+    "GRUCell",
+    "Linear",
+    "LinearCrossEntropyLoss",
+    "MultiheadAttention",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
+]
