@@ -27,7 +27,7 @@ train: .venv/built .venv/installed  ## train a GRU language model on real text (
 test: .venv/built .venv/installed  ## run the test suite (ARGS='-k gru')
 	$(PY) -m pytest --ignore tests/test_mutation.py $(ARGS)
 
-mutation: .venv/built .venv/installed  ## break the kernels line by line and see the tests fail (ten builds)
+mutation: .venv/built .venv/installed  ## break the kernels line by line and see the tests fail (eleven builds)
 	$(PY) -m pytest tests/test_mutation.py $(ARGS)
 
 bench: .venv/built .venv/installed  ## run the benchmarks and print the table

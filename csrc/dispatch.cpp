@@ -5,18 +5,21 @@
 
 #if defined(GENKERNELS_HAVE_AVX2)
 GENKERNELS_DECLARE_ATTENTION(avx2)
+GENKERNELS_DECLARE_DROPOUT(avx2)
 GENKERNELS_DECLARE_GRU(avx2)
 GENKERNELS_DECLARE_LINEAR(avx2)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx2)
 #endif
 #if defined(GENKERNELS_HAVE_AVX512)
 GENKERNELS_DECLARE_ATTENTION(avx512)
+GENKERNELS_DECLARE_DROPOUT(avx512)
 GENKERNELS_DECLARE_GRU(avx512)
 GENKERNELS_DECLARE_LINEAR(avx512)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx512)
 #endif
 #if defined(GENKERNELS_HAVE_AVX512_BF16)
 GENKERNELS_DECLARE_ATTENTION(avx512_bf16)
+GENKERNELS_DECLARE_DROPOUT(avx512_bf16)
 GENKERNELS_DECLARE_GRU(avx512_bf16)
 GENKERNELS_DECLARE_LINEAR(avx512_bf16)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx512_bf16)
@@ -31,6 +34,7 @@ namespace {
    level::attention_forward,                     \
    level::attention_backward,                    \
    level::attention_double_backward,             \
+   level::dropout,                               \
    level::gru_packed_size,                       \
    level::gru_pack,                              \
    level::gru_forward,                           \

@@ -2,11 +2,13 @@
 #pragma once
 
 #include "kernels/attention.h"
+#include "kernels/dropout.h"
 #include "kernels/gru.h"
 #include "kernels/linear.h"
 #include "kernels/linear_cross_entropy.h"
 
 GENKERNELS_DECLARE_ATTENTION(baseline)
+GENKERNELS_DECLARE_DROPOUT(baseline)
 GENKERNELS_DECLARE_GRU(baseline)
 GENKERNELS_DECLARE_LINEAR(baseline)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(baseline)
@@ -20,6 +22,7 @@ struct Kernels {
   decltype(&baseline::attention_forward) attention_forward;
   decltype(&baseline::attention_backward) attention_backward;
   decltype(&baseline::attention_double_backward) attention_double_backward;
+  decltype(&baseline::dropout) dropout;
   decltype(&baseline::gru_packed_size) gru_packed_size;
   decltype(&baseline::gru_pack) gru_pack;
   decltype(&baseline::gru_forward) gru_forward;

@@ -7,6 +7,7 @@ from .backend import empty_cache, explain, stats, use_backend
 from .nn.freeze import freeze, unfreeze
 from .ops import (
     bidirectional_gru,
+    dropout,
     gru,
     gru_cell,
     linear,
@@ -18,6 +19,7 @@ from .ops import (
 __all__ = [
     "__version__",
     "bidirectional_gru",
+    "dropout",
     "empty_cache",
     "explain",
     "freeze",

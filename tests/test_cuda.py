@@ -12,6 +12,8 @@ import torch
 from parity import assert_op_parity
 from test_backend import CALL, python
 from test_bidirectional_gru import split, together
+from test_dropout import dropout
+from test_dropout import plain as plain_dropout
 from test_gru import dtype_id, plain_gru
 from test_linear import plain as plain_linear
 from test_linear_cross_entropy import plain as plain_loss
@@ -27,7 +29,7 @@ DEVICE = "cuda"
 HALF = (torch.bfloat16, torch.float16)
 ATTENTION = "scaled_dot_product_attention"
 # The others' reference is PyTorch's own op, which is no fall back.
-WARNING = ("gru", "gru_cell", "bidirectional_gru", ATTENTION)
+WARNING = ("dropout", "gru", "gru_cell", "bidirectional_gru", ATTENTION)
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA device: PyTorch sees none here"),
@@ -60,6 +62,7 @@ GRU = {
 CELL = GRU | {"input": (19, 17)}
 BOTH = GRU | {f"{name}_reverse": shape for name, shape in GRU.items() if name != "input"}
 PACKED = GRU | {"input": (29, 17), "hx": (9, 33)}
+SUM = {"input": (5, 7, 17), "residual": (5, 7, 17)}
 LINEAR = {"input": (5, 17), "weight": (33, 17), "bias": (33,)}
 LARGE = {"input": (300, 130), "weight": (140, 130), "bias": (140,)}
 LOSS = {"input": (40, 33), "linear_weight": (65, 33), "linear_bias": (65,)}
@@ -77,6 +80,7 @@ CASES = {
     "gru-resets": Case(gru, plain_gru, GRU, {"resets": torch.arange(114).view(6, 19) % 5 == 0}),
     "gru_cell": Case(genkernels.gru_cell, lambda **v: torch.gru_cell(*v.values()), CELL),
     "bidirectional_gru": Case(together, torch_bidirectional_gru, BOTH),
+    "dropout": Case(partial(dropout, p=0.4), partial(plain_dropout, p=0.4), SUM),
     "linear": Case(partial(genkernels.linear, activation="gelu"), plain_linear("gelu"), LINEAR),
     "linear-large": Case(genkernels.linear, plain_linear(None), LARGE),
     "linear_cross_entropy": Case(loss, plain_loss, LOSS, TARGET | {"label_smoothing": 0.1}),

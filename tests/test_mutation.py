@@ -57,6 +57,12 @@ MUTANTS = {
         "row[target] += 0 * ",
         "grad of input: largest error",
     ),
+    "random_place": (  # each 64 elements drop what the first do
+        "dropout.cpp",
+        "uint32_t(group >> 28), uint32_t(group), numbers",
+        "uint32_t(group >> 28), 0, numbers",
+        "output: largest error",
+    ),
     "raised_maximum": (  # sums of the keys before a larger score
         "attention_forward.cpp",
         "store(block.totals + column, load(block.totals + column) * factor);",
@@ -79,6 +85,7 @@ MUTANTS = {
 # The tests that are asked for a file's mutants.
 SUITES = {
     "linear.cpp": ("test_linear.py", "TestParity and (many_rows or activations)"),
+    "dropout.cpp": ("test_dropout.py", "TestParity and test_shapes"),
     "linear_cross_entropy.cpp": ("test_linear_cross_entropy.py", "TestParity and shapes"),
     **dict.fromkeys(
         ("attention_forward.cpp", "attention_gradients.h", "attention_decode.cpp"),

@@ -3,6 +3,7 @@
 // Plain pointers and structs only: this header is what crosses from one SIMD level's code to another's.
 #pragma once
 
+#include "dropout.h"
 #include "runtime.h"
 
 namespace genkernels {
@@ -24,13 +25,6 @@ struct AttentionMask {
   MaskType type;
   const void* data;
   int64_t batch, head, query, key;
-};
-
-// An element is kept where its random number of 32 bits is at least `threshold`.
-struct Dropout {
-  uint64_t threshold;  // 0: no dropout; 2^32: nothing is kept
-  uint64_t seed;
-  double scale;  // of what is kept
 };
 
 // ALiBi (Press et al. 2022, https://arxiv.org/abs/2108.12409): -slope |i + offset - j| is added to the score of query i

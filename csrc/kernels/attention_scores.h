@@ -385,11 +385,7 @@ struct Scores : VisibleKeys {
                          uint32_t(k - group), numbers);
           for (int64_t word = 0; word < 4 && k + word * kTogether < count; ++word)
             for (int64_t n = 0; n < kRandomQueries; n += kLanes<A>) {
-              Lanes x;
-              if constexpr (sizeof(Lane) == sizeof(uint32_t))
-                __builtin_memcpy(&x, numbers[word] + n, sizeof x);
-              else
-                for (int l = 0; l < kLanes<A>; ++l) x[l] = numbers[word][n + l];
+              const Lanes x = load_numbers<A>(numbers[word] + n);
               body(k + word * kTogether, i + n, (Lanes)(x >= least) & all);
             }
         }

@@ -65,6 +65,17 @@ GENKERNELS_INLINE void random_keys(uint64_t seed, uint32_t head, uint32_t query,
   }
 }
 
+// As many of them as a register of S has lanes, one in each.
+template <class S>
+GENKERNELS_INLINE Vector<LaneOf<sizeof(S)>> load_numbers(const uint32_t* from) {
+  Vector<LaneOf<sizeof(S)>> x;
+  if constexpr (sizeof(S) == sizeof(uint32_t))
+    __builtin_memcpy(&x, from, sizeof x);
+  else
+    for (int i = 0; i < kLanes<S>; ++i) x[i] = from[i];
+  return x;
+}
+
 // The same numbers of keys n, n + 16, n + 32 and n + 48 of such a group and of 16 queries from `query` on.
 constexpr int64_t kRandomQueries = 16;
 GENKERNELS_INLINE void random_queries(uint64_t seed, uint32_t head, uint32_t query, uint32_t group, uint32_t n,

@@ -104,12 +104,8 @@ struct Arguments {
     if (attn_mask) of.mask = mask_of("attn_mask", *attn_mask, query, {B, H, L, S});
     of.dropout.scale = 1;
     if (seed) {
-      STD_TORCH_CHECK(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
-                      "seed: expected a CPU tensor of one int64");
-      of.dropout.threshold = uint64_t(dropout_p * 4294967296.0);
-      of.dropout.seed = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
-      // Below 2^-32 nothing is dropped.
-      if (of.dropout.threshold > 0) of.dropout.scale = dropout_p < 1 ? 1 / (1 - dropout_p) : 0;
+      of.dropout = dropout_of(dropout_p, *seed);
+      if (of.dropout.threshold == 0) of.dropout.scale = 1;  // below 2^-32 nothing is dropped
     }
     of.scale = scale;
     set_keys(features, causal);

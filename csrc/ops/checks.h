@@ -10,6 +10,7 @@
 #include <optional>
 #include <string>
 
+#include "../kernels/dropout.h"
 #include "../kernels/runtime.h"
 
 namespace genkernels {
@@ -43,6 +44,14 @@ inline DType dtype_of(const Tensor& input) {
     case ScalarType::BFloat16: return DType::bfloat16;
     default: STD_TORCH_CHECK(false, "input: expected dtype float32, float64 or bfloat16");
   }
+}
+
+// Of a probability in [0, 1].
+inline Dropout dropout_of(double p, const Tensor& seed) {
+  STD_TORCH_CHECK(seed.is_cpu() && seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
+                  "seed: expected a CPU tensor of one int64");
+  return {uint64_t(p * 4294967296.0), uint64_t(*static_cast<const int64_t*>(seed.const_data_ptr())),
+          p < 1 ? 1 / (1 - p) : 0};
 }
 
 // A contiguous tensor, copied only if it is not. It is asked first because calling PyTorch's contiguous() looks that up

@@ -1,6 +1,7 @@
 """Drop-in modules: the names, arguments, parameters and state_dict of torch.nn's."""
 
 from .attention import MultiheadAttention
+from .dropout import Dropout
 from .gru import GRU, GRUCell
 from .linear import Linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
@@ -8,6 +9,7 @@ from .transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "GRU",
+    "Dropout",
     "GRUCell",
     "Linear",
     "LinearCrossEntropyLoss",

@@ -14,6 +14,7 @@ from .library import (
     apply,
     autocast,
     define,
+    draw_seed,
     is_autocast_enabled,
     is_transformed,
     map_slices,
@@ -184,7 +185,7 @@ def scaled_dot_product_attention(
     seed = None
     if dropout_p:
         _check_dropout(dropout_p)
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).to(query.device)
+        seed = draw_seed(query.device)
     tensors = (query, key, value, attn_mask)
     arguments: Any = (*tensors, seed, dropout_p, causal, scale)
     if backend.select("scaled_dot_product_attention", query.device, query.dtype) == "reference":

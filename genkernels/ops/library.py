@@ -63,6 +63,11 @@ def is_autocast_enabled(device: str) -> bool:
     return torch.is_autocast_enabled(device)
 
 
+def draw_seed(device: torch.device) -> Tensor:
+    """A key of Philox, int64 [1], from PyTorch's default generator."""
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).to(device)
+
+
 def needs_autograd(*tensors: Tensor | None) -> bool:
     if not torch.is_grad_enabled():
         return False

@@ -1,6 +1,7 @@
 """Every op's definition in plain PyTorch, short enough to read as its specification."""
 
 from .attention import attention_backward, attention_double_backward, attention_forward
+from .dropout import dropout
 from .gru import gru, gru_cell
 from .linear import activate, linear, linear_backward, through_activation
 from .linear_cross_entropy import (
@@ -14,6 +15,7 @@ __all__ = [
     "attention_backward",
     "attention_double_backward",
     "attention_forward",
+    "dropout",
     "gru",
     "gru_cell",
     "linear",

@@ -566,6 +566,37 @@ bool check_attention(const genkernels::Kernels& kernels, const genkernels::Runti
   return agrees;
 }
 
+// Number `word` of the four that Philox4x32-10 makes of a counter of 64 bits.
+uint32_t philox(uint64_t counter, uint64_t key, int64_t word) {
+  std::array<uint32_t, 4> c = {uint32_t(counter), uint32_t(counter >> 32), 0, 0};
+  uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t first = uint64_t(c[0]) * 0xD2511F53u, second = uint64_t(c[2]) * 0xCD9E8D57u;
+    c = {uint32_t(second >> 32) ^ c[1] ^ low, uint32_t(second), uint32_t(first >> 32) ^ c[3] ^ high, uint32_t(first)};
+    low += 0x9E3779B9u;
+    high += 0xBB67AE85u;
+  }
+  return c[word];
+}
+
+template <class S>
+bool check_dropout(const genkernels::Kernels& kernels, const genkernels::Runtime& runtime, genkernels::DType dtype,
+                   double tolerance) {
+  constexpr int64_t kSize = 1003;
+  std::mt19937 random(0);
+  const Values input = random_values(kSize, 1, random), residual = random_values(kSize, 1, random);
+  const std::vector<S> x(input.begin(), input.end()), y(residual.begin(), residual.end());
+  std::vector<S> output(kSize, S(NAN));
+  const genkernels::Dropout of{uint64_t(1) << 30, 0x123456789ABCDEF, 4. / 3};
+  kernels.dropout({dtype, kSize, x.data(), y.data(), output.data(), of}, runtime);
+  Values expected = residual;
+  for (int64_t i = 0; i < kSize; ++i)
+    if (philox(i / 64 * 16 + i % 16, of.seed, i / 16 % 4) >= of.threshold) expected[i] += of.scale * input[i];
+  const double error = largest_difference({output.begin(), output.end()}, expected);
+  std::printf("%-12s dropout %.1e\n", kernels.level, error);
+  return error <= tolerance;
+}
+
 template <class S>
 bool check_all_but_gru(const genkernels::Kernels& kernels, const Threads& threads, int64_t cache,
                        genkernels::DType dtype, double tolerance) {
@@ -575,6 +606,7 @@ bool check_all_but_gru(const genkernels::Kernels& kernels, const Threads& thread
                                     Memory::allocate, Memory::release, &memory};
   bool agrees = check_linear<S>(kernels, runtime, dtype, tolerance);
   agrees &= check_loss<S>(kernels, runtime, dtype, tolerance);
+  agrees &= check_dropout<S>(kernels, runtime, dtype, tolerance);
   for (const AttentionSizes& sizes : kAttentionSizes)
     agrees &= check_attention<S>(kernels, runtime, sizes, dtype, tolerance);
   return agrees;
