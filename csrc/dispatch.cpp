@@ -3,6 +3,10 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #if defined(GENKERNELS_HAVE_AVX2)
 GENKERNELS_DECLARE_ATTENTION(avx2)
 GENKERNELS_DECLARE_DROPOUT(avx2)
@@ -43,11 +47,21 @@ namespace {
    level::linear_backward,                       \
    level::linear_cross_entropy}
 
+// Of float16's conversions __builtin_cpu_supports does not know in every compiler.
+[[maybe_unused]] bool has_f16c() {
+#if defined(__x86_64__)
+  unsigned int a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+#else
+  return false;
+#endif
+}
+
 // __builtin_cpu_supports also asks whether the operating system saves the wider registers.
 constexpr Kernels kLevels[] = {
     GENKERNELS_LEVEL_ENTRY(baseline, true),
 #if defined(GENKERNELS_HAVE_AVX2)
-    GENKERNELS_LEVEL_ENTRY(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")),
+    GENKERNELS_LEVEL_ENTRY(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()),
 #endif
 #if defined(GENKERNELS_HAVE_AVX512)
     GENKERNELS_LEVEL_ENTRY(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -22,6 +22,7 @@ import torch
 
 BACKENDS = ("cpp", "triton", "reference")
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_FLOAT16_OPS = ("scaled_dot_product_attention",)  # whose compiled kernel takes that, too
 _CPU = torch.device("cpu")
 
 _python_calls: Counter[tuple[str, str]] = Counter()
@@ -68,14 +69,18 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _has_kernel(op: str, dtype: torch.dtype) -> bool:
+    return dtype in CPP_DTYPES or (dtype == torch.float16 and op in _FLOAT16_OPS)
+
+
+def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run an op on this device in this dtype; None if it can."""
     if backend == "cpp":
         if device.type != "cpu":
             return f"it runs on CPU tensors, and these are on {device.type}"
         if _extension is None:
             return _extension_error
-        if dtype not in CPP_DTYPES:
+        if not _has_kernel(op, dtype):
             return f"it has no kernel for {dtype}"
     if backend == "triton":
         return "this version has no Triton kernel for it"
@@ -112,10 +117,10 @@ def select(op: str, device: torch.device, dtype: torch.dtype, handover: str | No
             GENKERNELS_STRICT is set.
     """
     is_plain = _requested is None and handover is None and device == _CPU
-    if is_plain and _extension is not None and dtype in CPP_DTYPES:
+    if is_plain and _extension is not None and _has_kernel(op, dtype):
         return "cpp"  # found without asking further, which takes a microsecond
     if _requested is not None:
-        obstacle = _obstacle(_requested, device, dtype)
+        obstacle = _obstacle(op, _requested, device, dtype)
         if _requested == "cpp" and _is_handed_over(device, handover):
             return "reference"
         if obstacle is not None:
@@ -126,7 +131,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, handover: str | No
     if device.type == "meta" or handover is not None:  # meta has shapes only: nothing runs
         return "reference"
     preferred = "cpp" if device.type == "cpu" else "triton"
-    obstacle = _obstacle(preferred, device, dtype)
+    obstacle = _obstacle(op, preferred, device, dtype)
     if obstacle is None:
         return preferred
     if _falls_back_freely(op):
@@ -203,7 +208,9 @@ def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
     (cast,) = ops.library.autocast(tensor.device.type, tensor.new_empty(0))
     assert cast is not None
     handover = _handovers[name](*args, **kwargs) if name in _handovers else None
-    obstacles = {backend: _obstacle(backend, tensor.device, cast.dtype) for backend in BACKENDS}
+    obstacles = {
+        backend: _obstacle(name, backend, tensor.device, cast.dtype) for backend in BACKENDS
+    }
     is_handed_over = _is_handed_over(tensor.device, handover)
     if is_handed_over:
         obstacles["cpp"] = handover

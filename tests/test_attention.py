@@ -59,6 +59,8 @@ SHAPES = [
     for shift in (0, 1, 2)
     for i in range(20)
 ]
+FAST_DTYPES = (*DTYPES[:2], torch.float16)  # in which a test of float64 would repeat one of float32
+each_of_four = pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=dtype_id)
 each_causal = pytest.mark.parametrize(
     "causal", [0, UPPER_LEFT, LOWER_RIGHT], ids=["full", "upper_left", "lower_right"]
 )
@@ -191,7 +193,7 @@ def exact_float64(causal: int = 0, **values: Any) -> tuple[Tensor, Tensor]:
 def scores_of(
     causal: int, attn_mask: Tensor | None = None, scale: float | None = None, **values: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The scores, of bfloat16 in float32, and the mask with all that hides keys."""
+    """The scores, of 16 bits in float32, and the mask with all that hides keys."""
     query, key = values["query"], values["key"]
     (L, D), S = query.shape[-2:], key.size(-2)
     # PyTorch's own asks for two dimensions.
@@ -206,7 +208,7 @@ def scores_of(
             mask = mask.masked_fill(~triangle, -torch.inf)
     if values.get("enable_gqa"):
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
-    dtype = torch.float32 if query.dtype == torch.bfloat16 else query.dtype
+    dtype = reference.sum_dtype(query)
     factor = scale if scale is not None else D**-0.5 if D else 1.0
     scores = factor * (query.to(dtype) @ key.to(dtype).mT)
     if mask is not None and mask.dtype == torch.bool:
@@ -270,7 +272,8 @@ class TestParity:
     @pytest.mark.parametrize(
         ("shape", "dtype"),
         [(shape, dtype) for shape in SHAPES for dtype in DTYPES[:2]]
-        + [(shape, torch.float64) for shape in SHAPES[::3]],
+        + [(shape, torch.float64) for shape in SHAPES[::3]]
+        + [(shape, torch.float16) for shape in SHAPES[1::6]],
         ids=lambda value: shape_id(value) or dtype_id(value),
     )
     def test_shapes(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -287,7 +290,7 @@ class TestParity:
         for mask in (0, causal):
             check(lambda seed, mask=mask: arguments(*shape, dtype, causal=mask, seed=seed), 1)
 
-    @each_dtype
+    @each_of_four
     @pytest.mark.parametrize("D", HEAD_SIZES)
     def test_head_sizes(self, D: int, dtype: torch.dtype) -> None:
         Dv = HEAD_SIZES[-1 - HEAD_SIZES.index(D)]
@@ -351,16 +354,17 @@ class TestParity:
 
         check(draw, 2)
 
-    def test_float32_mask_beside_bfloat16(self) -> None:
+    @pytest.mark.parametrize("dtype", FAST_DTYPES[1:], ids=dtype_id)
+    def test_float32_mask_beside_16_bits(self, dtype: torch.dtype) -> None:
         for mask in ((2, 3, 35, 70), (1, 3, 1, 70), (35, 70)):
             check(
                 lambda seed, mask=mask: (
-                    arguments(2, 3, 35, 70, 16, torch.bfloat16, seed=seed)
+                    arguments(2, 3, 35, 70, 16, dtype, seed=seed)
                     | {"attn_mask": arguments(1, 1, 1, 1, 1, mask=mask, seed=seed)["attn_mask"]}
                 )
             )
 
-    @each_dtype
+    @each_of_four
     @pytest.mark.parametrize("boolean", [False, True], ids=["additive", "boolean"])
     def test_queries_without_keys(self, boolean: bool, dtype: torch.dtype) -> None:
         """Zeros, -inf and no gradients, as PyTorch has it; and no NaN from exp(-inf - -inf)."""
@@ -394,7 +398,7 @@ class TestParity:
             2,
         )
 
-    @each_dtype
+    @each_of_four
     def test_shared_heads_and_masks(self, dtype: torch.dtype) -> None:
         for mask in ((6, 35, 40), (2, 1, 35, 40), (2, 6, 1, 40)):
             check(
@@ -429,7 +433,7 @@ class TestParity:
 
         check(draw)
 
-    @each_dtype
+    @each_of_four
     @pytest.mark.parametrize("Hk", [4, 2])
     def test_packed(self, Hk: int, dtype: torch.dtype) -> None:
         """query, key and value as one projection gives them, and the gradient of that."""
@@ -484,7 +488,7 @@ class TestParity:
 
         check(draw)
 
-    @each_dtype
+    @each_of_four
     @pytest.mark.parametrize("L", [1, 2, 3, 4])
     def test_few_queries(self, L: int, dtype: torch.dtype) -> None:
         """Decoding: the last queries of a sequence whose keys and values are kept."""
@@ -557,21 +561,21 @@ class TestParity:
         check(draw, 16)
         assert all(result.isfinite().all() for result in with_gradients(op, draw(0)))
 
-    @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
+    @pytest.mark.parametrize("dtype", FAST_DTYPES, ids=dtype_id)
     def test_large_negative_mask(self, dtype: torch.dtype) -> None:
         """What stands for -inf in many programs; a row of nothing else is no empty one."""
 
         def draw(seed: int) -> dict[str, Any]:
             values = arguments(2, 3, 35, 70, 16, dtype, mask=(2, 1, 35, 70), seed=seed)
             mask = torch.where(values["attn_mask"] > 0, 0, torch.finfo(dtype).min)
-            mask[:, :, 5] = -1e9
+            mask[:, :, 5] = max(-1e9, torch.finfo(dtype).min)
             mask[:, :, 6] = torch.finfo(dtype).min
             return values | {"attn_mask": mask.to(dtype)}
 
         # Of a row of -1e9 the scores themselves are rounded away.
         check(draw, outputs=("output",))
 
-    @each_dtype
+    @each_of_four
     @pytest.mark.parametrize("L", [2, 35])
     @pytest.mark.parametrize("value", [-1e9, -1e4, -40.0])
     def test_padding_on_the_left(self, value: float, L: int, dtype: torch.dtype) -> None:
@@ -584,7 +588,7 @@ class TestParity:
 
         check(draw, 2)
 
-    @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
+    @pytest.mark.parametrize("dtype", FAST_DTYPES, ids=dtype_id)
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
     @pytest.mark.parametrize("place", [*TENSORS, "attn_mask"])
     def test_special_values_spread(self, place: str, value: float, dtype: torch.dtype) -> None:
@@ -641,10 +645,74 @@ class TestParity:
         assert_op_parity(total(op), total(plain), total(exact), ("sum",), *draws)
 
 
+@pytest.mark.usefixtures("poisoned_memory", "simd", "one_thread", "compiled_only")
+class TestFloat16:
+    """Its conversions, of few queries and of more."""
+
+    every = torch.arange(2**16).to(torch.int16).view(torch.float16)
+
+    @staticmethod
+    def of_one_key(grad_output: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, which is the value, and the value's gradient, the sum of those of L queries:
+        grad_output is [L, Dv], value [Dv]."""
+        query, key = (torch.zeros(1, 1, len(t), 8, dtype=torch.float16) for t in (grad_output, [0]))
+        value = value.clone().view(1, 1, 1, -1).requires_grad_()
+        output = attention(query, key, value)
+        (gradient,) = torch.autograd.grad(output, value, grad_output.view(output.shape))
+        return output[0, 0], gradient.flatten()
+
+    @pytest.mark.parametrize("L", [1, 9])
+    def test_there_and_back(self, L: int) -> None:
+        """Each of its numbers comes out as it went in; any NaN as a NaN."""
+        grads = torch.zeros(L, 2**16, dtype=torch.float16)
+        grads[L // 2] = self.every
+        output, gradient = self.of_one_key(grads, self.every)
+        for row in (*output, gradient):
+            torch.testing.assert_close(row, self.every, rtol=0, atol=0, equal_nan=True)
+
+    @pytest.mark.parametrize("L", [4, 9])
+    def test_rounds_to_nearest(self, L: int) -> None:
+        """Sums that float32 holds exactly: halfway between neighbours, up to the first infinity,
+        and just beside that."""
+        x = self.every[self.every.isfinite()].float()
+        half_unit = torch.ldexp(torch.ones_like(x), torch.frexp(x).exponent.clamp(min=-13) - 12)
+        for part in (0.0, 0.5, -0.5):
+            grads = torch.zeros(L, len(x))
+            grads[0], grads[1], grads[L - 1] = x, half_unit, part * half_unit
+            is_there = (grads == grads.half()).all(0)  # half of the least number is not
+            grads, expected = grads[:, is_there], grads.double().sum(0).half()[is_there]
+            assert len(expected) > 55000
+            _, gradient = self.of_one_key(grads.half(), torch.zeros(len(expected)).half())
+            assert torch.equal(gradient, expected)
+
+    @pytest.mark.parametrize("L", [1, 9])
+    def test_halves_of_subnormal_numbers(self, L: int) -> None:
+        """The mean of two neighbours is halfway between them: of numbers below 2^-14, too."""
+        low, high = self.every[:0x7BFF], self.every[1:0x7C00]
+        value = torch.stack([torch.cat([low, -low]), torch.cat([high, -high])]).view(1, 1, 2, -1)
+        query, key = (torch.zeros(1, 1, n, 8, dtype=torch.float16) for n in (L, 2))
+        output = attention(query, key, value)[0, 0]
+        for row in output:
+            assert torch.equal(row, value[0, 0].double().mean(0).half())
+
+    @pytest.mark.parametrize("L", [2, 12])
+    def test_scores_and_probabilities_are_in_float32(self, L: int) -> None:
+        """Probabilities of 3e-5 have few digits in it, and scores of 1e5 are beyond its largest
+        number."""
+        for factor, S in ((0.01, 30000), (10.0, 600)):
+            check(
+                lambda seed, factor=factor, S=S: (
+                    arguments(1, 2, L, S, 16, torch.float16, scale=300 * factor, seed=seed)
+                    | {"scale": factor}
+                ),
+                2,
+            )
+
+
 def dropped(seed: Tensor, dropout_p: float, **values: Any) -> tuple[Tensor, Tensor]:
     """In plain PyTorch, with the factors of the reference."""
     query, key, value = (values[name] for name in TENSORS)
-    dtype = torch.float32 if query.dtype == torch.bfloat16 else query.dtype
+    dtype = reference.sum_dtype(query)
     (B, H, L, D), S = query.shape, key.size(2)
     if key.size(1) != H:
         key, value = (t.repeat_interleave(H // t.size(1), 1) for t in (key, value))
@@ -655,14 +723,14 @@ def dropped(seed: Tensor, dropout_p: float, **values: Any) -> tuple[Tensor, Tens
         scores = scores.masked_fill(~torch.ones(L, S).tril().bool(), -torch.inf)
     factors = reference.dropout_factors(seed, dropout_p, dtype, (0, B * H), (0, L), S)
     weights = scores.softmax(-1) * factors.view(B, H, L, S)
-    if query.dtype == torch.bfloat16:  # as PyTorch's own, which rounds what it multiplies
-        weights = weights.bfloat16().float()
+    # As PyTorch's own, which rounds what it multiplies.
+    weights = weights.to(query.dtype).to(dtype)
     return (weights @ value.to(dtype)).to(query.dtype), scores.logsumexp(-1)
 
 
 class TestDropout:
     @pytest.mark.usefixtures("poisoned_memory", "kernel", "one_thread")
-    @each_dtype
+    @each_of_four
     @pytest.mark.parametrize(
         "options",
         [
@@ -789,7 +857,7 @@ class TestDropout:
 
 @pytest.mark.usefixtures("simd", "two_threads")
 class TestReproducible:
-    @each_dtype
+    @each_of_four
     @pytest.mark.parametrize(
         "options",
         [
@@ -1062,11 +1130,14 @@ def exact_path(**values: Any) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.usefixtures("simd", "poisoned_memory", "two_threads", "compiled_only")
 class TestDoubleBackward:
-    @pytest.mark.parametrize("options", DOUBLE.values(), ids=DOUBLE)
-    @pytest.mark.parametrize("dtype", DTYPES[:2], ids=dtype_id)
-    def test_parity(self, options: dict[str, Any], dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize(
+        ("dtype", "case"),
+        [*itertools.product(DTYPES[:2], DOUBLE), (torch.float16, "bias"), (torch.float16, "gqa")],
+        ids=lambda value: value if isinstance(value, str) else dtype_id(value),
+    )
+    def test_parity(self, case: str, dtype: torch.dtype) -> None:
         """Of the gradients of both cotangents and of all arguments."""
-        options = {"L": 150, "S": 200, "D": 16, **options}
+        options = {"L": 150, "S": 200, "D": 16, **DOUBLE[case]}
         sizes = [options.pop(name) for name in "LSD"]
 
         def draw(seed: int) -> dict[str, Any]:
@@ -1224,31 +1295,41 @@ class TestTransforms:
 
 
 class TestAutocast:
-    def test_bfloat16(self) -> None:
+    @pytest.mark.parametrize("dtype", FAST_DTYPES[1:], ids=dtype_id)
+    def test_outputs(self, dtype: torch.dtype) -> None:
         values = arguments(2, 3, 20, 30, 8, mask=(20, 30))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             actual, logsumexp = op(**values)
-            assert F.scaled_dot_product_attention(**values).dtype == torch.bfloat16
-        assert actual.dtype == torch.bfloat16
+            assert F.scaled_dot_product_attention(**values).dtype == dtype
+        assert actual.dtype == dtype
         assert logsumexp.dtype == torch.float32
-        narrow = {k: v.bfloat16() for k, v in values.items()}
+        narrow = {k: v.to(dtype) for k, v in values.items()}
         assert torch.equal(actual, attention(**narrow))
+        assert {name for _, name in genkernels.stats()} == {"cpp"}
 
-    @pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-    def test_gradients(self, mask_dtype: torch.dtype) -> None:
+    @pytest.mark.parametrize(
+        ("dtype", "mask_dtype"),
+        [
+            (torch.bfloat16, torch.float32),
+            (torch.bfloat16, torch.bfloat16),
+            (torch.float16, torch.float32),
+        ],
+        ids=dtype_id,
+    )
+    def test_gradients(self, dtype: torch.dtype, mask_dtype: torch.dtype) -> None:
         """Of float32 leaves float32, as autocast's casts are differentiated."""
         values = arguments(2, 3, 20, 30, 8, mask=(20, 30))
         values["attn_mask"] = values["attn_mask"].to(mask_dtype)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", dtype):
             actual, expected = (
                 with_gradients(lambda **v: function(**v)[:1], values)  # noqa: B023
                 for function in (op, plain)
             )
         double = {name: value.double() for name, value in values.items()}
-        exact = with_gradients(lambda **v: (plain(**v)[0].bfloat16(),), double)
+        exact = with_gradients(lambda **v: (plain(**v)[0].to(dtype),), double)
         for name, *three in zip(("output", *values), actual, expected, exact, strict=True):
             assert three[0].dtype == three[1].dtype
-            assert_parity(name, *(tensor.bfloat16() for tensor in three[:2]), three[2].double())
+            assert_parity(name, *(tensor.to(dtype) for tensor in three[:2]), three[2].double())
 
     def test_mixed_dtypes(self) -> None:
         values = arguments(2, 3, 20, 30, 8)
@@ -1335,7 +1416,10 @@ class TestCompile:
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((case, torch.float32) for case in CASES), *(("bias", dtype) for dtype in DTYPES[1:])],
+    [
+        *((case, torch.float32) for case in CASES),
+        *(("bias", dtype) for dtype in (*DTYPES[1:], torch.float16)),
+    ],
     ids=lambda value: value if isinstance(value, str) else dtype_id(value),
 )
 def test_opcheck(case: str, dtype: torch.dtype) -> None:
@@ -1376,13 +1460,15 @@ def raw_calls(
 
 
 @each_case
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@each_of_four
 def test_reference_of_the_raw_ops(case: str, dtype: torch.dtype) -> None:
     """What devices without a kernel run, by the kernel; and how the results lie in memory."""
     fake_mode = torch._subclasses.FakeTensorMode()
     for raw, call in raw_calls(case, dtype):
         plain_op = getattr(module, f"_reference_{raw.name().split('attention_')[1]}")
         tolerance = {"rtol": 0.03, "atol": 0.03} if dtype == torch.bfloat16 else {}
+        if dtype == torch.float16:
+            tolerance = {"rtol": 0.004, "atol": 0.004}
         actual, expected = raw(*call), plain_op(*call)
         with fake_mode:
             fakes = raw(*(fake_mode.from_tensor(v) if isinstance(v, Tensor) else v for v in call))
@@ -1571,9 +1657,7 @@ class TestBackends:
         assert explanation.backend == "cpp"
         assert str(backend.simd_level()) in explanation.reasons["cpp"]
         half = {name: value.half() for name, value in values.items()}
-        explanation = genkernels.explain("scaled_dot_product_attention", **half)
-        assert explanation.backend == "reference"
-        assert "float16" in explanation.reasons["cpp"]
+        assert genkernels.explain("scaled_dot_product_attention", **half).backend == "cpp"
 
     def test_counts(self) -> None:
         values = arguments(2, 3, 5, 6, 8)
@@ -1586,17 +1670,6 @@ class TestBackends:
         with genkernels.use_backend("reference"):
             attention(**values)
         assert genkernels.stats() == REFERENCE
-
-    def test_float16(self) -> None:
-        """Falls back, and says so."""
-        values = arguments(2, 3, 20, 30, 8, torch.float16, mask=(20, 30))
-        backend._warned.clear()
-        with pytest.warns(UserWarning, match="no kernel for torch.float16"):
-            actual = attention(**values)
-        assert genkernels.stats() == REFERENCE
-        double = {name: value.double() for name, value in values.items()}
-        expected = F.scaled_dot_product_attention(**values)
-        assert_parity("output", actual, expected, F.scaled_dot_product_attention(**double))
 
     def test_meta(self) -> None:
         values = arguments(2, 3, 5, 6, 8, Dv=7, mask=(5, 6))

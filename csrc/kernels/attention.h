@@ -52,7 +52,7 @@ struct Attention {
 
 // Of each row of scores its logsumexp in two parts, [2, B, H, L], a number near it and the rest: one number alone would
 // leave probabilities no digits where scores are large. A row without keys has -inf and 0. They and the sums of
-// gradients are of the type that sums are kept in: float32 for bfloat16.
+// gradients are of the type that sums are kept in: float32 for bfloat16 and float16.
 struct AttentionForward {
   Attention of;
   HeadsOutput output;

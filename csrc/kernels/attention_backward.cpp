@@ -286,11 +286,7 @@ struct Backward : Gradients<T, AttentionBackward> {
 
 void attention_backward(const AttentionBackward& arguments, const Runtime& runtime) {
   if (is_decode(arguments.of) && arguments.grad_mask == nullptr) return attention_decode_backward(arguments, runtime);
-  switch (arguments.of.dtype) {
-    case DType::float32: return Backward<float>(arguments, runtime).run();
-    case DType::float64: return Backward<double>(arguments, runtime).run();
-    case DType::bfloat16: return Backward<bfloat16>(arguments, runtime).run();
-  }
+  with_type(arguments.of.dtype, [&]<class T>() { Backward<T>(arguments, runtime).run(); });
 }
 
 }  // namespace genkernels::GENKERNELS_LEVEL

@@ -357,19 +357,11 @@ bool is_decode(const Attention& of) {
 }
 
 void attention_decode(const AttentionForward& arguments, const Runtime& runtime) {
-  switch (arguments.of.dtype) {
-    case DType::float32: return Decode<float>(arguments, runtime).run();
-    case DType::float64: return Decode<double>(arguments, runtime).run();
-    case DType::bfloat16: return Decode<bfloat16>(arguments, runtime).run();
-  }
+  with_type(arguments.of.dtype, [&]<class T>() { Decode<T>(arguments, runtime).run(); });
 }
 
 void attention_decode_backward(const AttentionBackward& arguments, const Runtime& runtime) {
-  switch (arguments.of.dtype) {
-    case DType::float32: return DecodeBackward<float>(arguments, runtime).run();
-    case DType::float64: return DecodeBackward<double>(arguments, runtime).run();
-    case DType::bfloat16: return DecodeBackward<bfloat16>(arguments, runtime).run();
-  }
+  with_type(arguments.of.dtype, [&]<class T>() { DecodeBackward<T>(arguments, runtime).run(); });
 }
 
 }  // namespace genkernels::GENKERNELS_LEVEL

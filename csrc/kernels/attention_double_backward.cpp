@@ -483,11 +483,7 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
 }  // namespace
 
 void attention_double_backward(const AttentionDoubleBackward& arguments, const Runtime& runtime) {
-  switch (arguments.of.dtype) {
-    case DType::float32: return DoubleBackward<float>(arguments, runtime).run();
-    case DType::float64: return DoubleBackward<double>(arguments, runtime).run();
-    case DType::bfloat16: return DoubleBackward<bfloat16>(arguments, runtime).run();
-  }
+  with_type(arguments.of.dtype, [&]<class T>() { DoubleBackward<T>(arguments, runtime).run(); });
 }
 
 }  // namespace genkernels::GENKERNELS_LEVEL

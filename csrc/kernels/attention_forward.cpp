@@ -545,11 +545,7 @@ struct Forward {
 
 void attention_forward(const AttentionForward& arguments, const Runtime& runtime) {
   if (is_decode(arguments.of)) return attention_decode(arguments, runtime);
-  switch (arguments.of.dtype) {
-    case DType::float32: return Forward<float>(arguments, runtime).run();
-    case DType::float64: return Forward<double>(arguments, runtime).run();
-    case DType::bfloat16: return Forward<bfloat16>(arguments, runtime).run();
-  }
+  with_type(arguments.of.dtype, [&]<class T>() { Forward<T>(arguments, runtime).run(); });
 }
 
 }  // namespace genkernels::GENKERNELS_LEVEL

@@ -198,6 +198,17 @@ struct VisibleKeys {
 // Whether anything is added to scores.
 inline bool adds_mask(const Attention& of) { return of.mask.type != MaskType::none || of.alibi.slopes != nullptr; }
 
+// body.operator()<T>() for a dtype's type.
+template <class Body>
+void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::float32: return body.template operator()<float>();
+    case DType::float64: return body.template operator()<double>();
+    case DType::bfloat16: return body.template operator()<bfloat16>();
+    case DType::float16: return body.template operator()<float16>();
+  }
+}
+
 // The passes of few queries, attention_decode.cpp. The second gives no gradient of a mask.
 constexpr int64_t kFewRows = 8;
 bool is_decode(const Attention& of);
@@ -403,6 +414,7 @@ struct Scores : VisibleKeys {
   }
   static Vector<A> load_whole(const A* from) { return load(from); }
   static Vector<A> load_whole(const bfloat16* from) { return load(from); }
+  static Vector<A> load_whole(const float16* from) { return load(from); }
   static Vector<A> load_whole(const bool* from) {
     typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
     Bytes bytes;

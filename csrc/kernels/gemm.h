@@ -18,10 +18,15 @@ constexpr int64_t kChain = 256;
 // Rows that are multiplied with one run of a panel before the next.
 constexpr int kRunRows = 8;
 
-// The type operands are multiplied in. bf16 is multiplied as it is where the CPU can, else widened when packed.
+// The type operands are multiplied in. bf16 is multiplied as it is where the CPU can, else widened when packed, as
+// float16 is.
 template <class T>
 struct OperandOf {
   using type = T;
+};
+template <>
+struct OperandOf<float16> {
+  using type = float;
 };
 #if !defined(__AVX512BF16__)
 template <>
@@ -327,7 +332,10 @@ template <class E, class T, class Row>
 Rows<const E> stage(E* to, int64_t stride, int64_t rows, int64_t columns, const Row& row) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* from = row(i);
-    for (int64_t k = 0; k < columns; ++k) to[i * stride + k] = from ? as<E>(from[k]) : E{};
+    int64_t k = 0;
+    if constexpr (kGroup<E> == 1)
+      for (; from != nullptr && k + kLanes<E> <= columns; k += kLanes<E>) store(to + i * stride + k, load(from + k));
+    for (; k < columns; ++k) to[i * stride + k] = from ? as<E>(from[k]) : E{};
   }
   return {to, stride};
 }

@@ -6,7 +6,7 @@
 
 namespace genkernels {
 
-enum class DType { float32, float64, bfloat16 };
+enum class DType { float32, float64, bfloat16, float16 };
 
 struct Runtime {
   int threads;

@@ -8,6 +8,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define GENKERNELS_INLINE inline __attribute__((always_inline))
@@ -34,6 +36,9 @@ constexpr int kTileRows = 4;
 struct bfloat16 {
   uint16_t bits;
 };
+struct float16 {
+  uint16_t bits;
+};
 
 // The type that sums are kept in.
 template <class T>
@@ -44,10 +49,14 @@ template <>
 struct AccumulatorOf<bfloat16> {
   using type = float;
 };
+template <>
+struct AccumulatorOf<float16> {
+  using type = float;
+};
 template <class T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
-// One register of T's; bf16 is computed with as float.
+// One register of T's; bf16 and float16 are computed with as float.
 template <class T>
 struct VectorOf {
   typedef Accumulator<T> type __attribute__((vector_size(kVectorBytes)));
@@ -98,6 +107,35 @@ GENKERNELS_INLINE Vector<float> load(const bfloat16* from) {
 #endif
 }
 
+// An integer for each lane's float16, to widen it where the processor has no instruction for that.
+GENKERNELS_INLINE Vector<float> widened(Vector<uint32_t> half) {
+  const Vector<uint32_t> magnitude = half & 0x7fff, sign = (half & 0x8000) << 16;
+  const Vector<uint32_t> normal = (magnitude << 13) + (112u << 23);  // the exponents' biases differ by 112
+  // From an integer: where subnormal floats count as zero, these do not.
+  const Vector<float> subnormal = __builtin_convertvector((Vector<int32_t>)magnitude, Vector<float>) * 0x1p-24f;
+  const Vector<uint32_t> quiet = magnitude > 0x7c00 ? Vector<uint32_t>{} + 0x400000 : Vector<uint32_t>{};
+  const Vector<uint32_t> special = (magnitude << 13) | 0x7f800000 | quiet;
+  const Vector<uint32_t> finite = magnitude < 0x400 ? (Vector<uint32_t>)subnormal : normal;
+  return (Vector<float>)((magnitude < 0x7c00 ? finite : special) | sign);
+}
+
+GENKERNELS_INLINE Vector<float> load(const float16* from) {
+#if defined(__AVX512F__)
+  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return (Vector<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+  float16x4_t narrow;
+  __builtin_memcpy(&narrow, from, sizeof narrow);
+  return (Vector<float>)vcvt_f32_f16(narrow);
+#else
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  Narrow narrow;
+  __builtin_memcpy(&narrow, from, sizeof narrow);
+  return widened(__builtin_convertvector(narrow, Vector<uint32_t>));
+#endif
+}
+
 template <class S>
 GENKERNELS_INLINE void store(S* to, Vector<S> v) {
   __builtin_memcpy(to, &v, sizeof v);
@@ -118,6 +156,36 @@ GENKERNELS_INLINE void store(bfloat16* to, Vector<float> v) {
 #else
   typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
   const Narrow narrow = __builtin_convertvector(rounded_bits(v), Narrow);
+  __builtin_memcpy(to, &narrow, sizeof narrow);
+#endif
+}
+
+// As float16, in the lower half of each lane; rounds as rounded_bits() does, what is too large to an infinity.
+GENKERNELS_INLINE Vector<uint32_t> rounded_halves(Vector<float> v) {
+  typedef Vector<int32_t> Integers;
+  const Integers bits = (Integers)v, magnitude = bits & 0x7fffffff;
+  const Integers normal = (magnitude + (0xfff - (112 << 23)) + ((magnitude >> 13) & 1)) >> 13;
+  // Beside a half, float32 has the digits of a subnormal float16.
+  const Vector<float> sum = (Vector<float>)magnitude + 0.5f;
+  const Integers subnormal = (Integers)sum - 0x3f000000;
+  const Integers nan = ((magnitude >> 13) & 0x1ff) | 0x7e00;
+  const Integers large = magnitude > 0x7f800000 ? nan : Integers{} + 0x7c00;
+  const Integers finite = magnitude < 0x38800000 ? subnormal : normal;                             // 2^-14
+  return (Vector<uint32_t>)((magnitude < 0x47800000 ? finite : large) | ((bits >> 16) & 0x8000));  // 2^16
+}
+
+GENKERNELS_INLINE void store(float16* to, Vector<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const float16x4_t narrow = vcvt_f16_f32((float32x4_t)v);
+  __builtin_memcpy(to, &narrow, sizeof narrow);
+#else
+  typedef uint16_t Narrow __attribute__((vector_size(kVectorBytes / 2)));
+  const Narrow narrow = __builtin_convertvector(rounded_halves(v), Narrow);
   __builtin_memcpy(to, &narrow, sizeof narrow);
 #endif
 }
@@ -148,6 +216,9 @@ GENKERNELS_INLINE Vector<float> load(const float* from, int count) {
 GENKERNELS_INLINE Vector<float> load(const bfloat16* from, int count) {
   const __m512i lanes = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_maskz_loadu_epi16(first_lanes(count), from));
   return (Vector<float>)_mm512_maskz_slli_epi32(0xffff, lanes, 16);
+}
+GENKERNELS_INLINE Vector<float> load(const float16* from, int count) {
+  return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(first_lanes(count), from));
 }
 GENKERNELS_INLINE void store(float* to, Vector<float> v, int count) {
   _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)v);
@@ -278,6 +349,7 @@ GENKERNELS_INLINE Vector<S> sums_of_lanes(Vector<S> (&rows)[kLanes<S>]) {
 }
 
 GENKERNELS_INLINE float convert(bfloat16 x, float) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+GENKERNELS_INLINE float convert(float16 x, float) { return load(&x, 1)[0]; }
 template <class T>
 GENKERNELS_INLINE T convert(T x, T) {
   return x;

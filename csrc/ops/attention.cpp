@@ -50,7 +50,7 @@ AttentionMask mask_of(const char* name, const Tensor& mask, const Tensor& query,
   const ScalarType dtype = mask.scalar_type();
   STD_TORCH_CHECK(
       mask.is_cpu() && (dtype == ScalarType::Bool || dtype == query.scalar_type() || dtype == accumulator_dtype(query)),
-      name, ": expected a CPU tensor of bool, of query's dtype, or of float32 beside bfloat16");
+      name, ": expected a CPU tensor of bool, of query's dtype, or of float32 beside 16 bits");
   result.type = dtype == ScalarType::Bool           ? MaskType::boolean
                 : dtype == accumulator_dtype(query) ? MaskType::of_accumulator
                                                     : MaskType::of_dtype;
@@ -90,7 +90,7 @@ struct Arguments {
     query = with_contiguous_rows(query);
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
-    of.dtype = dtype_of(query);
+    of.dtype = dtype_of(query, true);
     of.batch = B;
     of.heads = H;
     of.kv_heads = Hk;
@@ -179,7 +179,7 @@ void check_saved(const Arguments& arguments, const Tensor& grad_output, const st
   const Tensor& query = arguments.query;
   const auto check_sums = [&](const char* name, const Tensor& tensor) {
     STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == accumulator_dtype(query), name,
-                    ": expected a CPU tensor of query's dtype, or of float32 beside bfloat16");
+                    ": expected a CPU tensor of query's dtype, or of float32 beside 16 bits");
   };
   for (const auto& [name, tensor] : {std::pair("grad_output", &grad_output), std::pair("output", &output)}) {
     check_like(name, *tensor, query);

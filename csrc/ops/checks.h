@@ -37,12 +37,18 @@ inline void check_like(const char* name, const Tensor& tensor, const Tensor& inp
                   ": expected a CPU tensor of input's dtype");
 }
 
-inline DType dtype_of(const Tensor& input) {
+// float16 is attention's alone.
+inline DType dtype_of(const Tensor& input, bool takes_float16 = false) {
   switch (input.scalar_type()) {
     case ScalarType::Float: return DType::float32;
     case ScalarType::Double: return DType::float64;
     case ScalarType::BFloat16: return DType::bfloat16;
-    default: STD_TORCH_CHECK(false, "input: expected dtype float32, float64 or bfloat16");
+    case ScalarType::Half:
+      if (takes_float16) return DType::float16;
+      [[fallthrough]];
+    default:
+      STD_TORCH_CHECK(false, "input: expected dtype float32, float64", takes_float16 ? ", float16" : "",
+                      " or bfloat16");
   }
 }
 

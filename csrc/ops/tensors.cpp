@@ -36,7 +36,7 @@ struct Layout {
 
   Layout(const Tensor& input, Sizes sizes, bool is_accumulator = false) : dimensions(int64_t(sizes.size())) {
     STD_TORCH_CHECK(sizes.size() <= kMostDimensions, "expected at most ", kMostDimensions, " dimensions");
-    const bool widens = is_accumulator && input.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+    const bool widens = is_accumulator && accumulator_dtype(input) != input.scalar_type();
     bytes = widens ? sizeof(float) : input.element_size();
     int64_t stride = 1;
     for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) {
@@ -67,7 +67,8 @@ Tensor new_accumulator(const Tensor& input, Sizes sizes) { return new_tensor(Lay
 
 torch::headeronly::ScalarType accumulator_dtype(const Tensor& input) {
   using torch::headeronly::ScalarType;
-  return input.scalar_type() == ScalarType::BFloat16 ? ScalarType::Float : input.scalar_type();
+  const ScalarType dtype = input.scalar_type();
+  return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? ScalarType::Float : dtype;
 }
 
 Tensor new_kept(const Tensor& input, Sizes sizes) {

@@ -11,7 +11,7 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 // An uninitialised tensor of input's dtype. Not PyTorch's new_empty, which looks itself up by name at every call.
 torch::stable::Tensor new_tensor(const torch::stable::Tensor& input, Sizes sizes);
 
-// The same of the dtype that sums of input's are kept in: float32 for bfloat16.
+// The same of the dtype that sums of input's are kept in: float32 for bfloat16 and float16.
 torch::stable::Tensor new_accumulator(const torch::stable::Tensor& input, Sizes sizes);
 torch::headeronly::ScalarType accumulator_dtype(const torch::stable::Tensor& input);
 

@@ -90,8 +90,8 @@ def scaled_dot_product_attention(
     heads. The backward pass computes the scores again, and so does dropout its random numbers.
 
     Args:
-        query: [.., H, L, D]; any number of leading dimensions, also none. float32, bfloat16 or
-            float64 in the compiled CPU kernel; bfloat16 is summed in float32.
+        query: [.., H, L, D]; any number of leading dimensions, also none. float32, float64,
+            bfloat16 or float16 in the compiled CPU kernel; the last two are summed in float32.
         key: [.., H, S, D], in query's dtype.
         value: [.., H, S, Dv], in query's dtype. Leading dimensions of the three are broadcast; keys
             and values that heads or batches share are not copied.
@@ -163,7 +163,7 @@ def scaled_dot_product_attention(
         attn_mask is not None and attn_mask.dtype == torch.float32 == sum_dtype(query) != dtype
     )
     if is_wider and needs_autograd(attn_mask):
-        # Its gradient has more digits than what a bfloat16 output and gradient are rounded to.
+        # Its gradient has more digits than what an output and gradient of 16 bits are rounded to.
         query, key, value = query.float(), key.float(), value.float()
     leading: tuple[int, ...] | None = None  # of the result, where the raw op's are not the same
     features: tuple[Any, ...] = ()
