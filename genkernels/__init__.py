@@ -14,6 +14,7 @@ from .ops import (
     linear_cross_entropy,
     linear_log_prob,
     scaled_dot_product_attention,
+    varlen_attn,
 )
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "stats",
     "unfreeze",
     "use_backend",
+    "varlen_attn",
 ]
 __version__ = "0.1.0"

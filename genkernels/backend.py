@@ -22,7 +22,10 @@ import torch
 
 BACKENDS = ("cpp", "triton", "reference")
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_FLOAT16_OPS = ("scaled_dot_product_attention",)  # whose compiled kernel takes that, too
+_FLOAT16_OPS = (
+    "scaled_dot_product_attention",
+    "varlen_attn",
+)  # whose compiled kernel takes that, too
 _CPU = torch.device("cpu")
 
 _python_calls: Counter[tuple[str, str]] = Counter()

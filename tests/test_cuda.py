@@ -29,7 +29,7 @@ DEVICE = "cuda"
 HALF = (torch.bfloat16, torch.float16)
 ATTENTION = "scaled_dot_product_attention"
 # The others' reference is PyTorch's own op, which is no fall back.
-WARNING = ("dropout", "gru", "gru_cell", "bidirectional_gru", ATTENTION)
+WARNING = ("dropout", "gru", "gru_cell", "bidirectional_gru", ATTENTION, "varlen_attn")
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA device: PyTorch sees none here"),
@@ -55,6 +55,21 @@ def torch_bidirectional_gru(**values: Tensor) -> tuple[Tensor, ...]:
     return torch.gru(x, hx, weights + weights_reverse, True, 1, 0.0, False, True, False)
 
 
+def plain_varlen(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor
+) -> Tensor:
+    outputs = []
+    sizes = (cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist(), cu_seq_k.diff().tolist())
+    parts = (t.split(n) for t, n in zip((query, key, value), sizes, strict=True))
+    for rows in zip(*parts, strict=True):
+        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in rows)
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device)
+        mask = mask.tril(k.size(2) - q.size(2))
+        output = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+        outputs.append(output.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
 GRU = {
     "input": (6, 19, 17), "hx": (19, 33),
     "weight_ih": (99, 17), "weight_hh": (99, 33), "bias_ih": (99,), "bias_hh": (99,),
@@ -69,8 +84,11 @@ LOSS = {"input": (40, 33), "linear_weight": (65, 33), "linear_bias": (65,)}
 TARGET = {"target": torch.where(torch.arange(40) % 3 == 0, -100, torch.arange(40) * 7 % 65)}
 QKV = {"query": (2, 4, 33, 24), "key": (2, 4, 40, 24), "value": (2, 4, 40, 16)}
 GROUPED = QKV | {"key": (2, 2, 40, 24), "value": (2, 2, 40, 16)}
+ROWS = {"query": (26, 4, 24), "key": (33, 2, 24), "value": (33, 2, 16)}
+SEQUENCES = {"cu_seq_q": torch.tensor([0, 9, 9, 26]), "cu_seq_k": torch.tensor([0, 12, 13, 33])}
 MASK = {"attn_mask": torch.arange(33 * 40).view(33, 40) % 7 < 5}
 
+varlen = partial(genkernels.varlen_attn, max_q=17, max_k=20, window_size=(-1, 0), enable_gqa=True)
 gru, loss, log_prob = genkernels.gru, genkernels.linear_cross_entropy, genkernels.linear_log_prob
 # What follows a dash in a name tells the cases of one op apart.
 CASES = {
@@ -86,6 +104,7 @@ CASES = {
     "linear_cross_entropy": Case(loss, plain_loss, LOSS, TARGET | {"label_smoothing": 0.1}),
     "linear_cross_entropy-none": Case(loss, plain_loss, LOSS, TARGET | {"reduction": "none"}),
     "linear_log_prob": Case(log_prob, plain_log_prob, LOSS, TARGET),
+    "varlen_attn": Case(varlen, plain_varlen, ROWS, SEQUENCES),
 }
 if hasattr(genkernels, ATTENTION):
     attention = getattr(genkernels, ATTENTION)

@@ -37,6 +37,7 @@ struct Alibi {
 struct Attention {
   DType dtype;
   int64_t batch, heads, kv_heads, queries, keys, head_size, value_size;
+  int64_t all_queries;  // of a row of statistics: as `queries`, or those of all sequences that lie one after another
   HeadsInput query, key, value;
   AttentionMask mask;
   Dropout dropout;
@@ -50,9 +51,9 @@ struct Attention {
   bool follows_lengths;
 };
 
-// Of each row of scores its logsumexp in two parts, [2, B, H, L], a number near it and the rest: one number alone would
-// leave probabilities no digits where scores are large. A row without keys has -inf and 0. They and the sums of
-// gradients are of the type that sums are kept in: float32 for bfloat16 and float16.
+// Of each row of scores its logsumexp in two parts, [2, B, H, all_queries], a number near it and the rest: one number
+// alone would leave probabilities no digits where scores are large. A row without keys has -inf and 0. They and the
+// sums of gradients are of the type that sums are kept in: float32 for bfloat16 and float16.
 struct AttentionForward {
   Attention of;
   HeadsOutput output;
@@ -63,7 +64,7 @@ struct AttentionBackward {
   Attention of;
   HeadsInput output, grad_output;
   const void* statistics;
-  const void* grad_logsumexp;  // [B, H, L], contiguous, or null
+  const void* grad_logsumexp;  // [B, H, all_queries], contiguous, or null
   HeadsOutput grad_query, grad_key, grad_value;
   // Of the mask's shape and dtype, contiguous; null if not wanted. Its strides are 0 where the mask is broadcast.
   void* grad_mask;
@@ -77,7 +78,7 @@ struct AttentionDoubleBackward {
   HeadsInput grad_output, grad_grad_query, grad_grad_key, grad_grad_value;
   AttentionMask grad_grad_mask;
   const void* statistics;
-  const void* grad_logsumexp;  // [B, H, L], contiguous, or null
+  const void* grad_logsumexp;  // [B, H, all_queries], contiguous, or null
   HeadsOutput grad_grad_output, grad_query, grad_key, grad_value;
   void* grad_grad_logsumexp;  // as grad_logsumexp
   void* grad_mask;            // as in the backward pass

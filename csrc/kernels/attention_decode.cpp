@@ -69,9 +69,9 @@ struct Chunks {
   const T* row_of(const HeadsInput& from, int64_t kv, int64_t row) const {
     return rows_of<T>(from, kv / of.kv_heads, head_of(kv, row))[row % of.queries];
   }
-  // Where a row stands in [B, H, L].
+  // Where a row stands among statistics.
   int64_t place_of(int64_t kv, int64_t row) const {
-    return (kv / of.kv_heads * of.heads + head_of(kv, row)) * of.queries + row % of.queries;
+    return row_index(of, kv / of.kv_heads, head_of(kv, row), row % of.queries);
   }
 
   // A row's scores as exponents, -inf where a key takes no part; returns the largest of each lane. What a softcap makes
@@ -286,7 +286,7 @@ struct DecodeBackward : Chunks<T> {
     A* const grad_scores = block.grad_scores + row * kScoreStride;
     A* const kept = of.dropout.threshold ? block.kept + row * kScoreStride : nullptr;
     const A* const statistics = static_cast<const A*>(arguments.statistics) + place;
-    const Shift<A> shift = shift_of(statistics[0], statistics[of.batch * of.heads * of.queries]);
+    const Shift<A> shift = shift_of(statistics[0], statistics[all_rows(of)]);
     A* const capped = of.softcap != 0 ? block.capped + row * kScoreStride : nullptr;
     this->form_exponents(of_head, query, key, count, probabilities, capped);
     for (int64_t n = 0; n < count; n += kLanes<A>) {

@@ -473,8 +473,7 @@ struct DoubleBackward : Gradients<T, AttentionDoubleBackward> {
         this->add_parts(grad_grad_output[at.query + i], head.grad_rows + (first + i) * width(value_columns), seen,
                         value_columns, A(1));
       if (arguments.grad_grad_logsumexp != nullptr)
-        static_cast<A*>(arguments.grad_grad_logsumexp)[(at.b * of.heads + at.h) * of.queries + at.query + i] =
-            block.w[i];
+        static_cast<A*>(arguments.grad_grad_logsumexp)[row_index(of, at.b, at.h, at.query + i)] = block.w[i];
     }
     if (sums_rows_for_mask) this->add_rows_to_mask(at, head.mask_sums + first, seen, member, members);
   }

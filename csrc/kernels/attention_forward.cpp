@@ -536,8 +536,7 @@ struct Forward {
     for (int64_t i = rows; i < rows + kLanes<double>; ++i) totals[i] = 1;
     for (int64_t i = 0; i < rows; i += kLanes<double>) store(logarithms + i, logarithm<A>(load(totals + i)));
     for (int64_t i = 0; i < rows; ++i)
-      set_statistics<A>(arguments, (b * of.heads + h) * of.queries + query + i, block.most[i], totals[i],
-                        logarithms[i]);
+      set_statistics<A>(arguments, row_index(of, b, h, query + i), block.most[i], totals[i], logarithms[i]);
   }
 };
 

@@ -191,7 +191,7 @@ struct Gradients {
   }
   // Each query's shift and the gradient of its logsumexp, up to the end of a register.
   void copy_statistics(const Queries& at, A* near, A* rest, A* grad_logsumexp) const {
-    const int64_t row = (at.b * of.heads + at.h) * of.queries + at.query, all = of.batch * of.heads * of.queries;
+    const int64_t row = row_index(of, at.b, at.h, at.query), all = all_rows(of);
     const A* const statistics = static_cast<const A*>(arguments.statistics) + row;
     const A* const grad = static_cast<const A*>(arguments.grad_logsumexp);
     for (int64_t i = 0; i < width(at.columns); ++i) {

@@ -102,13 +102,19 @@ Shift<A> shift_of(A near, A rest) {
   return {A(shift), A(shift - double(A(shift)))};
 }
 
+// Where a query's numbers stand in what has one for each, [B, H, all_queries], and how many that has.
+inline int64_t row_index(const Attention& of, int64_t b, int64_t h, int64_t query) {
+  return (b * of.heads + h) * of.all_queries + query;
+}
+inline int64_t all_rows(const Attention& of) { return of.batch * of.heads * of.all_queries; }
+
 // A row's statistics, whose exponents relative to `most` add up to `total`.
 template <class A>
 GENKERNELS_INLINE void set_statistics(const AttentionForward& arguments, int64_t row, A most, double total,
                                       double logarithm_of_total) {
   const Attention& of = arguments.of;
   A* const near = static_cast<A*>(arguments.statistics) + row;
-  A* const rest = near + of.batch * of.heads * of.queries;
+  A* const rest = near + all_rows(of);
   // Between the largest exponent that is not doubled and the least that is.
   const bool is_doubled = sizeof(A) == 4 && (most > A(1.7 * kDoubled) || most < -A(1.7 * kDoubled));
   const double shift = double(most) * (is_doubled ? 0.5 : kLogBase<A>);

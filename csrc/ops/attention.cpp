@@ -94,7 +94,7 @@ struct Arguments {
     of.batch = B;
     of.heads = H;
     of.kv_heads = Hk;
-    of.queries = L;
+    of.queries = of.all_queries = L;
     of.keys = S;
     of.head_size = D;
     of.value_size = value.size(3);
@@ -143,7 +143,7 @@ struct Arguments {
 
   void set_slopes(const Tensor& slopes) {
     STD_TORCH_CHECK(slopes.is_cpu() && slopes.scalar_type() == accumulator_dtype(query),
-                    "alibi_slopes: expected a CPU tensor of query's dtype, or of float32 beside bfloat16");
+                    "alibi_slopes: expected a CPU tensor of query's dtype, or of float32 beside 16 bits");
     STD_TORCH_CHECK(
         slopes.dim() == 2 && (slopes.size(0) == 1 || slopes.size(0) == of.batch) && slopes.size(1) == of.heads,
         "alibi_slopes: expected shape ", shape_string(std::initializer_list<int64_t>{of.batch, of.heads}), " or [1, ",

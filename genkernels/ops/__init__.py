@@ -5,6 +5,7 @@ from .dropout import dropout
 from .gru import bidirectional_gru, gru, gru_cell
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy, linear_log_prob
+from .varlen_attn import varlen_attn
 
 __all__ = [
     "bidirectional_gru",
@@ -15,4 +16,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_log_prob",
     "scaled_dot_product_attention",
+    "varlen_attn",
 ]

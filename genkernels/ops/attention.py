@@ -18,6 +18,7 @@ from .library import (
     is_autocast_enabled,
     is_transformed,
     map_slices,
+    needed,
     needs_autograd,
 )
 
@@ -652,7 +653,7 @@ class _Attention(torch.autograd.Function):
             gradients = apply(_AttentionBackward, *args)
         else:
             gradients = _attention_backward(*args)
-        return *_needed(gradients, ctx.needs_input_grad[:4]), *(None,) * (5 + len(features))
+        return *needed(gradients, ctx.needs_input_grad[:4]), *(None,) * (5 + len(features))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -676,22 +677,18 @@ class _AttentionBackward(torch.autograd.Function):
     def backward(ctx, *cotangents):
         if all(cotangent is None for cotangent in cotangents):
             return (None,) * len(ctx.needs_input_grad)
-        needed = ctx.needs_input_grad[:6]
+        needs = ctx.needs_input_grad[:6]
         tensors = ctx.saved_tensors
-        args: Any = (*tensors[:9], *ctx.settings, needed[5])
+        args: Any = (*tensors[:9], *ctx.settings, needs[5])
         features = (*tensors[9:], *ctx.features)
         if needs_autograd(*cotangents, *args[:6]) or is_transformed():
             backend.count("attention_double_backward", "reference")
             gradients = reference.attention_double_backward(cotangents, *args, *features)
         else:
-            needs = (needed[0], *needed[2:5])
-            gradients = _attention_double_backward(*cotangents, *args, *needs, *features)
-        return *_needed(gradients, needed), *(None,) * (7 + len(features))
+            args += (needs[0], *needs[2:5])
+            gradients = _attention_double_backward(*cotangents, *args, *features)
+        return *needed(gradients, needs), *(None,) * (7 + len(features))
 
     @staticmethod
     def vmap(info, in_dims, *args):
         return map_slices(_AttentionBackward, info, in_dims, args)
-
-
-def _needed(gradients: Any, needed: Any) -> list[Tensor | None]:
-    return [gradient if need else None for gradient, need in zip(gradients, needed, strict=True)]

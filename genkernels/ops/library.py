@@ -110,6 +110,11 @@ def _eager(function: Any) -> Any:
     return type(function.__name__, (torch.autograd.Function,), members)
 
 
+def needed(gradients: Any, is_needed: Any) -> list[Tensor | None]:
+    """Gradients, and None for those that nobody needs."""
+    return [gradient if need else None for gradient, need in zip(gradients, is_needed, strict=True)]
+
+
 def map_slices(
     function: type[torch.autograd.Function],
     info: Any,

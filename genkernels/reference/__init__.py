@@ -9,6 +9,11 @@ from .linear_cross_entropy import (
     linear_cross_entropy_pass,
     linear_log_prob,
 )
+from .varlen_attn import (
+    varlen_attn_backward,
+    varlen_attn_double_backward,
+    varlen_attn_forward,
+)
 
 __all__ = [
     "activate",
@@ -24,4 +29,7 @@ __all__ = [
     "linear_cross_entropy_pass",
     "linear_log_prob",
     "through_activation",
+    "varlen_attn_backward",
+    "varlen_attn_double_backward",
+    "varlen_attn_forward",
 ]

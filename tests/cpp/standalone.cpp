@@ -468,7 +468,7 @@ bool check_attention(const genkernels::Kernels& kernels, const genkernels::Runti
   of.batch = 2;
   of.heads = sizes.heads;
   of.kv_heads = sizes.kv_heads;
-  of.queries = sizes.queries;
+  of.queries = of.all_queries = sizes.queries;
   of.keys = sizes.keys;
   of.head_size = 19;
   of.value_size = 21;
