@@ -82,9 +82,11 @@ def arguments(
     return values | {"cu_seq_q": cu_seq_q, "cu_seq_k": cu_seq_k} | settings
 
 
-def op(causal: bool = False, **values: Any) -> tuple[Tensor, ...]:
+def op(
+    causal: bool = False, window: tuple[int, int] | None = None, **values: Any
+) -> tuple[Tensor, ...]:
     most = [max([0, *values[name].diff().tolist()]) for name in ("cu_seq_q", "cu_seq_k")]
-    window = (-1, 0 if causal else -1)
+    window = window or (-1, 0 if causal else -1)
     return varlen_attn(**values, max_q=most[0], max_k=most[1], window_size=window, return_lse=True)
 
 
@@ -98,6 +100,7 @@ def each_sequence(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., 
         cu_seq_q: Tensor,
         cu_seq_k: Tensor,
         causal: bool = False,
+        window: tuple[int, int] | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         def heads(tensor: Tensor, begins: list[int], n: int) -> Tensor:
@@ -106,6 +109,9 @@ def each_sequence(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., 
         rows, columns = cu_seq_q.tolist(), cu_seq_k.tolist()
         outputs, logsumexps = [], []
         for n in range(len(rows) - 1):
+            if window is not None:
+                sizes = (rows[n + 1] - rows[n], columns[n + 1] - columns[n])
+                options["attn_mask"] = in_window(*sizes, *window)
             output, logsumexp = function(
                 causal=LOWER_RIGHT * causal,
                 query=heads(query, rows, n),
@@ -118,6 +124,11 @@ def each_sequence(function: Callable[..., tuple[Tensor, ...]]) -> Callable[..., 
         return torch.cat(outputs), torch.cat(logsumexps, -1)
 
     return call
+
+
+def in_window(L: int, S: int, left: int, right: int) -> Tensor:
+    place = torch.arange(S) - torch.arange(S - L, S)[:, None]  # [L, S]
+    return (place >= (-left if left >= 0 else -L - S)) & (place <= (right if right >= 0 else L + S))
 
 
 def own(causal: int, **values: Any) -> tuple[Tensor, ...]:
@@ -152,6 +163,16 @@ class TestParity:
                 for seed in range(2)
             )
         )
+
+    @pytest.mark.parametrize("window", [(5, 0), (0, 3), (-1, 2), (40, -1), (10**12, 7)], ids=str)
+    def test_windows(self, window: tuple[int, int]) -> None:
+        for dtype in (torch.float32, torch.float16):
+            self.check(
+                *(
+                    arguments((*LENGTHS["differ"], (2, 300)), dtype, window=window, seed=seed)
+                    for seed in range(2)
+                )
+            )
 
 
 MANY = ((230, 200), *((i % 41, i * 7 % 38) for i in range(0, 60, 4)), (150, 233), (2, 900), (1, 0))
@@ -266,7 +287,8 @@ class TestEdges:
 
 def leaves_of(causal: bool, **options: Any) -> tuple[Any, tuple[Tensor, ...]]:
     lengths = ((3, 4), (0, 2), (2, 2), (1, 3), (3, 0), (2, 1))
-    values = arguments(lengths, torch.float64, D=3, Dv=2, causal=causal, **options)
+    values = arguments(lengths, torch.float64, D=3, Dv=2, **options)
+    values |= {"window": (1, 0)} if causal else {}
 
     def function(*tensors: Tensor) -> tuple[Tensor, ...]:
         output, logsumexp = op(**values | dict(zip(TENSORS, tensors, strict=True)))
@@ -422,7 +444,7 @@ class TestCompile:
 def raw_calls(causal: bool, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
     values = arguments(((3, 4), (1, 2), (0, 3), (2, 0)), dtype, Dv=8, Hk=1)
     tensors = tuple(values.values())
-    settings = (-1, 0 if causal else -1, 0.3)
+    settings = (2 if causal else -1, 0 if causal else -1, 0.3)
     output, statistics = raw_forward(*tensors, *settings)
     grads = torch.randn(output.shape).to(dtype), torch.randn_like(statistics[0])
     saved = (*tensors, output, statistics, *settings)
@@ -485,8 +507,8 @@ class TestErrors:
         ("cu_seq_q", lambda t: t - (t == 9).int(), ["from 0 to the 9 rows", r"\[0, 4, 5, 8\]"]),
         ("cu_seq_q", lambda t: t[[0, 2, 1, 3]], ["do not fall", r"\[0, 5, 4, 9\]"]),
         ("cu_seq_k", lambda t: -t, ["from 0 to the 11 rows", r"-11"]),
-        ("window_size", lambda _: (3, 0), [r"\(3, 0\)"]),
-        ("window_size", lambda _: (-1, 2), [r"\(-1, 2\)"]),
+        ("window_size", lambda _: (-2, 0), [r"\(-2, 0\)"]),
+        ("window_size", lambda _: (-1, 0, 1), ["two numbers", r"\(-1, 0, 1\)"]),
     )
 
     @pytest.mark.parametrize(("name", "change", "words"), CHANGES)
@@ -538,8 +560,8 @@ class TestErrors:
             ("cu_seq_k", lambda t: t[:-1]),
             ("cu_seq_k", lambda t: t - 1),
             ("cu_seq_k", lambda t: t[[0, 2, 1, 3]]),
-            ("window_left", lambda _: 3),
-            ("window_right", lambda _: 2),
+            ("window_left", lambda _: -2),
+            ("window_right", lambda _: -2),
             ("grad_output", lambda t: t[:8]),
             ("grad_output", lambda t: t.double()),
             ("grad_logsumexp", lambda t: t[:3]),

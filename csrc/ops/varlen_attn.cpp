@@ -67,13 +67,13 @@ void* mutable_numbers_of(const Tensor& tensor, int64_t first) {
 // What all passes are given, with rows that are contiguous.
 struct Sequences {
   Tensor query, key, value;
-  int64_t window_right;
+  int64_t window_left, window_right;
   Attention of{};                 // of all rows
   std::vector<Sequence> by_work;  // those that take longest come first
 
   Sequences(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& cu_seq_q,
-            const Tensor& cu_seq_k, int64_t window_left, int64_t right, double scale)
-      : query(query_), key(key_), value(value_), window_right(right) {
+            const Tensor& cu_seq_k, int64_t left, int64_t right, double scale)
+      : query(query_), key(key_), value(value_), window_left(left), window_right(right) {
     for (const auto& [name, tensor] : {std::pair("query", &query), std::pair("key", &key), std::pair("value", &value)})
       STD_TORCH_CHECK(tensor->dim() == 3, name, ": expected 3 dimensions, got ", tensor->dim());
     const int64_t H = query.size(1), Hk = key.size(1), D = query.size(2);
@@ -83,8 +83,8 @@ struct Sequences {
     check_shape("value", value, {key.size(0), Hk, value.size(2)});
     STD_TORCH_CHECK(H == Hk || (Hk > 0 && H % Hk == 0), "key: expected a number of heads that divides query's ", H,
                     ", got ", Hk);
-    STD_TORCH_CHECK(window_left == -1 && (right == -1 || right == 0),
-                    "window_size: expected (-1, -1) or (-1, 0), got (", window_left, ", ", right, ")");
+    STD_TORCH_CHECK(left >= -1 && right >= -1, "window_size: expected numbers of keys, or -1, got (", left, ", ", right,
+                    ")");
     query = with_contiguous_rows(query);
     key = with_contiguous_rows(key);
     value = with_contiguous_rows(value);
@@ -104,10 +104,14 @@ struct Sequences {
     for (size_t n = 0; n + 1 < of_queries.size(); ++n)
       by_work.push_back({of_queries[n], of_queries[n + 1] - of_queries[n], of_keys[n], of_keys[n + 1] - of_keys[n]});
     std::stable_sort(by_work.begin(), by_work.end(),
-                     [](const Sequence& a, const Sequence& b) { return products(a) > products(b); });
+                     [&](const Sequence& a, const Sequence& b) { return products(a) > products(b); });
   }
 
-  static double products(const Sequence& at) { return double(at.queries) * double(at.keys); }
+  double products(const Sequence& at) const {
+    const bool is_limited = window_left >= 0 && window_right >= 0;
+    const double window = is_limited ? double(window_left) + double(window_right) + 1 : double(at.keys);
+    return double(at.queries) * std::min(double(at.keys), window);
+  }
 
   Attention part(const Sequence& at) const {
     Attention result = of;
@@ -116,7 +120,9 @@ struct Sequences {
     result.query = rows_of(query, at.query);
     result.key = rows_of(key, at.key);
     result.value = rows_of(value, at.key);
-    result.diagonal = window_right < 0 ? at.keys : at.keys - at.queries + window_right;
+    const int64_t offset = at.keys - at.queries, reach = at.keys + at.queries;
+    result.diagonal = window_right < 0 ? at.keys : std::min(at.keys, offset + std::min(window_right, reach));
+    if (window_left >= 0) result.first_diagonal = offset - std::min(window_left, reach);
     return result;
   }
 

@@ -89,9 +89,10 @@ def varlen_attn(
         max_q: the length of the longest sequence's queries. Not used: PyTorch's signature has it.
         max_k: the same of keys.
         scale: what products are multiplied with. Default None: 1 / sqrt(D).
-        window_size: (-1, -1), the default: each query sees all keys of its sequence. (-1, 0): the
-            last one sees all, and each query before one key less than the next
-            (``causal_lower_right``).
+        window_size: (left, right), each -1 for no limit: query i of a sequence of L sees key j of S
+            where i + S - L - left <= j <= i + S - L + right. So (-1, 0) is causal, as
+            ``causal_lower_right``. Keys outside of the windows of a block of queries take no time.
+            Default (-1, -1): each query sees all keys of its sequence.
         enable_gqa: query may have several times as many heads as key and value; neighbouring heads
             share one. Default False.
         return_lse: return the log-sum-exp of the scores as well. Default False.
@@ -108,17 +109,16 @@ def varlen_attn(
     ``stats()``). Forward mode raises; ``use_backend("reference")`` has it.
 
     Raises:
-        RuntimeError: shapes, dtypes, devices or beginnings of sequences that do not fit, and
-            another window_size; the message names the argument.
+        RuntimeError: shapes, dtypes, devices or beginnings of sequences that do not fit, and a
+            window below -1; the message names the argument.
 
     Source: Dao et al. 2022, https://arxiv.org/abs/2205.14135, and Dao 2023,
     https://arxiv.org/abs/2307.08691.
     """
     cast: Any = autocast(query.device.type, query, key, value)
     query, key, value = cast
-    window_left, window_right = window_size
-    if window_left != -1 or window_right not in (-1, 0):
-        _reject("window_size", "(-1, -1) or (-1, 0)", window_size)
+    if len(window_size) != 2 or min(window_size) < -1:
+        _reject("window_size", "two numbers of keys, each -1 or more", window_size)
     if not enable_gqa and query.dim() == key.dim() == 3 and query.size(1) != key.size(1):
         beside = f"beside query of shape {list(query.shape)} without enable_gqa"
         _reject("key", f"{query.size(1)} heads {beside}", f"shape {list(key.shape)}")
@@ -126,7 +126,7 @@ def varlen_attn(
         D = query.size(-1) if query.dim() else 0
         scale = 1 / math.sqrt(D) if D else 1.0
     tensors = (query, key, value, cu_seq_q, cu_seq_k)
-    arguments: Any = (*tensors, window_left, window_right, scale)
+    arguments: Any = (*tensors, *window_size, scale)
     chosen = backend.select("varlen_attn", query.device, query.dtype)
     # The raw op of a device without a kernel is the reference, too, and one that can be traced.
     is_traced = query.is_meta or (torch.compiler.is_compiling() and not query.is_cpu)

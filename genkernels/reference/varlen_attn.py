@@ -2,16 +2,18 @@
 
 Everywhere query is [T_q, H, D], key [T_k, Hk, D] and value [T_k, Hk, Dv]; sequence n has the rows
 cu_seq[n] to cu_seq[n + 1]. Logsumexps and their gradients are [H, T_q], statistics [2, H, T_q].
-Query i of a sequence of L sees the first i + 1 + S - L of its S keys where window_right is 0, and
-all where it is -1; so far window_left is -1.
+Query i of a sequence of L sees those of its S keys between i + S - L - window_left and
+i + S - L + window_right; -1 is no limit.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .attention import (
+    Features,
     attention_backward,
     attention_double_backward,
     attention_forward,
@@ -30,12 +32,12 @@ def varlen_attn_forward(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The output, [T_q, H, Dv], and statistics as those of `attention_forward`."""
-    causal = _causal(window_right)
+    features = Features(None, None, window_left, window_right)
     outputs = [query.new_empty(0, query.size(1), value.size(2))]
     statistics = [query.new_empty(2, query.size(1), 0, dtype=sum_dtype(query))]
     for q, k in _sequences(cu_seq_q, cu_seq_k):
         heads = (_heads(query, q), _heads(key, k), _heads(value, k))
-        output, statistic = attention_forward(*heads, None, None, 0.0, causal, scale)
+        output, statistic = attention_forward(*heads, None, None, 0.0, 0, scale, *features)
         outputs.append(_rows(output))
         statistics.append(statistic.squeeze(1))
     return torch.cat(outputs), torch.cat(statistics, -1)
@@ -56,14 +58,15 @@ def varlen_attn_backward(
     scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """The gradients of query, key and value."""
-    causal = _causal(window_right)
+    settings: Any = (0.0, 0, scale, False, *Features(None, None, window_left, window_right))
     gradients = [[t[:0]] for t in (query, key, value)]
     for q, k in _sequences(cu_seq_q, cu_seq_k):
         results = attention_backward(
             _heads(grad_output, q),
             None if grad_logsumexp is None else grad_logsumexp[None, :, q],
             *(_heads(query, q), _heads(key, k), _heads(value, k), None, None),
-            *(_heads(output, q), statistics[:, None, :, q], 0.0, causal, scale),
+            *(_heads(output, q), statistics[:, None, :, q]),
+            *settings,
         )
         for of_sequences, gradient in zip(gradients, results, strict=False):
             of_sequences.append(_rows(gradient))
@@ -87,7 +90,7 @@ def varlen_attn_double_backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of <cotangents, varlen_attn_backward(...)> with respect to its first five
     arguments. Differentiable to any order, as `attention_double_backward` is."""
-    causal = _causal(window_right)
+    settings: Any = (0.0, 0, scale, False, *Features(None, None, window_left, window_right))
     gradients = [[t[:0]] for t in (grad_output, query, key, value)]
     of_logsumexp = [] if grad_logsumexp is None else [grad_logsumexp[:, :0]]
     for q, k in _sequences(cu_seq_q, cu_seq_k):
@@ -100,7 +103,8 @@ def varlen_attn_double_backward(
             _heads(grad_output, q),
             None if grad_logsumexp is None else grad_logsumexp[None, :, q],
             *(_heads(query, q), _heads(key, k), _heads(value, k), None, None),
-            *(_heads(output, q), statistics[:, None, :, q], 0.0, causal, scale),
+            *(_heads(output, q), statistics[:, None, :, q]),
+            *settings,
         )
         for of_sequences, gradient in zip(gradients, (grad_G, *others), strict=True):
             assert gradient is not None
@@ -109,10 +113,6 @@ def varlen_attn_double_backward(
             of_logsumexp.append(grad_lse[0])
     grad_output, *of_inputs = map(torch.cat, gradients)
     return grad_output, torch.cat(of_logsumexp, -1) if of_logsumexp else None, *of_inputs
-
-
-def _causal(window_right: int) -> int:
-    return 0 if window_right < 0 else 2
 
 
 def _sequences(cu_seq_q: Tensor, cu_seq_k: Tensor) -> Iterator[tuple[slice, slice]]:
