@@ -163,6 +163,7 @@ GENKERNELS_INLINE void store(bfloat16* to, Vector<float> v) {
 // As float16, in the lower half of each lane; rounds as rounded_bits() does, what is too large to an infinity.
 GENKERNELS_INLINE Vector<uint32_t> rounded_halves(Vector<float> v) {
   typedef Vector<int32_t> Integers;
+  constexpr int32_t kLeast = 0x38800000, kInfinity = 0x47800000;  // 2^-14, the least normal number, and 2^16
   const Integers bits = (Integers)v, magnitude = bits & 0x7fffffff;
   const Integers normal = (magnitude + (0xfff - (112 << 23)) + ((magnitude >> 13) & 1)) >> 13;
   // Beside a half, float32 has the digits of a subnormal float16.
@@ -170,8 +171,8 @@ GENKERNELS_INLINE Vector<uint32_t> rounded_halves(Vector<float> v) {
   const Integers subnormal = (Integers)sum - 0x3f000000;
   const Integers nan = ((magnitude >> 13) & 0x1ff) | 0x7e00;
   const Integers large = magnitude > 0x7f800000 ? nan : Integers{} + 0x7c00;
-  const Integers finite = magnitude < 0x38800000 ? subnormal : normal;                             // 2^-14
-  return (Vector<uint32_t>)((magnitude < 0x47800000 ? finite : large) | ((bits >> 16) & 0x8000));  // 2^16
+  const Integers finite = magnitude < kLeast ? subnormal : normal;
+  return (Vector<uint32_t>)((magnitude < kInfinity ? finite : large) | ((bits >> 16) & 0x8000));
 }
 
 GENKERNELS_INLINE void store(float16* to, Vector<float> v) {
