@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import os
 import pty
 import signal
@@ -36,11 +37,18 @@ def notes(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(notes, tmp_path_factory) -> Path:
+def trained(notes, tmp_path_factory) -> tuple[Path, str]:
+    """A checkpoint, and what its training printed."""
     folder = tmp_path_factory.mktemp("runs") / "rnn"
     arguments = ["--data", str(notes), "--output", str(folder), "--steps=20", "--no-compare"]
-    assert main(["train", "rnn", *TINY, *arguments]) == 0
-    return folder
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["train", "rnn", *TINY, *arguments]) == 0
+    return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(trained) -> Path:
+    return trained[0]
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -56,29 +64,31 @@ def test_train_shows_and_writes(notes, tmp_path, capsys):
     assert err == ""
     assert "\x1b" not in out, "plain lines where stdout is no terminal"
     assert sorted(p.name for p in output.iterdir()) == [
+        "best.safetensors",
         "config.json",
+        "last.safetensors",
         "loss.png",
-        "model.safetensors",
     ]
     assert [p.name for p in output.parent.iterdir()] == ["rnn"]
-    training = json.loads((output / "config.json").read_text())["training"]
+    training = load_checkpoint(output, "last").training
     rows = [line.split() for line in out.splitlines() if line.endswith("  cpp")]
     assert [int(row[0]) for row in rows] == list(range(2, 41, 2))
     assert all(len(row) == 6 for row in rows)
     assert float(rows[-1][1]) < float(rows[0][1]), "the loss falls"
-    assert float(rows[-1][3]) == pytest.approx(training["held_out"]["bits_per_byte"], rel=0.02)
+    assert float(rows[-1][3]) == pytest.approx(training["held_out"], abs=1e-4)
+    bits = float(out.split("bits per byte   ")[1].split()[0])
+    assert bits == pytest.approx(training["held_out"], rel=0.02)
+    calls = training["history"]["calls"]
     for shown in (
-        f"bits per byte   {training['held_out']['bits_per_byte']:.4f}  "
-        f"(order-3 Markov model: {training['markov_bits_per_byte']:.4f})",
-        f"speed-up        {training['speed_up']:.2f}x over torch.nn.GRU",
+        f"  (order-3 Markov model: {training['baseline'][1]:.4f})",
+        "x over torch.nn.GRU",
         f"loss curve      {output / 'loss.png'}",
-        f"checkpoint      {output}",
+        f"checkpoint      {output}: best of step 40, last of 40",
         "seed 7",
-        f"gru_backward cpp x 40, gru_forward cpp x {training['calls']['gru_forward cpp']} (SIMD",
+        f"gru_backward cpp x 40, gru_forward cpp x {calls['gru_forward cpp']} (SIMD",
     ):
         assert shown in out
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
-    calls = training["calls"]
     assert calls["gru_backward cpp"] == 40
     assert calls["gru_forward cpp"] > 40, "training and evaluation"
     assert genkernels.stats()["gru_forward", "cpp"] > before.get(("gru_forward", "cpp"), 0)
@@ -126,8 +136,8 @@ def test_a_finished_run_replaces_the_checkpoint(checkpoint, notes, tmp_path, cap
     for seed in (0, 0, 1):
         arguments = ["--data", str(notes), "--output", str(tmp_path / "rnn"), f"--seed={seed}"]
         assert main(["train", "rnn", *TINY, *arguments, "--steps=20", "--no-compare"]) == 0
-        weights.append((tmp_path / "rnn" / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1] == (checkpoint / "model.safetensors").read_bytes()
+        weights.append((tmp_path / "rnn" / "best.safetensors").read_bytes())
+    assert weights[0] == weights[1] == (checkpoint / "best.safetensors").read_bytes()
     assert weights[0] != weights[2]
     assert [p.name for p in tmp_path.iterdir()] == ["rnn"]
     capsys.readouterr()
@@ -150,13 +160,14 @@ def test_generate_is_a_function_of_its_seed(checkpoint, capsys):
     assert generated(capsys, *arguments, "--top-k=1") == greedy
 
 
-def test_evaluate_repeats_the_figures_of_training(checkpoint, notes, capsys):
-    training = load_checkpoint(checkpoint).training
+def test_evaluate_repeats_the_figures_of_training(trained, notes, capsys):
+    checkpoint, printed = trained
     assert main(["evaluate", str(checkpoint), "--data", str(notes)]) == 0
     out = capsys.readouterr().out
-    assert f"bits per byte   {training['held_out']['bits_per_byte']:.4f}  (order-3" in out
-    assert f"{training['markov_bits_per_byte']:.4f})" in out
-    assert f"perplexity      {training['held_out']['perplexity']:.3f}" in out
+    assert out in printed
+    measures = ["bits per byte", "cross-entropy", "perplexity", "token accuracy"]
+    assert [line[:14].rstrip() for line in out.splitlines()] == measures
+    assert "(order-3 Markov model: " in out
     assert main(["evaluate", str(checkpoint), "--data", str(notes), "--whole"]) == 0
     whole = capsys.readouterr().out
     assert "Markov" not in whole
@@ -304,7 +315,7 @@ def test_other_commands_refuse(case, checkpoint, tmp_path, capsys):
     (tmp_path / "x").write_text("x")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_bytes((checkpoint / "config.json").read_bytes())
-    (tmp_path / "broken" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "broken" / "best.safetensors").write_bytes(b"half")
     before = tree(tmp_path) | tree(checkpoint)
     arguments, message = OTHER[case]
     assert main([a.format(tmp=tmp_path, run=checkpoint) for a in arguments]) == 2
@@ -380,9 +391,9 @@ def test_interrupt_of_the_sample_keeps_the_checkpoint(notes, tmp_path, monkeypat
     monkeypatch.setattr(RNNLanguageModel, "generate", interrupt)
     output = tmp_path / "rnn"
     arguments = ["--data", str(notes), "--output", str(output), "--no-compare", "--steps=2"]
-    assert main(["train", "rnn", *TINY, *arguments]) == 130
+    assert main(["train", "rnn", *TINY, *arguments, "--no-sample"]) == 130
     err = capsys.readouterr().err
-    assert err == f"genkernels: interrupted after step 2; {output} has it\n"
+    assert err == f"genkernels: interrupted after step 2; {output} has it, for --resume to go on\n"
     assert load_checkpoint(output).training["steps"] == 2
 
 

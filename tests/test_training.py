@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from genkernels.data import (
     ByteTokenizer,
     InputError,
+    SequenceBatches,
     load_text,
     sequence_batches,
     split_text,
@@ -96,9 +97,9 @@ class Recorder(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(256))
         self.given: list[float | None] = []
 
-    def loss(self, input, target, hx=None):
-        assert hx is None or not hx.requires_grad
-        self.given.append(None if hx is None else hx.item())
+    def loss(self, input, target, state=None):
+        assert state is None or not state.requires_grad
+        self.given.append(None if state is None else state.item())
         logits = self.weight.expand(target.numel(), 256)
         loss = torch.nn.functional.cross_entropy(logits, target.flatten())
         return loss, self.weight.sum() * 0 + len(self.given)
@@ -116,7 +117,7 @@ def learning_rates(**settings) -> list[float]:
     """The steps of plain SGD on a constant gradient, which are its learning rates."""
     model = Recorder()
     before, rates = model.weight.detach().clone(), []
-    batch = sequence_batches(torch.zeros(30, dtype=torch.int64), 1, 10)[:1]
+    batch = SequenceBatches(sequence_batches(torch.zeros(30, dtype=torch.int64), 1, 10)[:1])
     config = TrainingConfig("sgd", 1e-4, max_grad_norm=0, **settings)
     for _ in train(model, batch, config):
         after = model.weight.detach().clone()
@@ -131,6 +132,9 @@ def test_learning_rate_schedules():
     assert actual == pytest.approx([*warm_up, 1, 1, 1, 1, 1, 1], abs=2e-3)
     cosine = [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
     assert learning_rates(steps=8, warmup=0) == pytest.approx(cosine, abs=2e-3)
+    higher = [0.2 + 0.8 * rate for rate in cosine]
+    actual = learning_rates(steps=8, warmup=0, min_learning_rate=0.2)
+    assert actual == pytest.approx(higher, abs=2e-3)
 
 
 def test_gradients_are_clipped():
@@ -246,7 +250,7 @@ def test_comparison_leaves_everything_as_it_was():
     (batch,) = sequence_batches(random_tokens(100), "full", 9)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    result = compare_step_time(model, twin, *batch, TrainingConfig(steps=1), seconds=0)
+    result = compare_step_time(model, twin, batch, TrainingConfig(steps=1), seconds=0)
     assert result.model > 0
     assert result.speed_up == pytest.approx(result.baseline / result.model)
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -275,7 +279,7 @@ def test_checkpoint_round_trip(checkpoint):
     assert torch.equal(loaded.tokenizer.encode(text), tokenizer.encode(text))
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.json",
-        "model.safetensors",
+        "last.safetensors",
         "tokenizer.json",
     ]
 
@@ -287,7 +291,7 @@ def edit_config(folder, **changes):
 
 
 def edit_weights(folder, edit):
-    path = folder / "model.safetensors"
+    path = folder / "last.safetensors"
     weights = load_file(path)
     edit(weights)
     save_file(weights, path)
@@ -299,13 +303,13 @@ BROKEN = {
     "config is no UTF-8": (lambda f: (f / "config.json").write_bytes(b"\xff"), "not JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "format is None"),
     "of another program": (lambda f: edit_config(f, format="other"), "format is 'other'"),
-    "another model": (lambda f: edit_config(f, model="gpt"), "model is 'gpt'"),
-    "sizes missing": (lambda f: edit_config(f, config={"vocab_size": 9}), "config of an rnn"),
+    "another model": (lambda f: edit_config(f, model="lstm"), "model is 'lstm'; expected .* rnn"),
+    "sizes missing": (lambda f: edit_config(f, config={"vocab_size": 9}), "config of a model rnn"),
     "sizes of nonsense": (
         lambda f: edit_config(f, config={"vocab_size": "x", "embedding_dim": 1, "hidden_size": 1}),
         "vocab_size",
     ),
-    "sizes no dictionary": (lambda f: edit_config(f, config=3), "config of an rnn"),
+    "sizes no dictionary": (lambda f: edit_config(f, config=3), "config of a model rnn"),
     "tokenizer missing": (lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json"),
     "tokenizer unknown": (lambda f: edit_config(f, tokenizer="words"), "words"),
     "tokenizer mismatching": (lambda f: edit_config(f, tokenizer="bytes"), "256 tokens; expected"),
@@ -321,12 +325,12 @@ BROKEN = {
     ),
     "training is null": (lambda f: edit_config(f, training=None), "training is None"),
     "weights missing": (
-        lambda f: (f / "model.safetensors").unlink(),
-        "model.safetensors: No such file or directory; expected the weights",
+        lambda f: (f / "last.safetensors").unlink(),
+        "best.safetensors: No such file or directory; expected the weights",
     ),
     "weights are a folder": (
-        lambda f: [(f / "model.safetensors").unlink(), (f / "model.safetensors").mkdir()],
-        "model.safetensors: Is a directory; expected the weights",
+        lambda f: [(f / "last.safetensors").unlink(), (f / "last.safetensors").mkdir()],
+        "last.safetensors: Is a directory; expected the weights",
     ),
     "weights of another dtype": (
         lambda f: edit_weights(f, lambda w: w.update({"linear.bias": w["linear.bias"].half()})),
@@ -337,9 +341,7 @@ BROKEN = {
         "linear.bias holds NaN",
     ),
     "weights cut off": (
-        lambda f: (f / "model.safetensors").write_bytes(
-            (f / "model.safetensors").read_bytes()[:-9]
-        ),
+        lambda f: (f / "last.safetensors").write_bytes((f / "last.safetensors").read_bytes()[:-9]),
         "not a safetensors file",
     ),
     "tensor missing": (
@@ -382,7 +384,7 @@ class Bomb:
 
 def test_no_pickle_is_read(checkpoint):
     folder = checkpoint[0]
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+    for name in ("last.safetensors", "config.json", "tokenizer.json"):
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(pickle.dumps(Bomb()))
         with pytest.raises(InputError):
@@ -493,8 +495,9 @@ def test_replace_folder_makes_no_folder_in_vain(tmp_path):
 
 def test_loss_curve_is_a_png(tmp_path):
     path = tmp_path / "loss.png"
-    plot_loss(path, [(1, 8.0), (2, 7.0)], [], baseline=2.0)
+    markov = "order-3 Markov model", 2.0
+    plot_loss(path, [(1, 8.0), (2, 7.0)], [], markov, "bits/byte")
     assert path.read_bytes().startswith(b"\x89PNG")
     empty = path.read_bytes()
-    plot_loss(path, [(1, 8.0), (2, 7.0)], [(1, 7.9), (2, 7.2)], baseline=2.0)
+    plot_loss(path, [(1, 8.0), (2, 7.0)], [(1, 7.9), (2, 7.2)], markov, "bits/byte")
     assert path.read_bytes() != empty

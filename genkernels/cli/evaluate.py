@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,18 +10,14 @@ from ..data import DEFAULT_CORPUS, ByteTokenizer, InputError, errors_in, load_te
 from ..models import MarkovModel
 from ..training import evaluate as evaluate_model
 from ..training import load_checkpoint
-from .generate import DEFAULT_CHECKPOINT
+from . import options
 from .report import evaluation_lines
 
 
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder that `genkernels train` wrote.")
-    ] = DEFAULT_CHECKPOINT,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="UTF-8 text file.", show_default=DEFAULT_CORPUS),
-    ] = None,
+    checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
+    data: options.Data = None,
+    which: options.WhichWeights = "best",
     whole: Annotated[
         bool,
         typer.Option(
@@ -40,14 +35,15 @@ def evaluate(
 
         genkernels evaluate runs/rnn --data notes.txt --whole
     """
-    model, tokenizer, _ = load_checkpoint(checkpoint)
+    model, tokenizer, _ = load_checkpoint(checkpoint, which)
     text = load_text(data)
     bytes_of = ByteTokenizer().encode
     baseline = None
     if not whole:
         with errors_in(data or DEFAULT_CORPUS):
             training, text = split_text(text)
-        baseline = MarkovModel(order=3).fit(bytes_of(training)).bits_per_byte(bytes_of(text))
+        markov = MarkovModel(order=3).fit(bytes_of(training)).bits_per_byte(bytes_of(text))
+        baseline = "order-3 Markov model", markov
     tokens = tokenizer.encode(text)
     if len(tokens) < 2:
         raise InputError(f"{data or DEFAULT_CORPUS}: {len(tokens)} token; expected at least 2")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -10,14 +9,12 @@ import typer
 
 from ..data import InputError, clean_text
 from ..training import load_checkpoint
-
-DEFAULT_CHECKPOINT = Path("runs/rnn")
+from . import options
 
 
 def generate(
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder that `genkernels train` wrote.")
-    ] = DEFAULT_CHECKPOINT,
+    checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
+    which: options.WhichWeights = "best",
     prompt: Annotated[
         str, typer.Option(help="Text to continue.", show_default="a new line")
     ] = "\n",
@@ -30,7 +27,7 @@ def generate(
         int | None, typer.Option(min=1, help="Draw among the k likeliest tokens only.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")
+        int, typer.Option(min=0, max=options.MAX_SEED, help="The same seed gives the same text.")
     ] = 0,
 ) -> None:
     """Continue a prompt with a trained model.
@@ -46,7 +43,7 @@ def generate(
         raise InputError("--prompt: not UTF-8; expected text") from error
     if not text:
         raise InputError("--prompt: empty; expected at least one character to continue")
-    model, tokenizer, _ = load_checkpoint(checkpoint)
+    model, tokenizer, _ = load_checkpoint(checkpoint, which)
     tokens = model.generate(
         tokenizer.encode(text)[None],
         max_new_tokens,

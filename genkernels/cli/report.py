@@ -12,16 +12,18 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ..backend import simd_level
 from ..training import Evaluation, Step
 
+_SAMPLE_WIDTH = 80
+
 Calls = Mapping[tuple[str, str], int]
 
 
-def evaluation_lines(result: Evaluation, baseline: float | None) -> Iterator[str]:
-    """Yield the measures of a text, a line each, the first beside the Markov model's."""
-    beside = "" if baseline is None else f"  (order-3 Markov model: {baseline:.4f})"
-    yield f"bits per byte   {result.bits_per_byte:.4f}{beside}"
-    yield f"cross-entropy   {result.cross_entropy:.4f} nats per token"
-    yield f"perplexity      {result.perplexity:.3f}"
-    yield f"token accuracy  {result.token_accuracy:.2%} of {result.tokens:,} tokens"
+def evaluation_lines(
+    result: Evaluation, baseline: tuple[str, float] | None = None
+) -> Iterator[str]:
+    """Yield the measures, a line each, the first beside a simpler model's."""
+    first, *others = result.lines()
+    yield first + (f"  ({baseline[0]}: {baseline[1]:.4f})" if baseline else "")
+    yield from others
 
 
 def calls_between(before: Calls, after: Calls) -> dict[tuple[str, str], int]:
@@ -43,9 +45,16 @@ def backend_names(calls: Calls, prefix: str = "") -> str:
 
 
 class TrainingDisplay:
-    """A table with a row for each evaluation; on a terminal also a progress bar below it."""
+    """A table with a row for each evaluation; on a terminal also a progress bar below it.
 
-    def __init__(self) -> None:
+    Args:
+        unit: of the two columns that are to be compared.
+        kernel: how the names of those ops begin whose backends are shown.
+    """
+
+    def __init__(self, unit: str, kernel: str) -> None:
+        self._unit = unit
+        self._kernel = kernel
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -60,7 +69,9 @@ class TrainingDisplay:
 
     def __enter__(self) -> TrainingDisplay:
         self._bar.start()
-        self.console.print("    step     loss  bits/byte   held-out    tokens/s  gru kernel")
+        self.console.print(
+            f"    step     loss {self._unit:>10}   held-out    tokens/s  {self._kernel} kernel"
+        )
         return self
 
     def __exit__(
@@ -77,9 +88,12 @@ class TrainingDisplay:
         self._bar.update(self._task, completed=step.progress, description=description)
 
     def row(
-        self, step: Step, loss: float, training: float, held_out: float, speed: float, kernel: str
+        self, step: Step, loss: float, training: float, held_out: float, speed: float, calls: Calls
     ) -> None:
         self.console.print(
             f"{step.number:8,} {loss:8.4f} {training:10.4f} {held_out:10.4f} {speed:11,.0f}"
-            f"  {kernel}"
+            f"  {backend_names(calls, self._kernel)}"
         )
+
+    def sample(self, text: str) -> None:
+        self.console.print(f"         {' '.join(text.split())[:_SAMPLE_WIDTH]}")

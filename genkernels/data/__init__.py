@@ -12,7 +12,7 @@ from .masking import (
 )
 from .pairs import PairBatches, load_pairs
 from .spans import SpanBatches, TextToTextTokens, corrupt_spans, corrupted_windows
-from .streams import batchify, sequence_batches
+from .streams import SequenceBatches, batchify, sequence_batches
 from .text import DEFAULT_CORPUS, Corpus, clean_text, load_text, split_text
 from .tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -27,6 +27,7 @@ __all__ = [
     "LabelledBatches",
     "MaskedBatches",
     "PairBatches",
+    "SequenceBatches",
     "SpanBatches",
     "SpecialTokens",
     "TextToTextTokens",

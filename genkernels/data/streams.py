@@ -10,6 +10,16 @@ from torch import Tensor
 from .errors import InputError
 
 
+class SequenceBatches(list[tuple[Tensor, Tensor]]):
+    """The batches of one epoch, each of which continues the one before it; then they start over."""
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        return self[step % len(self)]
+
+    def continues(self, step: int) -> bool:
+        return step % len(self) > 0
+
+
 def batchify(tokens: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
     """Cut tokens [N] into `batch_size` contiguous streams read side by side.
 
@@ -23,7 +33,7 @@ def batchify(tokens: Tensor, batch_size: int) -> tuple[Tensor, Tensor]:
 
 def sequence_batches(
     tokens: Tensor, batch_size: int | Literal["full"], sequence_length: int
-) -> list[tuple[Tensor, Tensor]]:
+) -> SequenceBatches:
     """Cut the streams of `batchify` into pieces of at most `sequence_length` tokens.
 
     Returns one epoch of (input, target), both [B, T]. Each pair continues the one before it, so the
@@ -45,6 +55,6 @@ def sequence_batches(
     )
     # Even parts: a short last one would be a noisy step of full size.
     parts = math.ceil(inputs.shape[1] / sequence_length)
-    return list(
+    return SequenceBatches(
         zip(inputs.tensor_split(parts, dim=1), targets.tensor_split(parts, dim=1), strict=True)
     )

@@ -1,5 +1,7 @@
 """Generative models on the fused ops, and the baselines that they are measured against."""
 
+from typing import Any
+
 from .bert import BERT, BERTConfig, Fillings
 from .gpt import GPT, GPTConfig
 from .markov import MarkovModel
@@ -7,9 +9,18 @@ from .rnn import RNNConfig, RNNLanguageModel
 from .sampling import CausalModel, sample_token
 from .t5 import T5, T5Config
 
+# Those that `genkernels train` trains, by the name that a checkpoint has for them.
+MODELS: dict[str, tuple[type[Any], type[Any]]] = {
+    BERT.name: (BERTConfig, BERT),
+    GPT.name: (GPTConfig, GPT),
+    RNNLanguageModel.name: (RNNConfig, RNNLanguageModel),
+    T5.name: (T5Config, T5),
+}
+
 __all__ = [
     "BERT",
     "GPT",
+    "MODELS",
     "T5",
     "BERTConfig",
     "CausalModel",

@@ -1,11 +1,29 @@
 """The training loop, evaluation, checkpoints and the timing against plain PyTorch."""
 
-from .checkpoint import LOSS_CURVE, Checkpoint, load_checkpoint, replace_folder, save_checkpoint
+from .checkpoint import (
+    LOSS_CURVE,
+    Checkpoint,
+    RunFolder,
+    Which,
+    load_checkpoint,
+    load_state,
+    replace_folder,
+    save_checkpoint,
+)
 from .comparison import Comparison, compare_step_time
 from .evaluation import Evaluation, evaluate
-from .loop import OptimizerName, ScheduleName, Step, TrainingConfig, train, training_step
+from .loop import (
+    OptimizerName,
+    ScheduleName,
+    Step,
+    Training,
+    TrainingConfig,
+    train,
+    training_step,
+)
 from .plot import plot_loss
-from .presets import RNN_PRESETS, RNNPreset
+from .presets import RNN_PRESETS, Preset
+from .tasks import RNNTask, Task
 
 __all__ = [
     "LOSS_CURVE",
@@ -14,13 +32,19 @@ __all__ = [
     "Comparison",
     "Evaluation",
     "OptimizerName",
-    "RNNPreset",
+    "Preset",
+    "RNNTask",
+    "RunFolder",
     "ScheduleName",
     "Step",
+    "Task",
+    "Training",
     "TrainingConfig",
+    "Which",
     "compare_step_time",
     "evaluate",
     "load_checkpoint",
+    "load_state",
     "plot_loss",
     "replace_folder",
     "save_checkpoint",

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of safetensors weights, JSON config and the tokenizer. Never a pickle."""
+"""Checkpoints: a folder of JSON config, the tokenizer and safetensors weights. Never a pickle."""
 
 from __future__ import annotations
 
@@ -7,75 +7,170 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from ..data import BPETokenizer, InputError, Tokenizer, load_tokenizer
-from ..models import RNNConfig, RNNLanguageModel
+from ..models import MODELS
+
+Which = Literal["best", "last"]
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS: dict[Which, str] = {"best": "best.safetensors", "last": "last.safetensors"}
+ONLY_WEIGHTS = "model.safetensors"  # of a checkpoint that an older version wrote
 LOSS_CURVE = "loss.png"
-FILES = {CONFIG, WEIGHTS, LOSS_CURVE, BPETokenizer.file}
+FILES = {CONFIG, *WEIGHTS.values(), ONLY_WEIGHTS, LOSS_CURVE, BPETokenizer.file}
 FORMAT = "genkernels-1"
 _TEMPORARY = ".genkernels-"
+# Before the names of tensors that continue a run. No weight has it: `training` is a module's mode.
+_STATE = "training."
+_METADATA = "training"
 
 
 class Checkpoint(NamedTuple):
     """A trained model, its tokenizer, and what its training wrote down."""
 
-    model: RNNLanguageModel
+    model: Any
     tokenizer: Tokenizer
     training: dict[str, Any]
 
 
+class RunFolder(contextlib.ExitStack):
+    """The folder of a run, in which a reader finds whole checkpoints only, also after a kill.
+
+    The first `save` replaces what stands at `path` as `replace_folder` does, by config.json, the
+    tokenizer and the weights; until then nothing but a temporary folder is there, and an error
+    leaves no trace. Each later one replaces single files, so that there are whole ones at any
+    time. `resume` goes on with the files that are there.
+
+    Raises:
+        InputError: the place cannot be written to, or holds something other than a checkpoint.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        training: dict[str, Any],
+        resume: bool = False,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.saved: dict[str, Any] | None = None  # the `training` of the last "last"
+        self._model = model
+        self._folder = path if resume else self.enter_context(replace_folder(path))
+        if not resume:
+            save_config(self._folder, model, tokenizer, training)
+
+    def save(self, which: Which, training: dict[str, Any], state: Mapping[str, Tensor]) -> None:
+        """Write the weights; `training` is anything JSON takes, `state` what continues the run.
+
+        Nobody sees what is written before the first "last".
+        """
+        path = self._folder / WEIGHTS[which]
+        temporary = path.with_name(_TEMPORARY + path.name)
+        try:
+            save_weights(temporary, self._model, training, state)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        if which == "last":
+            self.close()
+            self._folder = self.path
+            self.saved = training
+
+
 def save_checkpoint(
-    folder: Path, model: RNNLanguageModel, tokenizer: Tokenizer, training: dict[str, Any]
+    folder: Path, model: nn.Module, tokenizer: Tokenizer, training: dict[str, Any]
 ) -> None:
     """Write model, tokenizer and `training` (anything JSON takes) into an existing folder.
 
     Use it inside `replace_folder`, so that a reader never meets half of a checkpoint.
     """
-    from safetensors.torch import save
+    save_config(folder, model, tokenizer, training)
+    save_weights(folder / WEIGHTS["last"], model, {}, {})
 
-    # Not save_file: it lets nobody but this user read the file.
-    (folder / WEIGHTS).write_bytes(save(model.state_dict()))
+
+def save_config(
+    folder: Path, model: nn.Module, tokenizer: Tokenizer, training: dict[str, Any]
+) -> None:
     tokenizer.save(folder)
     config = {
         "format": FORMAT,
         "model": model.name,
-        "config": dataclasses.asdict(model.config),
+        "config": dataclasses.asdict(model.config),  # type: ignore[call-overload]
         "tokenizer": tokenizer.name,
         "training": training,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def load_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Load what `save_checkpoint` wrote.
+def save_weights(
+    path: Path, model: nn.Module, training: dict[str, Any], state: Mapping[str, Tensor]
+) -> None:
+    from safetensors.torch import save
+
+    tensors = model.state_dict() | {_STATE + name: tensor for name, tensor in state.items()}
+    # Not save_file: it lets nobody but this user read the file.
+    path.write_bytes(save(tensors, {_METADATA: json.dumps(training)}))
+
+
+def load_checkpoint(folder: str | os.PathLike[str], which: Which = "best") -> Checkpoint:
+    """Load what `RunFolder` or `save_checkpoint` wrote.
+
+    "best" are the weights with the lowest held-out loss; before the first was measured, the last.
 
     Raises:
         InputError: no checkpoint there, a broken file, or files that do not fit together.
     """
     folder = Path(folder)
     config = _read_config(folder)
+    config_class, model_class = MODELS[config["model"]]
     try:
-        model_config = RNNConfig(**config["config"])
+        model_config = config_class(**config["config"])
     except (TypeError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG}: not the config of an rnn ({error})") from error
+        raise InputError(
+            f"{folder / CONFIG}: not the config of a model {config['model']} ({error})"
+        ) from error
     tokenizer = load_tokenizer(config["tokenizer"], folder)
     if tokenizer.vocab_size != model_config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens; "
             f"expected {model_config.vocab_size} by {CONFIG}"
         )
-    weights = _read_weights(folder / WEIGHTS, model_config)
-    model = RNNLanguageModel(model_config)
+    # On meta: a config with absurd sizes fails here before any memory is taken.
+    with torch.device("meta"):
+        expected = model_class(model_config).state_dict()
+    path = _weights_path(folder, which)
+    weights, training = _read_tensors(path, is_state=False)
+    _check_weights(path, weights, expected)
+    model = model_class(model_config)
     model.load_state_dict(weights)
-    return Checkpoint(model.eval(), tokenizer, config["training"])
+    return Checkpoint(model.eval(), tokenizer, config["training"] | training)
+
+
+def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Load the `state` that continues the run in `folder`.
+
+    Raises:
+        InputError: the last checkpoint there has none, or cannot be read.
+    """
+    path = Path(folder) / WEIGHTS["last"]
+    state, _ = _read_tensors(path, is_state=True)
+    if not state:
+        raise InputError(f"{path}: lacks what continues a run; expected that of `genkernels train`")
+    return state
+
+
+def _weights_path(folder: Path, which: Which) -> Path:
+    names = [WEIGHTS[which], WEIGHTS["last"], ONLY_WEIGHTS]
+    paths = [folder / name for name in names]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -88,11 +183,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise InputError(f"{path}: not JSON ({error})") from error
-    expected = {"format": FORMAT, "model": RNNLanguageModel.name}
-    for key, value in expected.items():
+    for key, expected in (("format", [FORMAT]), ("model", list(MODELS))):
         found = config.get(key) if isinstance(config, dict) else None
-        if found != value:
-            raise InputError(f"{path}: {key} is {found!r}; expected {value!r}")
+        if found not in expected:
+            raise InputError(f"{path}: {key} is {found!r}; expected {' or '.join(expected)}")
     for key in ("config", "tokenizer", "training"):
         if key not in config:
             raise InputError(f"{path}: lacks {key!r}")
@@ -101,23 +195,34 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(path: Path, config: RNNConfig) -> dict[str, torch.Tensor]:
-    """Read the weights and compare them with what `config` asks for."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_tensors(path: Path, is_state: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the weights, or what continues a run, with what training wrote down beside them."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        with path.open("rb"):  # names the fault of a file that cannot be read; load_file does not
-            weights = load_file(path)
+        with path.open("rb"):  # names the fault of a file that cannot be read; safe_open does not
+            pass
+        with safe_open(path, "pt") as file:
+            tensors = {
+                name.removeprefix(_STATE): file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118 (not a mapping)
+                if name.startswith(_STATE) == is_state
+            }
+            training = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
     except OSError as error:
         raise InputError(
             f"{path}: {error.strerror or error}; expected the weights of a checkpoint"
         ) from error
     except SafetensorError as error:
         raise InputError(f"{path}: not a safetensors file ({error})") from error
-    # On meta: a config with absurd sizes fails here before any memory is taken.
-    with torch.device("meta"):
-        expected = RNNLanguageModel(config).state_dict()
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: what training wrote down is not JSON ({error})") from error
+    if not isinstance(training, dict):
+        raise InputError(f"{path}: training is {training!r}; expected an object")
+    return tensors, training
+
+
+def _check_weights(path: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
             kind = "lacks" if name in expected else "has an unknown"
@@ -131,7 +236,6 @@ def _read_weights(path: Path, config: RNNConfig) -> dict[str, torch.Tensor]:
             )
         if not weights[name].isfinite().all():
             raise InputError(f"{path}: {name} holds NaN or infinity; expected finite numbers")
-    return weights
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +28,11 @@ class Comparison(NamedTuple):
 def compare_step_time(
     model: nn.Module,
     baseline: nn.Module,
-    input: Tensor,
-    target: Tensor,
+    batch: Sequence[Tensor],
     config: TrainingConfig,
     seconds: float = 8.0,
 ) -> Comparison:
-    """Time training steps on input and target, int64 [B, T], of copies of both models.
+    """Time training steps on a batch, what `model.loss` takes, of copies of both models.
 
     The steps alternate, so that a drift of the machine's speed meets both alike; the first pair
     warms up and is not counted. As many pairs as start within `seconds`, from 3 to 15. The models
@@ -49,6 +49,6 @@ def compare_step_time(
                 break
             for clone, optimizer, times in contestants:
                 start = time.perf_counter()
-                training_step(clone, optimizer, input, target, None, config.max_grad_norm)
+                training_step(clone, optimizer, batch, None, config.max_grad_norm)
                 times.append(time.perf_counter() - start)
     return Comparison(*(statistics.median(times[1:]) for _, _, times in contestants))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -28,6 +29,18 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
     token_accuracy: float
     tokens: int
+
+    @property
+    def figure(self) -> float:
+        """The one that training goes by; less is better."""
+        return self.bits_per_byte
+
+    def lines(self) -> Iterator[str]:
+        """Yield the measures in words, `figure` first."""
+        yield f"bits per byte   {self.bits_per_byte:.4f}"
+        yield f"cross-entropy   {self.cross_entropy:.4f} nats per token"
+        yield f"perplexity      {self.perplexity:.3f}"
+        yield f"token accuracy  {self.token_accuracy:.2%} of {self.tokens:,} tokens"
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ def plot_loss(
     path: str | os.PathLike[str],
     training: Sequence[tuple[int, float]],
     held_out: Sequence[tuple[int, float]],
-    baseline: float,
+    baseline: tuple[str, float],
+    unit: str,
 ) -> None:
-    """Write a PNG of (step, bits per byte) curves, with the Markov model's figure as a line."""
+    """Write a PNG of (step, figure) curves, with the named figure of a simpler model as a line."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -21,8 +22,9 @@ def plot_loss(
     axes = figure.add_subplot()
     axes.plot(*zip(*training, strict=True), label="training", color="tab:blue", linewidth=0.8)
     axes.plot(*zip(*held_out, strict=True), label="held-out", color="tab:orange", marker=".")
-    axes.axhline(baseline, label="order-3 Markov model, held-out", color="gray", linestyle="--")
-    axes.set(xlabel="step", ylabel="bits per byte")
+    name, value = baseline
+    axes.axhline(value, label=f"{name}, held-out", color="gray", linestyle="--")
+    axes.set(xlabel="step", ylabel=unit)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format="png", dpi=120)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..models import RNNConfig
 from .loop import TrainingConfig
 
 
-class RNNPreset(NamedTuple):
-    """Sizes and training of an `RNNLanguageModel`.
+class Preset(NamedTuple):
+    """Sizes of a model and how to train it.
 
     `model.vocab_size` 256 means bytes; above, it is what BPE may use at most.
     """
 
-    model: RNNConfig
+    model: Any
     training: TrainingConfig
 
 
 RNN_PRESETS = {
-    "bytes": RNNPreset(
+    "bytes": Preset(
         RNNConfig(vocab_size=256, embedding_dim=128, hidden_size=384, dropout=0.1),
         # Chosen on a validation part of the training split.
         TrainingConfig(learning_rate=3e-3, batch_size=32, sequence_length=64, minutes=4.0),
     ),
-    "seed": RNNPreset(
+    "seed": Preset(
         RNNConfig(vocab_size=10_000, embedding_dim=256, hidden_size=512, dropout=0.2),
         TrainingConfig(
             optimizer="adam", learning_rate=2e-3, batch_size=64, sequence_length=100, minutes=4.0

@@ -1,0 +1,219 @@
+"""The options that several commands have."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..data import DEFAULT_CORPUS, InputError
+from ..models.config import MAX_LAYERS, MAX_SIZE
+from ..training import OptimizerName, Preset, ScheduleName, Which
+
+DEFAULT_CHECKPOINT = Path("runs/rnn")
+MAX_SEED = 2**63 - 1
+_MODEL = "Model (defaults: the preset's)"
+_TRAINING = "Training (defaults: the preset's)"
+_RUN = "Run"
+
+
+def _batch_size(value: str) -> int | str:
+    if value == "full":
+        return value
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise typer.BadParameter(f"{value!r} is neither a positive integer nor full.")
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def _has_tensorboard(folder: Path | None) -> Path | None:
+    if folder is not None and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard: needs tensorboard: pip install 'genkernels[tensorboard]'")
+    return folder
+
+
+def presets_help(presets: Mapping[str, Preset]) -> str:
+    """Return the names of the presets and their values, as options are written."""
+    texts = ["Named settings."]
+    for name, preset in presets.items():
+        values = dataclasses.asdict(preset.model) | dataclasses.asdict(preset.training)
+        shown = (f"{k.replace('_', '-')} {v}" for k, v in values.items() if v is not None)
+        texts.append(f"{name}: {', '.join(shown)}.")
+    return " ".join(texts)
+
+
+Checkpoint = Annotated[Path, typer.Argument(help="Folder that `genkernels train` wrote.")]
+WhichWeights = Annotated[
+    Which,
+    typer.Option("--which", help="Weights of the lowest held-out loss, or of the last step."),
+]
+Data = Annotated[Path | None, typer.Option(help="UTF-8 text file.", show_default=DEFAULT_CORPUS)]
+Output = Annotated[
+    Path, typer.Option(help="Folder for the checkpoints; those of a run there are replaced.")
+]
+Seed = Annotated[
+    int, typer.Option(min=0, max=MAX_SEED, help="Of the first weights, dropout and the samples.")
+]
+
+VocabSize = Annotated[
+    int | None,
+    typer.Option(
+        min=256,
+        max=MAX_SIZE,
+        help="256: bytes as they are; above: BPE learned from the training split.",
+        rich_help_panel=_MODEL,
+    ),
+]
+EmbeddingDim = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_SIZE, help="Width of a token.", rich_help_panel=_MODEL),
+]
+HiddenSize = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_SIZE, help="GRU units.", rich_help_panel=_MODEL),
+]
+NumLayers = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_LAYERS, help="Layers, one on another.", rich_help_panel=_MODEL),
+]
+Dropout = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=0.99, help="Share of the features zeroed in training.", rich_help_panel=_MODEL
+    ),
+]
+
+Steps = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Length of the run, over which the rate falls.", rich_help_panel=_TRAINING
+    ),
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01,
+        callback=_finite,
+        help="Length of the run, by the clock.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Optimizer = Annotated[
+    OptimizerName | None, typer.Option(help="That of torch.optim.", rich_help_panel=_TRAINING)
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        callback=_finite,
+        help="At its highest, after the warm-up.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+WeightDecay = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        callback=_finite,
+        help="Pull of every weight towards zero, as the optimizer defines it.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+Schedule = Annotated[
+    ScheduleName | None,
+    typer.Option(help="Of the learning rate, after the warm-up.", rich_help_panel=_TRAINING),
+]
+Warmup = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Share of the run in which the learning rate rises from zero.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+MinLearningRate = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Where the cosine ends, as a share of the learning rate.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+MaxGradNorm = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        callback=_finite,
+        help="Clip gradients to it; 0 does not.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+StreamBatchSize = Annotated[
+    Any,
+    typer.Option(
+        parser=_batch_size,
+        metavar="INTEGER|full",
+        help="Streams read side by side; full: the whole text in every step.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+SequenceLength = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens that a gradient reaches.", rich_help_panel=_TRAINING),
+]
+
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the run in the output folder, with its settings; --steps or --minutes "
+        "makes it longer.",
+        rich_help_panel=_RUN,
+    ),
+]
+StopAfter = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Stop at this step, short of the run's length, for --resume to go on.",
+        rich_help_panel=_RUN,
+    ),
+]
+Compare = Annotated[
+    bool,
+    typer.Option(help="Time a step against the same model in plain PyTorch.", rich_help_panel=_RUN),
+]
+Sample = Annotated[
+    bool,
+    typer.Option(help="Show a sample at every row of the table.", rich_help_panel=_RUN),
+]
+TensorBoard = Annotated[
+    Path | None,
+    typer.Option(
+        "--tensorboard",
+        callback=_has_tensorboard,
+        help="Folder for the curves, to be seen with TensorBoard.",
+        rich_help_panel=_RUN,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Go all the way in seconds, with a tiny model and a part of the data, and leave "
+        "nothing behind.",
+        rich_help_panel=_RUN,
+    ),
+]

@@ -1,0 +1,240 @@
+"""What every `genkernels train MODEL` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import textwrap
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import typer
+
+from ..data import DEFAULT_CORPUS, InputError
+from ..training import (
+    LOSS_CURVE,
+    Comparison,
+    RunFolder,
+    Task,
+    Training,
+    TrainingConfig,
+    compare_step_time,
+    load_checkpoint,
+    load_state,
+    plot_loss,
+)
+from .fit import History, fit
+from .report import evaluation_lines, kernel_calls
+
+_SAMPLE_TOKENS = 300
+_DRY_CHARACTERS = 20_000
+_DRY_STEPS = 4
+
+
+class _Run(NamedTuple):
+    """A run that is about to begin, or to go on."""
+
+    task: Task
+    training: Training
+    history: History
+    seed: int
+
+
+def train_model(task_class: type[Task], context: typer.Context, **values: Any) -> None:
+    """Train as the options say, those of a command named as in `options`."""
+    given = {
+        name: value
+        for name, value in values.items()
+        if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
+    }
+    if not values["dry_run"]:
+        _train(task_class, values, given, values["output"])
+        return
+    if values["resume"]:
+        raise InputError("--dry-run: has nothing to resume; expected it without --resume")
+    values |= {"tensorboard": None, "stop_after": None}
+    given |= task_class.tiny | {"steps": _DRY_STEPS, "minutes": None}
+    with tempfile.TemporaryDirectory(prefix="genkernels-") as folder:
+        _train(task_class, values, given, Path(folder) / task_class.model_class.name)
+    print("dry run         all of it works; nothing was left behind")
+
+
+def _train(
+    task_class: type[Task], values: dict[str, Any], given: dict[str, Any], output: Path
+) -> None:
+    is_dry, stop_after = values["dry_run"], values["stop_after"]
+    run = (
+        _continued(task_class, given, output)
+        if values["resume"]
+        else _new(task_class, values, given)
+    )
+    task, training, history, seed = run
+    model, config = training.model, training.config
+    if training.progress == 1 or (stop_after and stop_after <= training.number):
+        raise InputError(
+            f"{output}: the run has done {training.number:,} steps; "
+            f"expected {'--stop-after' if stop_after else '--steps or --minutes'} beyond them"
+        )
+    record = {
+        "data": task.source,
+        "digest": task.digest,
+        "preset": values["preset"],
+        "seed": seed,
+        "baseline": task.baseline,
+    }
+    tokenizer = task.tokenizer
+    with RunFolder(output, model, tokenizer, record, values["resume"]) as folder:
+        batch = training.batches.batch(0)
+        sizes = dataclasses.asdict(task.sizes)
+        vocab_size = sizes.pop("vocab_size")
+        shown = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items())
+        print(
+            f"data            {task.source}: {task.describe()}\n"
+            f"model           {sum(p.numel() for p in model.parameters()):,} parameters: "
+            f"{vocab_size:,} tokens ({tokenizer.name}), {shown}\n"
+            f"training        {config.optimizer}, batches of {batch[0].shape[0]} x "
+            f"{batch[0].shape[1]} tokens, seed {seed}, threads {torch.get_num_threads()}"
+        )
+        comparison = None
+        if values["resume"]:
+            print(f"resumed         after step {training.number:,} of {output}")
+        elif values["compare"]:
+            comparison = _compare(run, seconds=0.5 if is_dry else 8.0)
+        try:
+            is_interrupted = fit(
+                training,
+                task,
+                history,
+                folder,
+                seed,
+                stop_after,
+                values["sample"],
+                values["tensorboard"],
+            )
+        except KeyboardInterrupt:
+            if not folder.saved:
+                raise
+            raise typer.Abort(_interrupted(folder.saved["steps"], output)) from None
+    try:
+        _report(run, output, comparison, is_dry)
+    except KeyboardInterrupt:  # the checkpoint stands, so that the word on it must not be lost
+        is_interrupted = True
+    if is_interrupted:
+        raise typer.Abort(_interrupted(training.number, output))
+
+
+def _interrupted(steps: int, output: Path) -> str:
+    return f"interrupted after step {steps}; {output} has it, for --resume to go on"
+
+
+def _new(task_class: type[Task], values: dict[str, Any], given: dict[str, Any]) -> _Run:
+    presets = task_class.presets
+    if values["preset"] not in presets:
+        raise InputError(
+            f"--preset: unknown {values['preset']!r}; expected one of {', '.join(presets)}"
+        )
+    preset = presets[values["preset"]]
+    sizes = _override(preset.model, given)
+    config = _with_length(_override(preset.training, given), given)
+    characters = _DRY_CHARACTERS if values["dry_run"] else None
+    task = task_class(values["data"], sizes, config, characters=characters)
+    torch.manual_seed(values["seed"])
+    model = task.model_class(task.sizes)
+    return _Run(task, Training(model, task.batches, config), History(), values["seed"])
+
+
+def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _Run:
+    """Return the run in `output`; what is `given` on the command line has to agree with it."""
+    name = task_class.model_class.name
+    model, tokenizer, record = load_checkpoint(output, "last")
+    if model.name != name:
+        raise InputError(f"{output}: is a run of {model.name}; expected one of {name}")
+    state = load_state(output)
+    try:
+        data, digest, seed = record["data"], record["digest"], record["seed"]
+        config = TrainingConfig(**record["settings"])
+        history = History.from_json(record["history"])
+        known = dataclasses.asdict(model.config) | record["settings"] | record
+        for option, value in given.items():
+            if option in known.keys() - {"data", "steps", "minutes"} and value != known[option]:
+                raise InputError(
+                    f"--{option.replace('_', '-')}: {value}, but the run in {output} has "
+                    f"{known[option]}; expected the same, or a new run without --resume"
+                )
+        path = given.get("data") or (None if data == DEFAULT_CORPUS else Path(data))
+        config = _with_length(config, given)
+        task = task_class(path, model.config, config, tokenizer)
+        if task.digest != digest:
+            raise InputError(
+                f"{task.source}: is not what the run in {output} learns from; "
+                f"expected {data} as it was, or a new run without --resume"
+            )
+        training = Training(model, task.batches, config)
+        training.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{output}: cannot be continued ({error!r})") from error
+    return _Run(task, training, history, seed)
+
+
+def _override(config: Any, given: dict[str, Any]) -> Any:
+    """Return `config` with those of its fields that were given on the command line."""
+    names = {field.name for field in dataclasses.fields(config)}
+    try:
+        return dataclasses.replace(config, **{k: v for k, v in given.items() if k in names})
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _with_length(config: TrainingConfig, given: dict[str, Any]) -> TrainingConfig:
+    """Return `config` with the length that was given: either kind replaces both."""
+    steps, minutes = given.get("steps"), given.get("minutes")
+    if steps is None and minutes is None:
+        return config
+    return dataclasses.replace(config, steps=steps, minutes=minutes)
+
+
+def _compare(run: _Run, seconds: float) -> Comparison:
+    """Time a training step of the model and of its twin in plain PyTorch, and print both."""
+    task, training = run.task, run.training
+    with torch.random.fork_rng(devices=[]):  # dropout is the same whether or not it is timed
+        twin = task.twin(training.model)
+    comparison = compare_step_time(
+        training.model, twin, training.batches.batch(0), training.config, seconds
+    )
+    print(
+        f"step time       {1e3 * comparison.model:.1f} ms, on {task.plain} "
+        f"{1e3 * comparison.baseline:.1f} ms (medians, steps in turn)"
+    )
+    return comparison
+
+
+def _report(run: _Run, output: Path, comparison: Comparison | None, is_dry: bool) -> None:
+    """Draw the curve, and print how good the best checkpoint is."""
+    task, training, history, seed = run
+    best, _, record = load_checkpoint(output)
+    result = task.evaluate(best)
+    curve = output / LOSS_CURVE
+    plot_loss(
+        temporary := curve.with_name(f".genkernels-{LOSS_CURVE}"),
+        [(step, loss * task.scale) for step, loss in enumerate(history.training, 1)],
+        history.held_out,
+        task.baseline,
+        task.unit,
+    )
+    os.replace(temporary, curve)
+    print("\n".join(["", *evaluation_lines(result, task.baseline)]))
+    print(f"tokens/s        {history.tokens_per_second:,.0f}")
+    print(f"kernels         {kernel_calls(history.calls)}")
+    if comparison:
+        print(f"speed-up        {comparison.speed_up:.2f}x over {task.plain}")
+    if not is_dry:
+        print(f"loss curve      {curve}")
+        steps = f"best of step {record['steps']:,}, last of {training.number:,}"
+        print(f"checkpoint      {output}: {steps}")
+    if training.progress < 1:
+        print(f"to be continued with --resume: {training.progress:.0%} of the run is done")
+    print(f"sample          ({task.sample_heading})")
+    text = task.sample(best, _SAMPLE_TOKENS, seed)
+    print(textwrap.indent(text, "  | ", lambda line: True))
