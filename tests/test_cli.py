@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
+import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
+from safetensors import safe_open
 
 import genkernels
 from genkernels.cli import main
 from genkernels.cli.app import app
-from genkernels.data import load_text
+from genkernels.data import clean_text, load_text
 from genkernels.models import RNNLanguageModel
-from genkernels.training import load_checkpoint
+from genkernels.training import load_checkpoint, replace_folder, save_checkpoint
 
 TINY = ["--embedding-dim=8", "--hidden-size=16", "--batch-size=8", "--sequence-length=16"]
 
@@ -143,6 +148,181 @@ def test_a_finished_run_replaces_the_checkpoint(checkpoint, notes, tmp_path, cap
     capsys.readouterr()
 
 
+GPT_TINY = [
+    "--context-length=16",
+    "--num-layers=1",
+    "--num-heads=2",
+    "--embedding-dim=16",
+    "--batch-size=4",
+]
+
+
+def files_of(folder: Path) -> dict[str, Any]:
+    """The tensors of a run's checkpoints and what stands beside them, but for the time it took."""
+    contents: dict[str, Any] = {}
+    for which in ("best", "last"):
+        with safe_open(folder / f"{which}.safetensors", "pt") as file:
+            contents |= {(which, name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record = json.loads(file.metadata()["training"])
+        contents.pop((which, "training.seconds"), None)
+        record.get("history", {}).pop("seconds", None)
+        contents[which, "record"] = record
+    return contents
+
+
+@pytest.mark.parametrize("model", ["rnn", "gpt"])
+def test_a_run_that_stops_and_goes_on_is_the_same_to_the_last_bit(model, notes, tmp_path, capsys):
+    sizes = [*(TINY if model == "rnn" else GPT_TINY), "--dropout=0.3", "--data", str(notes)]
+    command = ["train", model, *sizes, "--no-sample"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main([*command, "--steps=25", "--no-compare", "--output", str(whole)]) == 0
+    for stop in (7, 12):  # between two rows of the table, and on one
+        arguments = [f"--stop-after={stop}", "--output", str(parts)]
+        arguments += ["--steps=25"] if stop == 7 else ["--resume"]
+        assert main([*command, *arguments]) == 0
+        out = capsys.readouterr().out
+        assert f"to be continued with --resume: {stop / 25:.0%} of the run is done" in out
+    # Without its options too, and with drawing samples on the way.
+    assert main(["train", model, "--resume", "--output", str(parts)]) == 0
+    assert "resumed         after step 12 of" in capsys.readouterr().out
+    expected, actual = files_of(whole), files_of(parts)
+    assert expected.keys() == actual.keys()
+    assert any("optimizer.exp_avg_sq" in name for _, name in expected)
+    for key, value in expected.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(actual[key], value), key
+    assert actual["best", "record"] == expected["best", "record"]
+    last = expected["last", "record"]
+    assert [step for step, _ in last["history"]["held_out"]][-1] == 25 == last["steps"]
+    for key in ("training", "held_out", "tokens"):
+        assert actual["last", "record"]["history"][key] == last["history"][key]
+    assert main(["train", model, "--resume", "--output", str(parts), "--steps=26"]) == 0
+    assert load_checkpoint(parts, "last").training["steps"] == 26, "a finished run made longer"
+
+
+RESUME = {
+    "other sizes": (["--hidden-size=32"], "--hidden-size: 32, but the run in {run} has 16"),
+    "another rate": (["--learning-rate=1"], "--learning-rate: 1.0, but the run in {run} has 0.003"),
+    "another seed": (["--seed=1"], "--seed: 1, but the run in {run} has 0"),
+    "another preset": (["--preset=seed"], "--preset: seed, but the run in {run} has bytes"),
+    "other data": (["--data", "{tmp}/other.txt"], "other.txt: is not what the run in {run} learns"),
+    "no data": (["--data", "{tmp}/none.txt"], "none.txt: No such file"),
+    "done": ([], "the run has done 20 steps; expected --steps or --minutes beyond them"),
+    "not beyond": (["--steps=20"], "expected --steps or --minutes beyond them"),
+    "stops before": (["--steps=30", "--stop-after=20"], "expected --stop-after beyond them"),
+    "nothing there": (["--output", "{tmp}/none"], "{tmp}/none/config.json: No such file"),
+    "without state": (["--output", "{tmp}/stateless"], "lacks what continues a run"),
+    "dry": (["--dry-run"], "--dry-run: has nothing to resume"),
+}
+
+
+@pytest.mark.parametrize("case", RESUME)
+def test_resume_refuses(case, checkpoint, notes, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text(notes.read_text(encoding="utf-8") + "more")
+    with replace_folder(tmp_path / "stateless") as folder:
+        model, tokenizer, training = load_checkpoint(checkpoint)
+        save_checkpoint(folder, model, tokenizer, training)
+    before = tree(tmp_path) | tree(checkpoint)
+    arguments, message = RESUME[case]
+    names = {"tmp": tmp_path, "run": checkpoint}
+    arguments = [argument.format(**names) for argument in arguments]
+    if "--output" not in arguments:
+        arguments += ["--output", str(checkpoint)]
+    assert main(["train", "rnn", "--resume", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("genkernels: ")
+    assert err.count("\n") == 1
+    assert message.format(**names) in err
+    assert tree(tmp_path) | tree(checkpoint) == before
+
+
+def test_resume_refuses_another_model(checkpoint, capsys):
+    assert main(["train", "gpt", "--resume", "--output", str(checkpoint)]) == 2
+    assert f"{checkpoint}: is a run of rnn; expected one of gpt" in capsys.readouterr().err
+
+
+def test_best_is_the_lowest_held_out_loss(notes, tmp_path, capsys):
+    """A rate that wrecks the model in the end."""
+    rates = ["--learning-rate=0.3", "--schedule=constant", "--warmup=1", "--steps=40"]
+    arguments = ["--data", str(notes), "--output", str(tmp_path / "rnn"), "--no-compare"]
+    assert main(["train", "rnn", *TINY, *rates, *arguments, "--no-sample"]) == 0
+    out = capsys.readouterr().out
+    best, last = (load_checkpoint(tmp_path / "rnn", which) for which in ("best", "last"))
+    curve = dict(last.training["history"]["held_out"])
+    step = min(curve, key=curve.__getitem__)
+    assert best.training["steps"] == step < 40 == last.training["steps"]
+    assert f"best of step {step}, last of 40" in out
+    figures = {}
+    for which in ("best", "last"):
+        options = [str(tmp_path / "rnn"), "--data", str(notes), "--which", which]
+        assert main(["evaluate", *options]) == 0
+        figures[which] = float(capsys.readouterr().out.split()[3])
+        assert generated(capsys, *options[:1], "--which", which, "--max-new-tokens=9")
+    assert figures["best"] == pytest.approx(curve[step], rel=0.02)
+    assert figures["last"] == pytest.approx(curve[40], rel=0.02)
+    assert figures["best"] < figures["last"]
+
+
+@pytest.mark.parametrize("model", ["rnn", "gpt"])
+def test_dry_run_leaves_nothing(model, notes, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(["train", model, "--dry-run", "--data", str(notes), "--no-compare"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("dry run         all of it works; nothing was left behind\n")
+    assert "bits per byte" in out
+    assert "sample " in out
+    assert not list(tmp_path.iterdir())
+    assert main(["train", model, "--dry-run", "--data", "none.txt"]) == 2
+    assert "none.txt: No such file" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kill_leaves_a_checkpoint(notes, tmp_path):
+    """Whenever it comes, while a run replaces its own files."""
+    output = tmp_path / "rnn"
+    arguments = ["--data", str(notes), "--output", str(output), "--no-compare", "--no-sample"]
+    process = start("train", "rnn", *TINY, *arguments, "--steps=4000")
+    rows = 0
+    for line in process.stdout:
+        rows += line.endswith("  cpp\n")
+        if rows == 3:
+            break
+    process.kill()
+    process.communicate()
+    for which in ("best", "last"):
+        assert 600 <= load_checkpoint(output, which).training["steps"] < 4000
+    assert main(["train", "rnn", "--resume", "--output", str(output), "--stop-after=801"]) == 0
+    assert load_checkpoint(output, "last").training["steps"] == 801
+    assert sorted(p.name for p in output.iterdir() if not p.name.startswith(".")) == [
+        "best.safetensors",
+        "config.json",
+        "last.safetensors",
+        "loss.png",
+    ]
+
+
+def test_tensorboard_gets_the_curves(notes, tmp_path, capsys):
+    arguments = ["--data", str(notes), "--output", str(tmp_path / "rnn"), "--no-compare"]
+    arguments += ["--tensorboard", str(tmp_path / "curves"), "--steps=4"]
+    if importlib.util.find_spec("tensorboard") is None:
+        assert main(["train", "rnn", *TINY, *arguments]) == 2
+        err = capsys.readouterr().err
+        assert err == (
+            "genkernels: --tensorboard: needs tensorboard: pip install 'genkernels[tensorboard]'\n"
+        )
+        assert not list(tmp_path.iterdir())
+        return
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["train", "rnn", *TINY, *arguments]) == 0
+    curves = EventAccumulator(str(tmp_path / "curves")).Reload()
+    held_out = curves.Scalars("held-out, bits/byte")
+    expected = load_checkpoint(tmp_path / "rnn", "last").training["history"]["held_out"]
+    assert [(e.step, pytest.approx(e.value)) for e in held_out] == expected
+    assert len(curves.Scalars("training, bits/byte")) == 4
+
+
 def generated(capsys, *arguments: str) -> str:
     assert main(["generate", *arguments]) == 0
     return capsys.readouterr().out
@@ -158,6 +338,27 @@ def test_generate_is_a_function_of_its_seed(checkpoint, capsys):
     greedy = generated(capsys, *arguments, "--temperature=0", "--seed=3")
     assert generated(capsys, *arguments, "--temperature=0", "--seed=4") == greedy
     assert generated(capsys, *arguments, "--top-k=1") == greedy
+    assert generated(capsys, *arguments, "--top-p=0.0001") == greedy
+
+
+def test_what_is_printed_as_it_comes_is_the_whole_text(checkpoint, capsys):
+    """Of an untrained model: bytes that are no UTF-8, control characters and half characters."""
+    arguments = [str(checkpoint), "--prompt", "e", "--max-new-tokens=500", "--temperature=2"]
+    printed = generated(capsys, *arguments)
+    model, tokenizer, _ = load_checkpoint(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    tokens = model.generate(tokenizer.encode("e")[None], 500, 2.0, generator=generator)
+    text = clean_text(tokenizer.decode(tokens[0]))
+    assert printed == text + "\n"
+    assert len(text) > 300
+    assert "\ufffd" in text
+
+
+def test_several_samples_at_once(checkpoint, capsys):
+    arguments = [str(checkpoint), "--prompt", "The ", "--max-new-tokens=40", "--num-samples=3"]
+    texts = generated(capsys, *arguments).split("--- sample ")[1:]
+    assert [text[:6] for text in texts] == ["1\nThe ", "2\nThe ", "3\nThe "]
+    assert len({text[2:] for text in texts}) == 3
 
 
 def test_evaluate_repeats_the_figures_of_training(trained, notes, capsys):
@@ -187,6 +388,7 @@ def test_info(capsys):
 EXAMPLES = {
     "": ["genkernels train rnn", 'genkernels generate --prompt "The class"'],
     "train": ["genkernels train rnn --data notes.txt --minutes 2"],
+    "train gpt": ["genkernels train gpt --preset nanogpt-cpu --output runs/nanogpt"],
     "train rnn": ["genkernels train rnn --preset seed --output runs/seed"],
     "generate": [
         'genkernels generate runs/rnn --prompt "The class" --temperature 0.7 --seed 1',
@@ -212,7 +414,7 @@ def test_help_explains_every_option(capsys):
     for command in commands:
         commands += getattr(command, "commands", {}).values()
         assert all(parameter.help for parameter in command.params), command.name
-    assert len(commands) == 6
+    assert len(commands) == 7
     assert main(["train", "rnn", "--help"]) == 0
     out = capsys.readouterr().out
     for value in ("hidden-size 384", "hidden-size 512", "learning-rate 0.003"):
@@ -303,6 +505,9 @@ OTHER = {
     "no number": (["generate", "{run}", "--temperature", "nan"], "'--temperature'"),
     "seed below zero": (["generate", "{run}", "--seed", "-1"], "'--seed'"),
     "seed too large": (["generate", "{run}", "--seed", str(2**64)], "'--seed'"),
+    "no probability": (["generate", "{run}", "--top-p", "0"], "'--top-p'"),
+    "no samples": (["generate", "{run}", "--num-samples", "0"], "'--num-samples'"),
+    "neither best nor last": (["generate", "{run}", "--which", "first"], "'best', 'last'"),
     "no candidates": (["generate", "{run}", "--top-k", "0"], "'--top-k'"),
     "no tokens": (["generate", "{run}", "--max-new-tokens", "0"], "'--max-new-tokens'"),
     "no text": (["evaluate", "{run}", "--data", "{tmp}/none.txt"], "none.txt: No such file"),
@@ -382,7 +587,7 @@ def interrupt(*args, **kwargs):
 
 
 def test_says_that_it_was_interrupted(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(RNNLanguageModel, "generate", interrupt)
+    monkeypatch.setattr(RNNLanguageModel, "stream", interrupt)
     assert main(["generate", str(checkpoint)]) == 130
     assert capsys.readouterr().err == "genkernels: interrupted; nothing was written\n"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from genkernels.data import (
     BPETokenizer,
     ByteTokenizer,
     InputError,
+    TextStream,
     batchify,
     clean_text,
     load_text,
@@ -181,3 +184,23 @@ def test_refuses_a_text_shorter_than_one_sequence(batch_size):
     sequence_batches(torch.arange(17), batch_size, 16)
     with pytest.raises(InputError, match="16 tokens to train on; expected at least 17"):
         sequence_batches(torch.arange(16), batch_size, 16)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_text_streams_as_it_is_cleaned_as_a_whole(kind):
+    """Characters of several bytes, accents of their own, Hangul, line ends, control sequences."""
+    generator = random.Random(0)
+    parts = ["a", "\u0301", "\u0323", "\r", "\n", "\x1b[31m", "\u1112", "\u1161", "\u11ab"]
+    parts += ["\u00e9", "\u20ac", "\U0001f600", "\ufffd", "\u09c7", "\u09be", "\x00", " "]
+    tokenizer = train_tokenizer("".join(parts) * 9, 256 if kind == "bytes" else 280)
+    early = 0
+    for _ in range(300):
+        text = "".join(generator.choices(parts, k=generator.randrange(1, 12)))
+        tokens = tokenizer.encode(text)
+        if generator.random() < 0.5:  # bytes that are no UTF-8
+            tokens[generator.randrange(len(tokens))] = generator.randrange(256)
+        stream = TextStream(tokenizer.decode)
+        pieces = [stream.add(piece) for piece in tokens.split(generator.choice([1, 1, 3]))]
+        early += bool(pieces[0])
+        assert "".join(pieces) + stream.end() == clean_text(tokenizer.decode(tokens)), repr(text)
+    assert early > 10, "not all of it comes at the end"

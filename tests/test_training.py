@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import pickle
+import random
+import signal
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 from genkernels.data import (
     ByteTokenizer,
@@ -22,12 +26,15 @@ from genkernels.data import (
     split_text,
     train_tokenizer,
 )
-from genkernels.models import RNNConfig, RNNLanguageModel
+from genkernels.models import GPT, GPTConfig, RNNConfig, RNNLanguageModel
 from genkernels.training import (
+    RunFolder,
+    Training,
     TrainingConfig,
     compare_step_time,
     evaluate,
     load_checkpoint,
+    load_state,
     plot_loss,
     replace_folder,
     save_checkpoint,
@@ -483,6 +490,124 @@ def test_replace_folder_never_shows_a_mixture(checkpoint, monkeypatch):
     assert moved
     with pytest.raises(InputError, match=r"config.json: No such file"):
         load_checkpoint(path)
+
+
+def test_a_run_replaces_single_files(checkpoint):
+    """The first save replaces what is there, later ones nothing but a file each."""
+    path, model, tokenizer = checkpoint
+    with contextlib.suppress(KeyboardInterrupt), RunFolder(path, model, tokenizer, {}) as run:
+        run.save("best", {"steps": 1}, {})
+        raise KeyboardInterrupt
+    assert load_checkpoint(path).training == {"steps": 3}, "nothing is seen before the first last"
+    with RunFolder(path, model, tokenizer, {"seed": 1}) as run:
+        run.save("last", {"steps": 1}, {"number": torch.tensor(1)})
+        assert load_checkpoint(path).training == {"seed": 1, "steps": 1}, "the best one is not yet"
+        config = os.stat(path / "config.json")
+        for steps in (2, 3):
+            run.save("best", {"steps": steps}, {})
+            run.save("last", {"steps": steps + 1}, {"number": torch.tensor(steps)})
+            assert load_checkpoint(path).training["steps"] == steps
+            assert load_checkpoint(path, "last").training["steps"] == steps + 1
+            assert load_state(path) == {"number": steps}
+        assert os.path.samestat(os.stat(path / "config.json"), config)
+    assert len(list(path.iterdir())) == 4
+    with RunFolder(path, model, tokenizer, {}, resume=True) as run:
+        assert load_checkpoint(path).training["steps"] == 3
+        run.save("last", {"steps": 5}, {})
+    assert load_checkpoint(path).training == {"seed": 1, "steps": 3}
+    with pytest.raises(InputError, match=r"last.safetensors: lacks what continues a run"):
+        load_state(path)
+    with replace_folder(path) as folder:
+        save_checkpoint(folder, model, tokenizer, {})
+    assert not (path / "best.safetensors").exists(), "of the run that was replaced"
+
+
+def test_a_kill_while_writing_leaves_whole_checkpoints(checkpoint):
+    path, _, tokenizer = checkpoint
+    model = small_model(RNNConfig(tokenizer.vocab_size, 64, 256))
+    with RunFolder(path, model, tokenizer, {}) as run:
+        run.save("best", {"steps": 0}, {})
+        run.save("last", {"steps": 0}, {"number": torch.tensor(0)})
+        for _ in range(8):
+            child = os.fork()
+            if not child:
+                for steps in itertools.count(1):
+                    run.save("best", {"steps": steps}, {})
+                    run.save("last", {"steps": steps}, {"number": torch.tensor(steps)})
+            time.sleep(0.05 + 0.01 * random.random())
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            best, last = (load_checkpoint(path, which) for which in ("best", "last"))
+            assert best.training["steps"] - last.training["steps"] in (0, 1)
+            assert load_state(path) == {"number": last.training["steps"]}
+    assert last.training["steps"] > 1
+
+
+def test_an_older_checkpoint_loads(checkpoint):
+    """One without best and last, and its training in config.json."""
+    path, model, _ = checkpoint
+    save_file(model.state_dict(), path / "model.safetensors")
+    (path / "last.safetensors").unlink()
+    for which in ("best", "last"):
+        loaded = load_checkpoint(path, which)
+        assert torch.equal(loaded.model.linear.weight, model.linear.weight)
+        assert loaded.training == {"steps": 3}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_a_run_goes_on_where_it_was_saved(optimizer):
+    """To the last bit: dropout, the state of the text, the optimizer and the schedule."""
+    batches = sequence_batches(random_tokens(700), 4, 20)
+    sizes = RNNConfig(256, 8, 16, num_layers=2, dropout=0.3)
+    config = TrainingConfig(optimizer, 0.01, warmup=0.3, steps=20)
+
+    def losses(training: Training, count: int) -> list[float]:
+        return [step.loss for step in itertools.islice(training, count)]
+
+    whole = Training(small_model(sizes), batches, config)
+    expected = losses(whole, 20)
+    first = Training(small_model(sizes), batches, config)
+    assert len(batches) > 7, "in the middle of the text"
+    actual = losses(first, 7)
+    saved = save({k: v.clone() for k, v in first.state_dict().items()})
+    weights = {k: v.clone() for k, v in first.model.state_dict().items()}
+    losses(first, 5)
+    torch.manual_seed(99)
+    second = Training(RNNLanguageModel(sizes), batches, config)
+    second.model.load_state_dict(weights)
+    second.load_state_dict(load(saved))
+    assert second.progress == pytest.approx(7 / 20)
+    actual += losses(second, 20)
+    assert actual == expected
+    for p, q in zip(second.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(KeyError):
+        second.load_state_dict({})
+
+
+def test_minutes_go_on_counting():
+    config = TrainingConfig(minutes=0.01)
+    training = Training(small_model(), sequence_batches(random_tokens(500), 4, 20), config)
+    next(iter(training))
+    training.load_state_dict(training.state_dict() | {"seconds": torch.tensor(0.59)})
+    assert training.progress > 0.98
+    assert sum(step.seconds for step in list(training)[:-1]) < 0.1
+
+
+def test_windows_of_a_context_are_measured():
+    config = GPTConfig(256, 8, num_layers=1, num_heads=2, embedding_dim=16)
+    torch.manual_seed(0)
+    model = GPT(config).eval()
+    for length in (2, 9, 10, 45):
+        tokens = random_tokens(length)
+        result = evaluate(model, tokens, ByteTokenizer.byte_lengths)
+        assert result.tokens == length - 1
+        nats = 0.0
+        for start in range(0, length - 1, 8):
+            piece = tokens[start : start + 9]
+            logits = model(piece[None, :-1])[0]
+            nats += F.cross_entropy(logits, piece[1:], reduction="sum").item()
+        assert result.cross_entropy == pytest.approx(nats / (length - 1), rel=1e-5)
 
 
 def test_replace_folder_makes_no_folder_in_vain(tmp_path):

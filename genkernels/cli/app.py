@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import evaluate, generate, train_rnn
+from . import evaluate, generate, train_gpt, train_rnn
 
 app = typer.Typer(
     name="genkernels", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown"
 )
 train = typer.Typer(no_args_is_help=True)
 train.command("rnn")(train_rnn.train_rnn)
+train.command("gpt")(train_gpt.train_gpt)
 app.add_typer(train, name="train")
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 import typer
 
-from ..data import InputError, clean_text
+from ..data import InputError, TextStream, clean_text
 from ..training import load_checkpoint
 from . import options
 
@@ -26,15 +26,30 @@ def generate(
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Draw among the k likeliest tokens only.")
     ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0001,
+            max=1,
+            callback=options.finite,
+            help="Draw among the likeliest tokens only that together have this probability.",
+        ),
+    ] = None,
+    num_samples: Annotated[
+        int, typer.Option(min=1, max=10_000, help="How many texts, drawn side by side.")
+    ] = 1,
     seed: Annotated[
         int, typer.Option(min=0, max=options.MAX_SEED, help="The same seed gives the same text.")
     ] = 0,
 ) -> None:
     """Continue a prompt with a trained model.
 
-    Example:
+    A single text is printed as it comes.
+
+    Examples:
 
         genkernels generate runs/rnn --prompt "The class" --temperature 0.7 --seed 1
+        genkernels generate runs/gpt --num-samples 3 --top-p 0.9
     """
     try:
         text = clean_text(prompt)
@@ -44,12 +59,16 @@ def generate(
     if not text:
         raise InputError("--prompt: empty; expected at least one character to continue")
     model, tokenizer, _ = load_checkpoint(checkpoint, which)
-    tokens = model.generate(
-        tokenizer.encode(text)[None],
-        max_new_tokens,
-        temperature,
-        top_k,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    tokens = tokenizer.encode(text).expand(num_samples, -1)  # [B, P]
+    generator = torch.Generator().manual_seed(seed)
+    new = model.stream(tokens, max_new_tokens, temperature, top_k, top_p, generator)
     # Cleaned: a control sequence that the model made up must not reach the terminal.
-    print(clean_text(tokenizer.decode(tokens[0])))
+    if num_samples == 1:
+        stream = TextStream(tokenizer.decode)
+        print(stream.add(tokens[0]), end="", flush=True)
+        for token in new:  # [1, 1]
+            print(stream.add(token[0]), end="", flush=True)
+        print(stream.end())
+        return
+    for number, row in enumerate(torch.cat([tokens, *new], dim=1), 1):
+        print(f"--- sample {number}\n{clean_text(tokenizer.decode(row))}")

@@ -30,7 +30,7 @@ def _batch_size(value: str) -> int | str:
     raise typer.BadParameter(f"{value!r} is neither a positive integer nor full.")
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number.")
     return value
@@ -78,6 +78,18 @@ EmbeddingDim = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_SIZE, help="Width of a token.", rich_help_panel=_MODEL),
 ]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_SIZE, help="Tokens that are seen at once.", rich_help_panel=_MODEL),
+]
+NumHeads = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_SIZE, help="Heads of the attention.", rich_help_panel=_MODEL),
+]
+Bias = Annotated[
+    bool | None,
+    typer.Option(help="Whether Linears and LayerNorms have one.", rich_help_panel=_MODEL),
+]
 HiddenSize = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_SIZE, help="GRU units.", rich_help_panel=_MODEL),
@@ -103,7 +115,7 @@ Minutes = Annotated[
     float | None,
     typer.Option(
         min=0.01,
-        callback=_finite,
+        callback=finite,
         help="Length of the run, by the clock.",
         rich_help_panel=_TRAINING,
     ),
@@ -115,7 +127,7 @@ LearningRate = Annotated[
     float | None,
     typer.Option(
         min=0,
-        callback=_finite,
+        callback=finite,
         help="At its highest, after the warm-up.",
         rich_help_panel=_TRAINING,
     ),
@@ -124,7 +136,7 @@ WeightDecay = Annotated[
     float | None,
     typer.Option(
         min=0,
-        callback=_finite,
+        callback=finite,
         help="Pull of every weight towards zero, as the optimizer defines it.",
         rich_help_panel=_TRAINING,
     ),
@@ -155,7 +167,7 @@ MaxGradNorm = Annotated[
     float | None,
     typer.Option(
         min=0,
-        callback=_finite,
+        callback=finite,
         help="Clip gradients to it; 0 does not.",
         rich_help_panel=_TRAINING,
     ),
@@ -168,6 +180,10 @@ StreamBatchSize = Annotated[
         help="Streams read side by side; full: the whole text in every step.",
         rich_help_panel=_TRAINING,
     ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Sequences in a step.", rich_help_panel=_TRAINING),
 ]
 SequenceLength = Annotated[
     int | None,

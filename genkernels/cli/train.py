@@ -139,7 +139,7 @@ def _new(task_class: type[Task], values: dict[str, Any], given: dict[str, Any]) 
     sizes = _override(preset.model, given)
     config = _with_length(_override(preset.training, given), given)
     characters = _DRY_CHARACTERS if values["dry_run"] else None
-    task = task_class(values["data"], sizes, config, characters=characters)
+    task = task_class(values["data"], sizes, config, values["seed"], characters=characters)
     torch.manual_seed(values["seed"])
     model = task.model_class(task.sizes)
     return _Run(task, Training(model, task.batches, config), History(), values["seed"])
@@ -165,7 +165,7 @@ def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _
                 )
         path = given.get("data") or (None if data == DEFAULT_CORPUS else Path(data))
         config = _with_length(config, given)
-        task = task_class(path, model.config, config, tokenizer)
+        task = task_class(path, model.config, config, seed, tokenizer)
         if task.digest != digest:
             raise InputError(
                 f"{task.source}: is not what the run in {output} learns from; "

@@ -13,7 +13,7 @@ from .masking import (
 from .pairs import PairBatches, load_pairs
 from .spans import SpanBatches, TextToTextTokens, corrupt_spans, corrupted_windows
 from .streams import SequenceBatches, batchify, sequence_batches
-from .text import DEFAULT_CORPUS, Corpus, clean_text, load_text, split_text
+from .text import DEFAULT_CORPUS, Corpus, TextStream, clean_text, load_text, split_text
 from .tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "SequenceBatches",
     "SpanBatches",
     "SpecialTokens",
+    "TextStream",
     "TextToTextTokens",
     "Tokenizer",
     "batchify",

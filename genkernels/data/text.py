@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from .errors import InputError
 
@@ -30,9 +34,51 @@ def clean_text(text: str) -> str:
     Unicode normalisation form C; a leading byte order mark dropped; line ends CR LF and CR become
     LF; control characters (category Cc) other than LF and tab dropped.
     """
-    text = unicodedata.normalize("NFC", text.removeprefix("\ufeff"))
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return _CONTROL_CHARACTERS.sub("", text)
+    return _without_control(unicodedata.normalize("NFC", text.removeprefix("\ufeff")))
+
+
+def _without_control(text: str) -> str:
+    return _CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+class TextStream:
+    """Decodes and cleans a text whose tokens come a few at a time.
+
+    What `add` returns, and `end` at last, is together `clean_text(decode(all tokens))`: a character
+    is held back while the next token may be a part of it or change it.
+    """
+
+    def __init__(self, decode: Callable[[Tensor], str]) -> None:
+        self._decode = decode
+        self._tokens: list[Tensor] = []
+        self._text = ""
+
+    def add(self, tokens: Tensor) -> str:
+        """Take the next tokens, int64 [N], and return what is certain now."""
+        self._tokens.append(tokens)
+        text = self._decode(torch.cat(self._tokens))
+        if text.endswith("\ufffd"):  # perhaps the first bytes of a character
+            return ""
+        self._tokens.clear()
+        self._text = text = unicodedata.normalize("NFC", self._text + text)
+        # The last character that is no accent takes up what follows; CR and LF are one line end.
+        certain = len(text) - 1
+        while certain > 0 and (
+            unicodedata.combining(text[certain]) or text[certain - 1 : certain + 1] == "\r\n"
+        ):
+            certain -= 1
+        return self._take(max(certain, 0))
+
+    def end(self) -> str:
+        """Return the rest."""
+        if self._tokens:
+            self._text += self._decode(torch.cat(self._tokens))
+        self._text = unicodedata.normalize("NFC", self._text)
+        return self._take(len(self._text))
+
+    def _take(self, count: int) -> str:
+        certain, self._text = self._text[:count], self._text[count:]
+        return _without_control(certain)
 
 
 def load_text(path: str | os.PathLike[str] | None = None) -> str:

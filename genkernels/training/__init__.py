@@ -22,15 +22,18 @@ from .loop import (
     training_step,
 )
 from .plot import plot_loss
-from .presets import RNN_PRESETS, Preset
-from .tasks import RNNTask, Task
+from .presets import GPT_PRESETS, RNN_PRESETS, Preset
+from .tasks import TASKS, GPTTask, RNNTask, Task
 
 __all__ = [
+    "GPT_PRESETS",
     "LOSS_CURVE",
     "RNN_PRESETS",
+    "TASKS",
     "Checkpoint",
     "Comparison",
     "Evaluation",
+    "GPTTask",
     "OptimizerName",
     "Preset",
     "RNNTask",

@@ -50,7 +50,8 @@ def evaluate(
     """Measure `model` on tokens, int64 [N]: each but the first is predicted from those before it.
 
     `byte_lengths`, int64 [vocab_size], is the tokenizer's. With a `batch_size` above one the text
-    is read as so many pieces side by side: faster, but each piece starts without its context.
+    is read as so many pieces side by side: faster, but each piece starts without its context. A
+    model with a context_length reads windows of it, each of which starts without its context.
 
     Raises:
         ValueError: fewer than two tokens.
@@ -58,19 +59,18 @@ def evaluate(
     """
     if len(tokens) < 2:
         raise ValueError(f"tokens must hold at least 2, got {len(tokens)}")
-    batch_size = min(batch_size, len(tokens) - 1)
-    inputs, targets = batchify(tokens, batch_size)
-    steps = max(_TOKENS_AT_ONCE // batch_size, 1)
     was_training = model.training
     model.eval()
-    nats, correct = 0.0, 0
-    hx: Tensor | None = None
-    for input, target in zip(inputs.split(steps, dim=1), targets.split(steps, dim=1), strict=True):
-        log_prob, prediction, hx = cast(Any, model).log_prob(input, target, hx)
+    nats, correct, count, length = 0.0, 0, 0, 0
+    state: Any = None
+    context_length = getattr(model.config, "context_length", None)
+    for input, target in _pieces(tokens, batch_size, context_length):
+        log_prob, prediction, state = cast(Any, model).log_prob(input, target, state)
         nats -= log_prob.sum(dtype=torch.float64).item()
-        correct += (prediction == target.flatten()).sum().item()
+        correct += int((prediction == target.flatten()).sum())
+        count += target.numel()
+        length += int(byte_lengths[target].sum())
     model.train(was_training)
-    count = targets.numel()
     cross_entropy = nats / count
     if not math.isfinite(cross_entropy):
         raise FloatingPointError(
@@ -81,7 +81,30 @@ def evaluate(
         cross_entropy,
         # A model worse than e^700 is past a float; say so instead of raising OverflowError.
         math.exp(cross_entropy) if cross_entropy < 700 else math.inf,
-        nats / math.log(2) / byte_lengths[targets].sum().item(),
+        nats / math.log(2) / length,
         correct / count,
         count,
     )
+
+
+def _pieces(
+    tokens: Tensor, batch_size: int, context_length: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (input, target), both [B, T], that hold each token but the first as a target once.
+
+    Without a `context_length` each piece continues the one before it.
+    """
+    if context_length is None:
+        batch_size = min(batch_size, len(tokens) - 1)
+        inputs, targets = batchify(tokens, batch_size)
+        steps = max(_TOKENS_AT_ONCE // batch_size, 1)
+        yield from zip(inputs.split(steps, dim=1), targets.split(steps, dim=1), strict=True)
+        return
+    windows = (len(tokens) - 1) // context_length
+    whole = windows * context_length
+    if windows:
+        inputs, targets = batchify(tokens[: whole + 1], windows)
+        rows = max(_TOKENS_AT_ONCE // context_length, 1)
+        yield from zip(inputs.split(rows), targets.split(rows), strict=True)
+    if whole < len(tokens) - 1:
+        yield tokens[None, whole:-1], tokens[None, whole + 1 :]

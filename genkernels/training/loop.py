@@ -23,10 +23,10 @@ class TrainingConfig:
     """How to train.
 
     `batch_size` and `sequence_length` are those of `genkernels.data.sequence_batches`; "full" with
-    SGD is plain gradient descent. The run ends after `steps` steps or `minutes` minutes, whichever
-    comes first. `max_grad_norm` 0 does not clip. The learning rate rises linearly over the first
-    `warmup` share of the run; then it stays ("constant") or falls along a cosine, which ends at
-    its `min_learning_rate` share.
+    SGD is plain gradient descent. Models with a context_length have no other length. The run ends
+    after `steps` steps or `minutes` minutes, whichever comes first. `max_grad_norm` 0 does not
+    clip. The learning rate rises linearly over the first `warmup` share of the run; then it stays
+    ("constant") or falls along a cosine, to its `min_learning_rate` share at the end.
 
     Raises:
         ValueError: neither steps nor minutes.
@@ -40,7 +40,7 @@ class TrainingConfig:
     min_learning_rate: float = 0.0
     max_grad_norm: float = 1.0
     batch_size: int | Literal["full"] = 64
-    sequence_length: int = 128
+    sequence_length: int | None = 128
     steps: int | None = None
     minutes: float | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..models import RNNConfig
+from ..models import GPTConfig, RNNConfig
 from .loop import TrainingConfig
 
 
@@ -28,6 +28,48 @@ RNN_PRESETS = {
         RNNConfig(vocab_size=10_000, embedding_dim=256, hidden_size=512, dropout=0.2),
         TrainingConfig(
             optimizer="adam", learning_rate=2e-3, batch_size=64, sequence_length=100, minutes=4.0
+        ),
+    ),
+}
+
+GPT_PRESETS = {
+    "bytes": Preset(
+        GPTConfig(
+            vocab_size=256,
+            context_length=128,
+            num_layers=4,
+            num_heads=4,
+            embedding_dim=256,
+            dropout=0.1,
+            bias=False,
+        ),
+        TrainingConfig(
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            min_learning_rate=0.1,
+            batch_size=16,
+            sequence_length=None,
+            minutes=4.0,
+        ),
+    ),
+    # nanoGPT's settings for a laptop without a GPU, https://github.com/karpathy/nanoGPT.
+    "nanogpt-cpu": Preset(
+        GPTConfig(
+            vocab_size=256,
+            context_length=64,
+            num_layers=4,
+            num_heads=4,
+            embedding_dim=128,
+            bias=False,
+        ),
+        TrainingConfig(
+            learning_rate=1e-3,
+            weight_decay=0.1,
+            warmup=0.05,
+            min_learning_rate=0.1,
+            batch_size=12,
+            sequence_length=None,
+            steps=2000,
         ),
     ),
 }

@@ -1,0 +1,58 @@
+"""`genkernels train gpt`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..training import GPT_PRESETS, GPTTask
+from . import options
+from .train import train_model
+
+
+def train_gpt(
+    context: typer.Context,
+    data: options.Data = None,
+    preset: Annotated[str, typer.Option(help=options.presets_help(GPT_PRESETS))] = "bytes",
+    output: options.Output = Path("runs/gpt"),
+    seed: options.Seed = 0,
+    vocab_size: options.VocabSize = None,
+    context_length: options.ContextLength = None,
+    num_layers: options.NumLayers = None,
+    num_heads: options.NumHeads = None,
+    embedding_dim: options.EmbeddingDim = None,
+    dropout: options.Dropout = None,
+    bias: options.Bias = None,
+    steps: options.Steps = None,
+    minutes: options.Minutes = None,
+    optimizer: options.Optimizer = None,
+    learning_rate: options.LearningRate = None,
+    weight_decay: options.WeightDecay = None,
+    schedule: options.Schedule = None,
+    warmup: options.Warmup = None,
+    min_learning_rate: options.MinLearningRate = None,
+    max_grad_norm: options.MaxGradNorm = None,
+    batch_size: options.BatchSize = None,
+    resume: options.Resume = False,
+    stop_after: options.StopAfter = None,
+    compare: options.Compare = True,
+    sample: options.Sample = True,
+    tensorboard: options.TensorBoard = None,
+    dry_run: options.DryRun = False,
+) -> None:
+    """Train a GPT-2 on a text file.
+
+    The last tenth of the text is held out and only measured on. At every row of the table the
+    output folder gets the weights with the lowest held-out loss so far (best) and those of now
+    (last), in the end the loss curve too. Ctrl-C ends early and keeps what is learned; with
+    --resume the same command goes on, in steps to the last bit as if it had never stopped.
+
+    Examples:
+
+        genkernels train gpt --data notes.txt --minutes 2
+        genkernels train gpt --preset nanogpt-cpu --output runs/nanogpt
+        genkernels train gpt --resume --output runs/nanogpt
+    """
+    train_model(GPTTask, **locals())
