@@ -8,6 +8,8 @@ import io
 import json
 import os
 import pty
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -24,11 +26,18 @@ from safetensors import safe_open
 import genkernels
 from genkernels.cli import main
 from genkernels.cli.app import app
-from genkernels.data import clean_text, load_text
+from genkernels.data import clean_text, encode_source, load_text, spell_answer
 from genkernels.models import RNNLanguageModel
 from genkernels.training import load_checkpoint, replace_folder, save_checkpoint
 
 TINY = ["--embedding-dim=8", "--hidden-size=16", "--batch-size=8", "--sequence-length=16"]
+_BLOCKS = ["--num-layers=1", "--num-heads=2", "--embedding-dim=16", "--batch-size=4"]
+SIZES = {
+    "rnn": TINY,
+    "gpt": [*_BLOCKS, "--context-length=16"],
+    "bert": [*_BLOCKS, "--context-length=32", "--vocab-size=300"],
+    "t5": [*_BLOCKS, "--feedforward-dim=16", "--sequence-length=24", "--vocab-size=300"],
+}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -148,15 +157,6 @@ def test_a_finished_run_replaces_the_checkpoint(checkpoint, notes, tmp_path, cap
     capsys.readouterr()
 
 
-GPT_TINY = [
-    "--context-length=16",
-    "--num-layers=1",
-    "--num-heads=2",
-    "--embedding-dim=16",
-    "--batch-size=4",
-]
-
-
 def files_of(folder: Path) -> dict[str, Any]:
     """The tensors of a run's checkpoints and what stands beside them, but for the time it took."""
     contents: dict[str, Any] = {}
@@ -170,10 +170,9 @@ def files_of(folder: Path) -> dict[str, Any]:
     return contents
 
 
-@pytest.mark.parametrize("model", ["rnn", "gpt"])
+@pytest.mark.parametrize("model", SIZES)
 def test_a_run_that_stops_and_goes_on_is_the_same_to_the_last_bit(model, notes, tmp_path, capsys):
-    sizes = [*(TINY if model == "rnn" else GPT_TINY), "--dropout=0.3", "--data", str(notes)]
-    command = ["train", model, *sizes, "--no-sample"]
+    command = ["train", model, *SIZES[model], "--dropout=0.3", "--data", str(notes), "--no-sample"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main([*command, "--steps=25", "--no-compare", "--output", str(whole)]) == 0
     for stop in (7, 12):  # between two rows of the table, and on one
@@ -263,19 +262,228 @@ def test_best_is_the_lowest_held_out_loss(notes, tmp_path, capsys):
     assert figures["best"] < figures["last"]
 
 
-@pytest.mark.parametrize("model", ["rnn", "gpt"])
-def test_dry_run_leaves_nothing(model, notes, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory) -> Path:
+    """Labels that depend on a word, and sources with targets that are one of their words."""
+    generator = random.Random(0)
+    folder = tmp_path_factory.mktemp("tables")
+    words = ["red", "green", "blue", "tree", "river", "stone", "house", "cloud", "sun", "moon"]
+    rows = [generator.choices(words, k=generator.randint(3, 6)) for _ in range(300)]
+    lines = [f"{'night' if 'moon' in row else 'day'}\t{' '.join(row)}\n" for row in rows]
+    (folder / "labels.tsv").write_text("".join(lines))
+    (folder / "pairs.tsv").write_text("".join(f"{' '.join(row)}\t{row[0]}\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("what", ["rnn", "gpt", "bert", "t5", "bert labels", "t5 pairs"])
+def test_dry_run_leaves_nothing(what, notes, tables, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert main(["train", model, "--dry-run", "--data", str(notes), "--no-compare"]) == 0
+    model, *table = what.split()
+    data = tables / f"{table[0]}.tsv" if table else notes
+    assert main(["train", model, "--dry-run", "--data", str(data), "--no-compare"]) == 0
     out = capsys.readouterr().out
     assert out.endswith("dry run         all of it works; nothing was left behind\n")
-    assert "bits per byte" in out
+    assert "cross-entropy" in out
     assert "sample " in out
     assert not list(tmp_path.iterdir())
     assert main(["train", model, "--dry-run", "--data", "none.txt"]) == 2
     assert "none.txt: No such file" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def measures(out: str) -> dict[str, list[float]]:
+    """The figures of each line of an evaluation."""
+    lines = {line[:15].rstrip(): line[15:] for line in out.splitlines()}
+    return {
+        name: [float(x) for x in re.findall(r"\d+\.\d+", lines[name])]
+        for name in ("cross-entropy", "accuracy", "exact match")
+        if name in lines
+    }
+
+
+def test_bert_learns_labels(tables, tmp_path, capsys):
+    output, data = str(tmp_path / "bert"), str(tables / "labels.tsv")
+    arguments = ["--data", data, "--output", output, "--steps=60", "--learning-rate=0.01"]
+    train = ["train", "bert", *SIZES["bert"], *arguments, "--batch-size=32", "--no-compare"]
+    assert main(train) == 0
+    printed = capsys.readouterr().out
+    assert "270 lines to train on, " in printed
+    assert main(["evaluate", output]) == 0
+    out = capsys.readouterr().out
+    assert out in printed, "the held-out lines of the file that it was trained on"
+    found = measures(out)
+    assert found["accuracy"][0] > 90 > found["accuracy"][1], "beside the most frequent label"
+    assert found["cross-entropy"][0] < 0.3 < found["cross-entropy"][1]
+    assert main(["evaluate", output, "--data", data, "--whole"]) == 0
+    out = capsys.readouterr().out
+    assert "of 300 labels" in out
+    assert "by frequency" not in out
+    for prompt, label in (("red moon tree", "night"), ("red sun tree", "day")):
+        lines = generated(capsys, output, "--prompt", prompt).splitlines()
+        assert lines[0].split()[1] == label
+        assert float(lines[0].split("%")[0]) > 50 > float(lines[1].split("%")[0])
+    (tmp_path / "other.tsv").write_text("noon\tred\n" * 20)
+    for options, message in (
+        (
+            ["--data", str(tmp_path / "other.tsv"), "--whole"],
+            "label 'noon'; expected one of day",
+        ),
+        (["--data", str(tables / "pairs.txt")], "is a text, and the model classifies"),
+    ):
+        assert main(["evaluate", output, *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_t5_learns_pairs(tables, tmp_path, capsys):
+    output, data = str(tmp_path / "t5"), str(tables / "pairs.tsv")
+    arguments = ["--data", data, "--output", output, "--steps=150", "--learning-rate=0.01"]
+    train = ["train", "t5", *SIZES["t5"], *arguments, "--batch-size=32", "--no-compare"]
+    assert main([*train, "--no-sample"]) == 0
+    printed = capsys.readouterr().out
+    assert main(["evaluate", output]) == 0
+    out = capsys.readouterr().out
+    assert out in printed
+    found = measures(out)
+    assert found["accuracy"][0] > 90 > found["accuracy"][1]
+    assert found["exact match"][0] > 80
+    assert generated(capsys, output, "--prompt", "moon red tree", "--temperature=0") == "moon\n"
+    several = ["--prompt", "moon red tree", "--num-samples=2", "--temperature=0"]
+    assert generated(capsys, output, *several) == "--- sample 1\nmoon\n--- sample 2\nmoon\n"
+    (tmp_path / "bad.tsv").write_text("a\tb\n\na b\n")
+    assert main([*train, "--data", str(tmp_path / "bad.tsv"), "--output", output]) == 2
+    err = capsys.readouterr().err
+    assert "bad.tsv: line 3: 0 tabs; expected source, one tab, target" in err
+
+
+@pytest.fixture(scope="module")
+def transformers(notes, tmp_path_factory) -> Path:
+    """Checkpoints of gpt, bert and t5 that know very little."""
+    folder = tmp_path_factory.mktemp("transformers")
+    for model in ("gpt", "bert", "t5"):
+        arguments = ["--data", str(notes), "--output", str(folder / model), "--steps=2"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main(["train", model, *SIZES[model], *arguments, "--no-compare"]) == 0
+    return folder
+
+
+def test_bert_fills_in_what_is_masked(transformers, notes, capsys):
+    folder = str(transformers / "bert")
+    prompt = "The [MASK] of a [MASK]"
+    lines = generated(capsys, folder, "--prompt", prompt, "--top-k=3").splitlines()
+    assert lines[-2].startswith("[MASK] 1: ")
+    assert lines[-1].startswith("[MASK] 2: ")
+    assert lines[-1].count("%") == 3
+    assert "[MASK]" not in lines[0]
+    assert lines[0].startswith("The")
+    assert main(["evaluate", folder]) == 0
+    found = measures(capsys.readouterr().out)
+    assert len(found["cross-entropy"]) == len(found["accuracy"]) == 2, "beside the unigram model"
+    assert "exact match" not in found
+
+
+def test_t5_prints_spans_with_their_names(transformers, capsys):
+    arguments = [str(transformers / "t5"), "--prompt", "The <extra_id_0> of <extra_id_1>"]
+    arguments += ["--temperature=3", "--max-new-tokens=300"]
+    printed = generated(capsys, *arguments)
+    model, tokenizer, _ = load_checkpoint(transformers / "t5")
+    source = encode_source("The <extra_id_0> of <extra_id_1>", tokenizer)
+    answer = model.generate(source[None], 300, 3.0, generator=torch.Generator().manual_seed(0))
+    assert printed == clean_text(spell_answer(answer[0], tokenizer)) + "\n"
+    assert "<extra_id_" in printed
+
+
+@pytest.mark.parametrize("model", ["gpt", "bert", "t5"])
+def test_attend_draws_a_picture(model, transformers, tmp_path, capsys):
+    arguments = ["attend", str(transformers / model), "--prompt", "A [MASK] $x$ \u0639"]
+    output = tmp_path / "map.png"
+    assert main([*arguments, "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    layer = {"t5": "decoder.0.cross_attention"}.get(model, "blocks.0.attention")
+    assert f"attention       {output}: {layer}\n" in out
+    looks = out.splitlines()[0]
+    assert " looks at " in looks
+    assert looks.count("%") == 5
+    assert looks.startswith("'[MASK]'") == (model == "bert")
+    picture = output.read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert main([*arguments, "--output", str(output), "--head=1"]) == 0
+    assert output.read_bytes() != picture
+    if model == "t5":
+        for layer in ("encoder.0.attention", "decoder.0.attention"):
+            assert main([*arguments, "--output", str(output), "--layer", layer]) == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["map.png"]
+
+
+ATTEND = {
+    "no attention": (["{rnn}"], "{rnn}: a rnn has no attention; expected gpt, bert or t5"),
+    "no such layer": (["{gpt}", "--layer=x"], "--layer: 'x'; expected one of blocks.0.attention"),
+    "no such head": (["{gpt}", "--head=2"], "--head: 2; expected from 0 to 1"),
+    "too long": (["{gpt}", "--prompt", "x" * 17], "--prompt: 17 tokens; expected at most 16"),
+    "no prompt": (["{bert}"], "--prompt: missing; expected a text for the bert to read"),
+    "no room": (["{gpt}", "--output={tmp}/none/x.png"], "none"),
+}
+
+
+@pytest.mark.parametrize("case", ATTEND)
+def test_attend_refuses(case, transformers, checkpoint, tmp_path, capsys):
+    arguments, message = ATTEND[case]
+    names = {m: str(transformers / m) for m in ("gpt", "bert")}
+    names |= {"rnn": str(checkpoint), "tmp": str(tmp_path)}
+    arguments = [argument.format(**names) for argument in arguments]
+    if not any("--output" in argument for argument in arguments):
+        arguments += ["--output", str(tmp_path / "x.png")]
+    assert main(["attend", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("genkernels: ")
+    assert err.count("\n") == 1
+    assert message.format(**names) in err
+    assert not list(tmp_path.iterdir())
+
+
+GENERATE = {
+    "nothing masked": ("bert", ["--prompt", "a"], "--prompt: nothing to fill in; expected [MASK]"),
+    "too long": ("bert", ["--prompt", "[MASK]" * 31], "--prompt: 31 tokens; expected at most 30"),
+    "no source": ("t5", [], "--prompt: missing; expected a text for the t5 to read"),
+}
+
+
+@pytest.mark.parametrize("case", GENERATE)
+def test_generate_refuses(case, transformers, capsys):
+    model, arguments, message = GENERATE[case]
+    assert main(["generate", str(transformers / model), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"genkernels: {message}")
+    assert err.count("\n") == 1
+
+
+TRANSFORMERS = {
+    "heads": ("gpt", ["--num-heads=3"], "embedding_dim must be a multiple of num_heads 3, got 16"),
+    "context": ("bert", ["--context-length=2"], "must be >= 3, [CLS] and [SEP] included, got 2"),
+    "full batch": ("gpt", ["--batch-size=full"], "'--batch-size'"),
+    "short text": ("t5", ["--data={tmp}/short.txt"], "short.txt: text too short"),
+    "one line": ("bert", ["--data={tmp}/one.tsv"], "one.tsv: nothing to hold out"),
+    "three columns": ("bert", ["--data={tmp}/three.tsv"], "line 2: 2 tabs; expected label, one"),
+    "long sequence": ("t5", ["--sequence-length=9999"], "expected at least 9999"),
+}
+
+
+@pytest.mark.parametrize("case", TRANSFORMERS)
+def test_transformers_refuse(case, notes, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("a short text is not enough")
+    (tmp_path / "one.tsv").write_text("a\tb\n")
+    (tmp_path / "three.tsv").write_text("a\tb\na\tb\tc\n")
+    before = tree(tmp_path)
+    model, arguments, message = TRANSFORMERS[case]
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    common = ["--data", str(notes), "--output", str(tmp_path / "run"), "--no-compare"]
+    assert main(["train", model, *SIZES[model], *common, *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("genkernels: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert tree(tmp_path) == before
 
 
 def test_a_kill_leaves_a_checkpoint(notes, tmp_path):
@@ -388,6 +596,9 @@ def test_info(capsys):
 EXAMPLES = {
     "": ["genkernels train rnn", 'genkernels generate --prompt "The class"'],
     "train": ["genkernels train rnn --data notes.txt --minutes 2"],
+    "train bert": ["genkernels train bert --data labels.tsv --output runs/labels"],
+    "train t5": ["genkernels train t5 --data pairs.tsv --output runs/pairs"],
+    "attend": ['genkernels attend runs/t5 --prompt "The <extra_id_0> of a class" --head 0'],
     "train gpt": ["genkernels train gpt --preset nanogpt-cpu --output runs/nanogpt"],
     "train rnn": ["genkernels train rnn --preset seed --output runs/seed"],
     "generate": [
@@ -414,7 +625,7 @@ def test_help_explains_every_option(capsys):
     for command in commands:
         commands += getattr(command, "commands", {}).values()
         assert all(parameter.help for parameter in command.params), command.name
-    assert len(commands) == 7
+    assert len(commands) == 10
     assert main(["train", "rnn", "--help"]) == 0
     out = capsys.readouterr().out
     for value in ("hidden-size 384", "hidden-size 512", "learning-rate 0.003"):

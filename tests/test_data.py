@@ -11,12 +11,18 @@ from genkernels.data import (
     BPETokenizer,
     ByteTokenizer,
     InputError,
+    SpecialTokens,
     TextStream,
+    TextToTextTokens,
     batchify,
     clean_text,
+    encode_masked,
+    encode_source,
     load_text,
     load_tokenizer,
     sequence_batches,
+    spell_answer,
+    spell_masked,
     split_text,
     train_tokenizer,
 )
@@ -204,3 +210,23 @@ def test_text_streams_as_it_is_cleaned_as_a_whole(kind):
         early += bool(pieces[0])
         assert "".join(pieces) + stream.end() == clean_text(tokenizer.decode(tokens)), repr(text)
     assert early > 10, "not all of it comes at the end"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_texts_with_special_tokens(kind):
+    text = "the cat and the hat "
+    tokenizer = train_tokenizer(text * 20, 256 if kind == "bytes" else 270)
+    special = SpecialTokens.above(tokenizer.vocab_size)
+    tokens = encode_masked("the [MASK] and [mask][MASK]", tokenizer)
+    assert tokens[0] == special.cls
+    assert tokens[-1] == special.sep
+    assert (tokens == special.mask).sum() == 2
+    spaced = "the [MASK] and" if kind == "bytes" else "the[MASK] and"  # a word has its space
+    assert spell_masked(tokens, tokenizer) == f"{spaced} [mask][MASK]"
+    t5 = TextToTextTokens.above(tokenizer.vocab_size)
+    source = encode_source("<extra_id_0> cat <extra_id_99><extra_id_100>", tokenizer)
+    assert source[0] == t5.sentinel
+    assert source[-1] == t5.end
+    assert (source == t5.sentinel + 99).sum() == 1
+    assert (source >= tokenizer.vocab_size).sum() == 3, "and no more: 100 is no sentinel"
+    assert spell_answer(source, tokenizer) == "<extra_id_0> cat <extra_id_99><extra_id_100>"

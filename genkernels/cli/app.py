@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import evaluate, generate, train_gpt, train_rnn
+from . import attend, evaluate, generate, train_bert, train_gpt, train_rnn, train_t5
 
 app = typer.Typer(
     name="genkernels", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown"
@@ -15,8 +15,11 @@ app = typer.Typer(
 train = typer.Typer(no_args_is_help=True)
 train.command("rnn")(train_rnn.train_rnn)
 train.command("gpt")(train_gpt.train_gpt)
+train.command("bert")(train_bert.train_bert)
+train.command("t5")(train_t5.train_t5)
 app.add_typer(train, name="train")
 app.command("generate")(generate.generate)
+app.command("attend")(attend.attend)
 app.command("evaluate")(evaluate.evaluate)
 
 
@@ -48,10 +51,12 @@ def _genkernels(
 def _train() -> None:
     """Train a model on a text file.
 
-    Example:
+    Examples:
 
     ```
     genkernels train rnn --data notes.txt --minutes 2
+    genkernels train gpt --resume
+    genkernels train t5 --data pairs.tsv --dry-run
     ```
     """
 

@@ -9,11 +9,12 @@ import typer
 from ..training import TASKS, load_checkpoint
 from . import options
 from .report import evaluation_lines
+from .train import data_of
 
 
 def evaluate(
     checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
-    data: options.Data = None,
+    data: options.Measured = None,
     which: options.WhichWeights = "best",
     whole: Annotated[
         bool,
@@ -23,17 +24,22 @@ def evaluate(
         ),
     ] = False,
 ) -> None:
-    """Measure how well a trained model predicts a text.
+    """Measure how well a trained model predicts what it was not trained on.
 
-    Prints bits per byte, cross-entropy, perplexity and token accuracy; on a held-out split also
-    the bits per byte of an order-3 Markov model fitted to the rest of the text.
+    rnn and gpt: bits per byte, cross-entropy, perplexity and token accuracy of a text. bert: the
+    cross-entropy and accuracy of masked tokens, or of labels; t5: those of the tokens of answers,
+    and how many answers are exact. On a held-out split also what a simpler model reaches that has
+    learned from the rest.
 
     Examples:
 
         genkernels evaluate runs/rnn --data notes.txt --whole
         genkernels evaluate runs/gpt --which last
     """
-    model, tokenizer, _ = load_checkpoint(checkpoint, which)
-    result, baseline = TASKS[model.name].measure(model, tokenizer, data, whole)
+    loaded = load_checkpoint(checkpoint, which)
+    if data is None:
+        data = data_of(loaded.training)
+    task_class = TASKS[loaded.model.name].of(data)
+    result, baseline = task_class.measure(loaded, data, whole)
     for line in evaluation_lines(result, baseline):
         print(line)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data import DEFAULT_CORPUS, InputError
+from ..data import DEFAULT_CORPUS, InputError, clean_text
 from ..models.config import MAX_LAYERS, MAX_SIZE
 from ..training import OptimizerName, Preset, ScheduleName, Which
 
@@ -42,6 +42,20 @@ def _has_tensorboard(folder: Path | None) -> Path | None:
     return folder
 
 
+def cleaned(prompt: str | None) -> str | None:
+    """Return a prompt that can be read, where one is given."""
+    if prompt is None:
+        return None
+    try:
+        text = clean_text(prompt)
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError("--prompt: not UTF-8; expected text") from error
+    if not text:
+        raise InputError("--prompt: empty; expected at least one character")
+    return text
+
+
 def presets_help(presets: Mapping[str, Preset]) -> str:
     """Return the names of the presets and their values, as options are written."""
     texts = ["Named settings."]
@@ -57,7 +71,26 @@ WhichWeights = Annotated[
     Which,
     typer.Option("--which", help="Weights of the lowest held-out loss, or of the last step."),
 ]
+Prompt = Annotated[str | None, typer.Option(help="Text that is read.", show_default="a new line")]
 Data = Annotated[Path | None, typer.Option(help="UTF-8 text file.", show_default=DEFAULT_CORPUS)]
+LabelData = Annotated[
+    Path | None,
+    typer.Option(
+        help="UTF-8 text file; or, ending in .tsv, a label, a tab and a text in each line.",
+        show_default=DEFAULT_CORPUS,
+    ),
+]
+PairData = Annotated[
+    Path | None,
+    typer.Option(
+        help="UTF-8 text file; or, ending in .tsv, a source, a tab and a target in each line.",
+        show_default=DEFAULT_CORPUS,
+    ),
+]
+Measured = Annotated[
+    Path | None,
+    typer.Option(help="UTF-8 file like that of training.", show_default="that of training"),
+]
 Output = Annotated[
     Path, typer.Option(help="Folder for the checkpoints; those of a run there are replaced.")
 ]
@@ -89,6 +122,12 @@ NumHeads = Annotated[
 Bias = Annotated[
     bool | None,
     typer.Option(help="Whether Linears and LayerNorms have one.", rich_help_panel=_MODEL),
+]
+FeedforwardDim = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MAX_SIZE, help="Width inside feed-forward layers.", rich_help_panel=_MODEL
+    ),
 ]
 HiddenSize = Annotated[
     int | None,

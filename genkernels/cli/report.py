@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..backend import simd_level
-from ..training import Evaluation, Step
+from ..training import Baseline, Evaluation, Step, TokenEvaluation
 
 _SAMPLE_WIDTH = 80
 
@@ -18,12 +19,14 @@ Calls = Mapping[tuple[str, str], int]
 
 
 def evaluation_lines(
-    result: Evaluation, baseline: tuple[str, float] | None = None
+    result: Evaluation | TokenEvaluation, baseline: Baseline | None
 ) -> Iterator[str]:
-    """Yield the measures, a line each, the first beside a simpler model's."""
-    first, *others = result.lines()
-    yield first + (f"  ({baseline[0]}: {baseline[1]:.4f})" if baseline else "")
-    yield from others
+    """Yield the measures, a line each, the first ones beside a simpler model's."""
+    others = baseline.values if baseline else []
+    for (name, value), other in itertools.zip_longest(result.rows(), others):
+        yield f"{name:<15} {value}" + (
+            f"  ({baseline.name}: {other})" if baseline and other else ""
+        )
 
 
 def calls_between(before: Calls, after: Calls) -> dict[tuple[str, str], int]:

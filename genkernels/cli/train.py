@@ -15,6 +15,7 @@ import typer
 from ..data import DEFAULT_CORPUS, InputError
 from ..training import (
     LOSS_CURVE,
+    TASKS,
     Comparison,
     RunFolder,
     Task,
@@ -29,7 +30,6 @@ from .fit import History, fit
 from .report import evaluation_lines, kernel_calls
 
 _SAMPLE_TOKENS = 300
-_DRY_CHARACTERS = 20_000
 _DRY_STEPS = 4
 
 
@@ -42,8 +42,9 @@ class _Run(NamedTuple):
     seed: int
 
 
-def train_model(task_class: type[Task], context: typer.Context, **values: Any) -> None:
+def train_model(model: str, context: typer.Context, **values: Any) -> None:
     """Train as the options say, those of a command named as in `options`."""
+    task_class = TASKS[model]
     given = {
         name: value
         for name, value in values.items()
@@ -82,7 +83,8 @@ def _train(
         "digest": task.digest,
         "preset": values["preset"],
         "seed": seed,
-        "baseline": task.baseline,
+        "baseline": [task.baseline.name, task.baseline.figure],
+        **task.record,
     }
     tokenizer = task.tokenizer
     with RunFolder(output, model, tokenizer, record, values["resume"]) as folder:
@@ -136,13 +138,16 @@ def _new(task_class: type[Task], values: dict[str, Any], given: dict[str, Any]) 
             f"--preset: unknown {values['preset']!r}; expected one of {', '.join(presets)}"
         )
     preset = presets[values["preset"]]
-    sizes = _override(preset.model, given)
-    config = _with_length(_override(preset.training, given), given)
-    characters = _DRY_CHARACTERS if values["dry_run"] else None
-    task = task_class(values["data"], sizes, config, values["seed"], characters=characters)
-    torch.manual_seed(values["seed"])
+    data, seed = values["data"], values["seed"]
+    try:
+        sizes = _override(preset.model, given)
+        config = _with_length(_override(preset.training, given), given)
+        task = task_class.of(data)(data, sizes, config, seed, is_dry=values["dry_run"])
+    except ValueError as error:  # of sizes that do not fit together
+        raise InputError(str(error)) from error
+    torch.manual_seed(seed)
     model = task.model_class(task.sizes)
-    return _Run(task, Training(model, task.batches, config), History(), values["seed"])
+    return _Run(task, Training(model, task.batches, config), History(), seed)
 
 
 def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _Run:
@@ -153,7 +158,7 @@ def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _
         raise InputError(f"{output}: is a run of {model.name}; expected one of {name}")
     state = load_state(output)
     try:
-        data, digest, seed = record["data"], record["digest"], record["seed"]
+        digest, seed = record["digest"], record["seed"]
         config = TrainingConfig(**record["settings"])
         history = History.from_json(record["history"])
         known = dataclasses.asdict(model.config) | record["settings"] | record
@@ -163,13 +168,13 @@ def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _
                     f"--{option.replace('_', '-')}: {value}, but the run in {output} has "
                     f"{known[option]}; expected the same, or a new run without --resume"
                 )
-        path = given.get("data") or (None if data == DEFAULT_CORPUS else Path(data))
+        data = given.get("data") or data_of(record)
         config = _with_length(config, given)
-        task = task_class(path, model.config, config, seed, tokenizer)
+        task = task_class.of(data)(data, model.config, config, seed, tokenizer)
         if task.digest != digest:
             raise InputError(
                 f"{task.source}: is not what the run in {output} learns from; "
-                f"expected {data} as it was, or a new run without --resume"
+                f"expected {record['data']} as it was, or a new run without --resume"
             )
         training = Training(model, task.batches, config)
         training.load_state_dict(state)
@@ -178,13 +183,16 @@ def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _
     return _Run(task, training, history, seed)
 
 
+def data_of(record: dict[str, Any]) -> Path | None:
+    """Return the file that a run learned from, by what it wrote down; None: the default corpus."""
+    data = record.get("data", DEFAULT_CORPUS)
+    return None if data == DEFAULT_CORPUS else Path(data)
+
+
 def _override(config: Any, given: dict[str, Any]) -> Any:
     """Return `config` with those of its fields that were given on the command line."""
     names = {field.name for field in dataclasses.fields(config)}
-    try:
-        return dataclasses.replace(config, **{k: v for k, v in given.items() if k in names})
-    except ValueError as error:
-        raise InputError(str(error)) from error
+    return dataclasses.replace(config, **{k: v for k, v in given.items() if k in names})
 
 
 def _with_length(config: TrainingConfig, given: dict[str, Any]) -> TrainingConfig:
@@ -220,7 +228,7 @@ def _report(run: _Run, output: Path, comparison: Comparison | None, is_dry: bool
         temporary := curve.with_name(f".genkernels-{LOSS_CURVE}"),
         [(step, loss * task.scale) for step, loss in enumerate(history.training, 1)],
         history.held_out,
-        task.baseline,
+        (task.baseline.name, task.baseline.figure),
         task.unit,
     )
     os.replace(temporary, curve)

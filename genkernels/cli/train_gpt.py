@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..training import GPT_PRESETS, GPTTask
+from ..training import GPT_PRESETS
 from . import options
 from .train import train_model
 
@@ -55,4 +55,4 @@ def train_gpt(
         genkernels train gpt --preset nanogpt-cpu --output runs/nanogpt
         genkernels train gpt --resume --output runs/nanogpt
     """
-    train_model(GPTTask, **locals())
+    train_model("gpt", **locals())

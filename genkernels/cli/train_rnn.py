@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..training import RNN_PRESETS, RNNTask
+from ..training import RNN_PRESETS
 from . import options
 from .train import train_model
 
@@ -55,4 +55,4 @@ def train_rnn(
         genkernels train rnn --resume --output runs/seed
         genkernels train rnn --optimizer sgd --batch-size full --learning-rate 1
     """
-    train_model(RNNTask, **locals())
+    train_model("rnn", **locals())

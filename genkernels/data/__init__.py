@@ -12,12 +12,21 @@ from .masking import (
 )
 from .pairs import PairBatches, load_pairs
 from .spans import SpanBatches, TextToTextTokens, corrupt_spans, corrupted_windows
+from .special import (
+    MASK,
+    encode_masked,
+    encode_source,
+    spell,
+    spell_answer,
+    spell_masked,
+)
 from .streams import SequenceBatches, batchify, sequence_batches
 from .text import DEFAULT_CORPUS, Corpus, TextStream, clean_text, load_text, split_text
 from .tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
     "DEFAULT_CORPUS",
+    "MASK",
     "BPETokenizer",
     "Batches",
     "ByteTokenizer",
@@ -37,6 +46,8 @@ __all__ = [
     "clean_text",
     "corrupt_spans",
     "corrupted_windows",
+    "encode_masked",
+    "encode_source",
     "errors_in",
     "framed",
     "load_pairs",
@@ -45,6 +56,9 @@ __all__ = [
     "mask_tokens",
     "masked_windows",
     "sequence_batches",
+    "spell",
+    "spell_answer",
+    "spell_masked",
     "split_text",
     "train_tokenizer",
 ]

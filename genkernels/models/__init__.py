@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .attention_maps import attention_maps
 from .bert import BERT, BERTConfig, Fillings
 from .gpt import GPT, GPTConfig
 from .markov import MarkovModel
@@ -30,5 +31,6 @@ __all__ = [
     "RNNConfig",
     "RNNLanguageModel",
     "T5Config",
+    "attention_maps",
     "sample_token",
 ]

@@ -11,7 +11,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .comparison import Comparison, compare_step_time
-from .evaluation import Evaluation, evaluate
+from .evaluation import Evaluation, TokenEvaluation, evaluate, evaluate_batches
 from .loop import (
     OptimizerName,
     ScheduleName,
@@ -21,33 +21,37 @@ from .loop import (
     train,
     training_step,
 )
-from .plot import plot_loss
-from .presets import GPT_PRESETS, RNN_PRESETS, Preset
-from .tasks import TASKS, GPTTask, RNNTask, Task
+from .plot import plot_attention, plot_loss
+from .presets import BERT_PRESETS, GPT_PRESETS, RNN_PRESETS, T5_PRESETS, Preset
+from .tasks import TASKS, Baseline, Task
 
 __all__ = [
+    "BERT_PRESETS",
     "GPT_PRESETS",
     "LOSS_CURVE",
     "RNN_PRESETS",
+    "T5_PRESETS",
     "TASKS",
+    "Baseline",
     "Checkpoint",
     "Comparison",
     "Evaluation",
-    "GPTTask",
     "OptimizerName",
     "Preset",
-    "RNNTask",
     "RunFolder",
     "ScheduleName",
     "Step",
     "Task",
+    "TokenEvaluation",
     "Training",
     "TrainingConfig",
     "Which",
     "compare_step_time",
     "evaluate",
+    "evaluate_batches",
     "load_checkpoint",
     "load_state",
+    "plot_attention",
     "plot_loss",
     "replace_folder",
     "save_checkpoint",

@@ -1,9 +1,9 @@
-"""How well a language model predicts a text."""
+"""How well a model predicts what is held out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -35,12 +35,92 @@ class Evaluation(NamedTuple):
         """The one that training goes by; less is better."""
         return self.bits_per_byte
 
-    def lines(self) -> Iterator[str]:
-        """Yield the measures in words, `figure` first."""
-        yield f"bits per byte   {self.bits_per_byte:.4f}"
-        yield f"cross-entropy   {self.cross_entropy:.4f} nats per token"
-        yield f"perplexity      {self.perplexity:.3f}"
-        yield f"token accuracy  {self.token_accuracy:.2%} of {self.tokens:,} tokens"
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the measures in words, `figure` first."""
+        return [
+            ("bits per byte", f"{self.bits_per_byte:.4f}"),
+            ("cross-entropy", f"{self.cross_entropy:.4f} nats per token"),
+            ("perplexity", f"{self.perplexity:.3f}"),
+            ("token accuracy", f"{self.token_accuracy:.2%} of {self.tokens:,} tokens"),
+        ]
+
+
+class TokenEvaluation(NamedTuple):
+    """Measures over what is to be predicted: tokens that are hidden, those of answers, classes.
+
+    cross_entropy: mean -ln P(target), in nats.
+    accuracy: share of the targets that were the most likely one.
+    exact: share of the rows all of whose targets were, which are those that a greedy answer would
+        match; None where rows mean nothing.
+    targets: how many there are.
+    kind: what they are.
+    """
+
+    cross_entropy: float
+    accuracy: float
+    exact: float | None
+    targets: int
+    kind: str
+
+    @property
+    def figure(self) -> float:
+        """The one that training goes by; less is better."""
+        return self.cross_entropy
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the measures in words, `figure` first."""
+        return [
+            ("cross-entropy", f"{self.cross_entropy:.4f} nats per {self.kind}"),
+            ("accuracy", f"{self.accuracy:.2%} of {self.targets:,} {self.kind}s"),
+            *([] if self.exact is None else [("exact match", f"{self.exact:.2%}")]),
+        ]
+
+
+LogProb = Callable[..., tuple[Tensor, ...]]
+
+
+@torch.no_grad()
+def evaluate_batches(
+    model: nn.Module,
+    batches: Sequence[tuple[Tensor, ...]],
+    kind: str,
+    log_prob: LogProb | None = None,
+    has_rows: bool = False,
+) -> TokenEvaluation:
+    """Measure `model` on batches (input, target, ...) but for targets that are -100.
+
+    `log_prob(model, *batch)` returns ln P(target) and the most likely ones, flat; the model's own
+    by default. `kind` and `has_rows` are for `TokenEvaluation`.
+
+    Raises:
+        FloatingPointError: the cross-entropy is not a finite number.
+    """
+    was_training = model.training
+    model.eval()
+    nats, correct, exact, rows, count = 0.0, 0, 0, 0, 0
+    for batch in batches:
+        target = batch[1]
+        logs, prediction, *_ = (log_prob or cast(Any, type(model)).log_prob)(model, *batch)
+        is_meant = target != -100
+        is_right = (prediction.view_as(target) == target) | ~is_meant
+        nats -= logs.view_as(target)[is_meant].sum(dtype=torch.float64).item()
+        correct += int(is_right[is_meant].sum())
+        exact += int(is_right.view(len(target), -1).all(-1).sum())
+        rows += len(target)
+        count += int(is_meant.sum())
+    model.train(was_training)
+    return TokenEvaluation(
+        _finite(nats / count), correct / count, exact / rows if has_rows else None, count, kind
+    )
+
+
+def _finite(cross_entropy: float) -> float:
+    if not math.isfinite(cross_entropy):
+        raise FloatingPointError(
+            f"the cross-entropy is {cross_entropy}; expected a finite number "
+            "(in training, a lower learning rate may help)"
+        )
+    return cross_entropy
 
 
 @torch.no_grad()
@@ -71,12 +151,7 @@ def evaluate(
         count += target.numel()
         length += int(byte_lengths[target].sum())
     model.train(was_training)
-    cross_entropy = nats / count
-    if not math.isfinite(cross_entropy):
-        raise FloatingPointError(
-            f"the cross-entropy is {cross_entropy}; expected a finite number "
-            "(in training, a lower learning rate may help)"
-        )
+    cross_entropy = _finite(nats / count)
     return Evaluation(
         cross_entropy,
         # A model worse than e^700 is past a float; say so instead of raising OverflowError.

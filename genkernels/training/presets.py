@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..models import GPTConfig, RNNConfig
+from ..models import BERTConfig, GPTConfig, RNNConfig, T5Config
 from .loop import TrainingConfig
 
 
@@ -70,6 +70,43 @@ GPT_PRESETS = {
             batch_size=12,
             sequence_length=None,
             steps=2000,
+        ),
+    ),
+}
+
+BERT_PRESETS = {
+    "words": Preset(
+        BERTConfig(
+            vocab_size=2_000,
+            context_length=64,
+            num_layers=4,
+            num_heads=4,
+            embedding_dim=256,
+            dropout=0.1,
+        ),
+        TrainingConfig(
+            learning_rate=5e-4,
+            weight_decay=0.01,
+            warmup=0.1,
+            batch_size=32,
+            sequence_length=None,
+            minutes=4.0,
+        ),
+    ),
+}
+
+T5_PRESETS = {
+    "words": Preset(
+        T5Config(
+            vocab_size=2_000,
+            num_layers=2,
+            num_heads=4,
+            embedding_dim=256,
+            feedforward_dim=512,
+            dropout=0.1,
+        ),
+        TrainingConfig(
+            learning_rate=1e-3, warmup=0.05, batch_size=32, sequence_length=64, minutes=4.0
         ),
     ),
 }

@@ -1,0 +1,223 @@
+"""BERT: hidden tokens of a text, or the classes of sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...data import (
+    InputError,
+    LabelledBatches,
+    MaskedBatches,
+    Tokenizer,
+    clean_text,
+    errors_in,
+    load_pairs,
+    load_text,
+    masked_windows,
+    spell,
+    split_text,
+)
+from ...models import BERT, BERTConfig
+from ..checkpoint import Checkpoint
+from ..evaluation import TokenEvaluation, evaluate_batches
+from ..loop import TrainingConfig
+from ..presets import BERT_PRESETS
+from .task import (
+    DEFAULT_CORPUS,
+    Baseline,
+    RowsTask,
+    Task,
+    TextTask,
+    frequencies,
+    split_rows,
+)
+
+_ROWS = 32  # that are measured at once
+_QUICK_BATCHES = 8
+_OPEN, _CLOSE = -1, -2  # no tokens
+
+
+class BERTTask(Task):
+    """What both tasks of a BERT share."""
+
+    model_class = BERT
+    presets = BERT_PRESETS
+    tiny: ClassVar = {
+        "vocab_size": 260,
+        "context_length": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "embedding_dim": 16,
+        "batch_size": 4,
+    }
+    kernel = "attention"
+    scale = 1.0
+    held_out: list[tuple[Tensor, ...]]
+
+    @classmethod
+    def of(cls, data: Path | None) -> type[Task]:
+        return ClassesTask if data is not None and data.suffix == ".tsv" else MaskedTask
+
+    def evaluate(self, model: nn.Module, quickly: bool = False) -> TokenEvaluation:
+        return evaluate_batches(
+            model, self.held_out[: _QUICK_BATCHES if quickly else None], "masked token"
+        )
+
+
+class MaskedTask(BERTTask, TextTask):
+    """The hidden tokens of a text, from all around them."""
+
+    sample_heading = "hidden tokens are in brackets, as they were filled in"
+
+    def prepare(self, tokens: Tensor, held_out: Tensor, config: TrainingConfig, seed: int) -> None:
+        assert config.batch_size != "full"
+        length, vocab_size = self.sizes.context_length, self.sizes.vocab_size
+        self.batches = MaskedBatches(tokens, config.batch_size, length, vocab_size, seed)
+        self.held_out = _windows(held_out, length, vocab_size)
+        self.baseline = _unigram(tokens, self.held_out)
+
+    @classmethod
+    def measure(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[TokenEvaluation, Baseline | None]:
+        model, tokenizer, _ = checkpoint
+        if model.config.num_classes is not None:
+            raise InputError(
+                f"{data or DEFAULT_CORPUS}: is a text, and the model classifies; "
+                "expected a file LABELS.tsv"
+            )
+        text, known = load_text(data), None
+        with errors_in(data or DEFAULT_CORPUS):
+            if not whole:
+                training, text = split_text(text)
+                known = tokenizer.encode(training)
+            length, vocab_size = model.config.context_length, model.config.vocab_size
+            batches = _windows(tokenizer.encode(text), length, vocab_size)
+        baseline = None if known is None else _unigram(known, batches)
+        return evaluate_batches(model, batches, "masked token"), baseline
+
+    @torch.no_grad()
+    def sample(self, model: Any, max_new_tokens: int, seed: int) -> str:
+        generator = torch.Generator().manual_seed(seed)
+        inputs, targets = self.held_out[0]
+        row = int(torch.randint(len(inputs), (), generator=generator))
+        input, target = inputs[row : row + 1], targets[row : row + 1]
+        was_training = model.training
+        model.eval()
+        _, prediction, _ = model.log_prob(input, target)
+        model.train(was_training)
+        special = model.special_tokens
+        names = {special.cls: "", special.sep: "", _OPEN: "[", _CLOSE: "]"}
+        shown: list[int] = []
+        for token, hidden, filled in zip(
+            *map(Tensor.tolist, (input[0], target[0], prediction)), strict=True
+        ):
+            shown += [token] if hidden == -100 else [_OPEN, filled, _CLOSE]
+        return clean_text(spell(torch.tensor(shown[:max_new_tokens]), self.tokenizer, names))
+
+
+def _windows(tokens: Tensor, length: int, vocab_size: int) -> list[tuple[Tensor, ...]]:
+    return [*masked_windows(tokens, _ROWS, length, vocab_size)]
+
+
+def _unigram(known: Tensor, batches: list[tuple[Tensor, ...]]) -> Baseline:
+    hidden = torch.cat([target[target != -100] for _, target in batches])
+    return frequencies("unigram model", known, hidden)
+
+
+class ClassesTask(BERTTask, RowsTask):
+    """The class of a sentence."""
+
+    columns = ("label", "text")
+    unit = "nats"
+    sample_heading = "held-out sentences after what they were taken for"
+
+    def prepare(self, config: TrainingConfig, seed: int) -> None:
+        assert config.batch_size != "full"
+        labels = sorted({label for rows in self.rows for label, _ in rows})
+        self.record = {"labels": labels}
+        self.sizes = dataclasses.replace(self.sizes, num_classes=len(labels))
+        self.batches = _labelled(
+            self.rows.training, labels, self.tokenizer, self.sizes, config.batch_size, seed
+        )
+        self.held_out = _in_order(self.rows.held_out, labels, self.tokenizer, self.sizes)
+        self.baseline = _by_frequency(self.rows.training, labels, self.held_out)
+
+    def evaluate(self, model: nn.Module, quickly: bool = False) -> TokenEvaluation:
+        held_out = self.held_out[: _QUICK_BATCHES if quickly else None]
+        return evaluate_batches(model, held_out, "label", _class_log_prob)
+
+    @classmethod
+    def measure(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[TokenEvaluation, Baseline | None]:
+        assert data is not None
+        model, tokenizer, training = checkpoint
+        if model.config.num_classes is None:
+            raise InputError(f"{data}: has labels, and the model fills in tokens; expected a text")
+        labels = training.get("labels", [])
+        rows = load_pairs(data, *cls.columns)
+        with errors_in(data):
+            for label, _ in rows:
+                if label not in labels:
+                    raise InputError(f"label {label!r}; expected one of {', '.join(labels)}")
+            known, measured = ([], rows) if whole else split_rows(rows)
+        batches = _in_order(measured, labels, tokenizer, model.config)
+        baseline = _by_frequency(known, labels, batches) if known else None
+        return evaluate_batches(model, batches, "label", _class_log_prob), baseline
+
+    @torch.no_grad()
+    def sample(self, model: Any, max_new_tokens: int, seed: int) -> str:
+        generator = torch.Generator().manual_seed(seed)
+        input, _, lengths = self.held_out[0]
+        rows = torch.randint(len(input), (max(max_new_tokens // 60, 1),), generator=generator)
+        was_training = model.training
+        model.eval()
+        classes = model.classify(input[rows], lengths[rows]).argmax(-1)
+        model.train(was_training)
+        labels, texts = self.record["labels"], [text for _, text in self.rows.held_out]
+        return "\n".join(
+            f"{labels[c]}: {texts[row]}" for c, row in zip(classes, rows.tolist(), strict=True)
+        )
+
+
+def _labelled(
+    rows: list[tuple[str, str]],
+    labels: list[str],
+    tokenizer: Tokenizer,
+    sizes: BERTConfig,
+    batch_size: int,
+    seed: int = 0,
+) -> LabelledBatches:
+    sentences = [tokenizer.encode(text) for _, text in rows]
+    classes = torch.tensor([labels.index(label) for label, _ in rows])
+    length, vocab_size = sizes.context_length, sizes.vocab_size
+    return LabelledBatches(sentences, classes, batch_size, length, vocab_size, seed)
+
+
+def _in_order(
+    rows: list[tuple[str, str]], labels: list[str], tokenizer: Tokenizer, sizes: BERTConfig
+) -> list[tuple[Tensor, ...]]:
+    batches = _labelled(rows, labels, tokenizer, sizes, _ROWS)
+    return [batches.rows(indices) for indices in torch.arange(len(rows)).split(_ROWS)]
+
+
+def _by_frequency(
+    rows: list[tuple[str, str]], labels: list[str], batches: list[tuple[Tensor, ...]]
+) -> Baseline:
+    known = torch.tensor([labels.index(label) for label, _ in rows])
+    targets = torch.cat([classes for _, classes, _ in batches])
+    return frequencies("by frequency", known, targets)
+
+
+def _class_log_prob(
+    model: Any, input: Tensor, classes: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    logits = model.classify(input, lengths)
+    log_prob = logits.log_softmax(-1).gather(1, classes[:, None]).squeeze(1)
+    return log_prob, logits.argmax(-1)

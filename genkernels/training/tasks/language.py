@@ -1,0 +1,135 @@
+"""Language models: the next token of a text."""
+
+from __future__ import annotations
+
+import abc
+import math
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...data import (
+    Batches,
+    ByteTokenizer,
+    Corpus,
+    CropBatches,
+    InputError,
+    clean_text,
+    errors_in,
+    load_text,
+    sequence_batches,
+    split_text,
+)
+from ...models import GPT, MarkovModel, RNNLanguageModel
+from ..checkpoint import Checkpoint
+from ..evaluation import Evaluation, evaluate
+from ..loop import TrainingConfig
+from ..presets import GPT_PRESETS, RNN_PRESETS
+from .task import DEFAULT_CORPUS, Baseline, TextTask, with_weights_of
+
+_EVALUATION_STREAMS = 16
+_PROMPT_CHARACTERS = 32
+
+
+class LanguageTask(TextTask):
+    """The next token of a text, from those before it."""
+
+    unit = "bits/byte"
+    sample_heading = f"the first {_PROMPT_CHARACTERS} characters are given"
+
+    def prepare(self, tokens: Tensor, held_out: Tensor, config: TrainingConfig, seed: int) -> None:
+        self._held_out = _at_least_two(held_out)
+        self.batches = self.make_batches(tokens, config, seed)
+        # Nats per token to bits per byte by the mean length of a token: exact for bytes, and over
+        # the whole text for other tokens.
+        lengths = self.tokenizer.byte_lengths[tokens].double()
+        self.scale = 1 / math.log(2) / lengths.mean().item()
+        self.baseline = _markov(self.corpus)
+
+    @abc.abstractmethod
+    def make_batches(self, tokens: Tensor, config: TrainingConfig, seed: int) -> Batches:
+        """Return what a model is given to learn tokens, int64 [N], from."""
+
+    def evaluate(self, model: nn.Module, quickly: bool = False) -> Evaluation:
+        streams = _EVALUATION_STREAMS if quickly else 1
+        return evaluate(model, self._held_out, self.tokenizer.byte_lengths, streams)
+
+    @classmethod
+    def measure(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[Evaluation, Baseline | None]:
+        model, tokenizer, _ = checkpoint
+        text, baseline = load_text(data), None
+        with errors_in(data or DEFAULT_CORPUS):
+            if not whole:
+                corpus = split_text(text)
+                text, baseline = corpus.held_out, _markov(corpus)
+            tokens = _at_least_two(tokenizer.encode(text))
+        return evaluate(model, tokens, tokenizer.byte_lengths), baseline
+
+    def sample(self, model: Any, max_new_tokens: int, seed: int) -> str:
+        tokens = model.generate(
+            self.tokenizer.encode(self.corpus.held_out[:_PROMPT_CHARACTERS])[None],
+            max_new_tokens,
+            temperature=0.8,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        return clean_text(self.tokenizer.decode(tokens[0]))
+
+
+def _at_least_two(tokens: Tensor) -> Tensor:
+    if len(tokens) < 2:
+        raise InputError(f"text too short: {len(tokens)} token to measure on; expected at least 2")
+    return tokens
+
+
+def _markov(corpus: Corpus) -> Baseline:
+    training, held_out = map(ByteTokenizer().encode, corpus)
+    bits = MarkovModel(order=3).fit(training).bits_per_byte(held_out)
+    return Baseline("order-3 Markov model", bits, [f"{bits:.4f}"])
+
+
+class RNNTask(LanguageTask):
+    """The next token of a text, from all of those before it."""
+
+    model_class = RNNLanguageModel
+    presets = RNN_PRESETS
+    tiny: ClassVar = {
+        "vocab_size": 260,
+        "embedding_dim": 8,
+        "hidden_size": 16,
+        "num_layers": 1,
+        "batch_size": 4,
+        "sequence_length": 16,
+    }
+    kernel = "gru"
+    plain = "torch.nn.GRU"
+
+    def make_batches(self, tokens: Tensor, config: TrainingConfig, seed: int) -> Batches:
+        assert config.sequence_length
+        return sequence_batches(tokens, config.batch_size, config.sequence_length)
+
+    def twin(self, model: RNNLanguageModel) -> nn.Module:
+        return with_weights_of(model, RNNLanguageModel(model.config, gru=torch.nn.GRU))
+
+
+class GPTTask(LanguageTask):
+    """The next token of a text, from at most `context_length` before it."""
+
+    model_class = GPT
+    presets = GPT_PRESETS
+    tiny: ClassVar = {
+        "vocab_size": 260,
+        "context_length": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "embedding_dim": 16,
+        "batch_size": 4,
+    }
+    kernel = "attention"
+
+    def make_batches(self, tokens: Tensor, config: TrainingConfig, seed: int) -> Batches:
+        assert config.batch_size != "full"
+        return CropBatches(tokens, config.batch_size, self.sizes.context_length, seed)

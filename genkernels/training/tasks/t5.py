@@ -1,0 +1,166 @@
+"""T5: spans cut out of a text, or answers to sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...data import (
+    PairBatches,
+    SpanBatches,
+    Tokenizer,
+    clean_text,
+    corrupted_windows,
+    errors_in,
+    load_pairs,
+    load_text,
+    spell_answer,
+    split_text,
+)
+from ...models import T5
+from ..checkpoint import Checkpoint
+from ..evaluation import TokenEvaluation, evaluate_batches
+from ..loop import TrainingConfig
+from ..presets import T5_PRESETS
+from .task import (
+    DEFAULT_CORPUS,
+    Baseline,
+    RowsTask,
+    Task,
+    TextTask,
+    frequencies,
+    split_rows,
+)
+
+_ROWS = 32  # that are measured at once
+_QUICK_BATCHES = 8
+_LENGTH = 64  # where training did not write it down
+
+
+class T5Task(Task):
+    """What both tasks of a T5 share."""
+
+    model_class = T5
+    presets = T5_PRESETS
+    tiny: ClassVar = {
+        "vocab_size": 260,
+        "num_layers": 1,
+        "num_heads": 2,
+        "embedding_dim": 16,
+        "feedforward_dim": 32,
+        "batch_size": 4,
+        "sequence_length": 16,
+    }
+    kernel = "attention"
+    scale = 1.0
+    held_out: list[tuple[Tensor, ...]]
+
+    @classmethod
+    def of(cls, data: Path | None) -> type[Task]:
+        return PairsTask if data is not None and data.suffix == ".tsv" else SpansTask
+
+    def evaluate(self, model: nn.Module, quickly: bool = False) -> TokenEvaluation:
+        return _evaluate(model, self.held_out[: _QUICK_BATCHES if quickly else None])
+
+    def sample(self, model: Any, max_new_tokens: int, seed: int) -> str:
+        generator = torch.Generator().manual_seed(seed)
+        sources, targets, *lengths = self.held_out[0]
+        row = int(torch.randint(len(sources), (), generator=generator))
+        source = sources[row : row + 1, : lengths[0][row] if lengths else None]
+        longest = min(max_new_tokens, targets.shape[1])
+        answer = model.generate(source, longest, temperature=0)
+        parts = (spell_answer(part[0], self.tokenizer) for part in (source, answer))
+        return clean_text(" -> ".join(parts))
+
+
+def _evaluate(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> TokenEvaluation:
+    return evaluate_batches(model, batches, "target token", has_rows=True)
+
+
+class SpansTask(T5Task, TextTask):
+    """The spans that are cut out of a text, from what is left of it."""
+
+    sample_heading = "what was cut out is restored after the arrow"
+
+    def prepare(self, tokens: Tensor, held_out: Tensor, config: TrainingConfig, seed: int) -> None:
+        assert config.batch_size != "full"
+        assert config.sequence_length
+        length, vocab_size = config.sequence_length, self.sizes.vocab_size
+        self.record = {"length": length}
+        self.batches = SpanBatches(tokens, config.batch_size, length, vocab_size, seed)
+        self.held_out = _windows(held_out, length, vocab_size)
+        self.baseline = _unigram(_windows(tokens, length, vocab_size), self.held_out)
+
+    @classmethod
+    def measure(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[TokenEvaluation, Baseline | None]:
+        model, tokenizer, training = checkpoint
+        sizes = training.get("length", _LENGTH), model.config.vocab_size
+        text, known = load_text(data), None
+        with errors_in(data or DEFAULT_CORPUS):
+            if not whole:
+                known, text = split_text(text)
+            batches = _windows(tokenizer.encode(text), *sizes)
+            baseline = known and _unigram(_windows(tokenizer.encode(known), *sizes), batches)
+        return _evaluate(model, batches), baseline or None
+
+
+def _windows(tokens: Tensor, length: int, vocab_size: int) -> list[tuple[Tensor, ...]]:
+    return [*corrupted_windows(tokens, _ROWS, length, vocab_size)]
+
+
+class PairsTask(T5Task, RowsTask):
+    """The target of a source."""
+
+    columns = ("source", "target")
+    sample_heading = "a held-out source and its answer"
+
+    def prepare(self, config: TrainingConfig, seed: int) -> None:
+        assert config.batch_size != "full"
+        assert config.sequence_length
+        self.record = {"length": config.sequence_length}
+        sizes = config.sequence_length, self.tokenizer
+        self.batches = _pairs(self.rows.training, *sizes, config.batch_size, seed)
+        self.held_out = _in_order(self.rows.held_out, *sizes)
+        self.baseline = _unigram(_in_order(self.rows.training, *sizes), self.held_out)
+
+    @classmethod
+    def measure(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[TokenEvaluation, Baseline | None]:
+        assert data is not None
+        model, tokenizer, training = checkpoint
+        sizes = training.get("length", _LENGTH), tokenizer
+        rows, known = load_pairs(data, *cls.columns), None
+        with errors_in(data):
+            if not whole:
+                known, rows = split_rows(rows)
+        batches = _in_order(rows, *sizes)
+        baseline = known and _unigram(_in_order(known, *sizes), batches)
+        return _evaluate(model, batches), baseline or None
+
+
+def _pairs(
+    rows: list[tuple[str, str]], length: int, tokenizer: Tokenizer, batch_size: int, seed: int = 0
+) -> PairBatches:
+    pairs = [(tokenizer.encode(source), tokenizer.encode(target)) for source, target in rows]
+    return PairBatches(pairs, batch_size, length, tokenizer.vocab_size, seed)
+
+
+def _in_order(
+    rows: list[tuple[str, str]], length: int, tokenizer: Tokenizer
+) -> list[tuple[Tensor, ...]]:
+    batches = _pairs(rows, length, tokenizer, _ROWS)
+    return [batches.rows(indices) for indices in torch.arange(len(rows)).split(_ROWS)]
+
+
+def _unigram(known: list[tuple[Tensor, ...]], batches: list[tuple[Tensor, ...]]) -> Baseline:
+    counted, measured = (
+        torch.cat([batch[1][batch[1] != -100] for batch in side]) for side in (known, batches)
+    )
+    return frequencies("unigram model", counted, measured)
