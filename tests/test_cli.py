@@ -28,7 +28,7 @@ from genkernels.cli import main
 from genkernels.cli.app import app
 from genkernels.data import clean_text, encode_source, load_text, spell_answer
 from genkernels.models import RNNLanguageModel
-from genkernels.training import load_checkpoint, replace_folder, save_checkpoint
+from genkernels.training import RunFolder, load_checkpoint, replace_folder, save_checkpoint
 
 TINY = ["--embedding-dim=8", "--hidden-size=16", "--batch-size=8", "--sequence-length=16"]
 _BLOCKS = ["--num-layers=1", "--num-heads=2", "--embedding-dim=16", "--batch-size=4"]
@@ -211,6 +211,7 @@ RESUME = {
     "stops before": (["--steps=30", "--stop-after=20"], "expected --stop-after beyond them"),
     "nothing there": (["--output", "{tmp}/none"], "{tmp}/none/config.json: No such file"),
     "without state": (["--output", "{tmp}/stateless"], "lacks what continues a run"),
+    "half a state": (["--output", "{tmp}/half"], "{tmp}/half: cannot be continued (KeyError("),
     "dry": (["--dry-run"], "--dry-run: has nothing to resume"),
 }
 
@@ -221,6 +222,8 @@ def test_resume_refuses(case, checkpoint, notes, tmp_path, capsys):
     with replace_folder(tmp_path / "stateless") as folder:
         model, tokenizer, training = load_checkpoint(checkpoint)
         save_checkpoint(folder, model, tokenizer, training)
+    with RunFolder(tmp_path / "half", model, tokenizer, training) as run:
+        run.save("last", {}, {"number": torch.tensor(1)})
     before = tree(tmp_path) | tree(checkpoint)
     arguments, message = RESUME[case]
     names = {"tmp": tmp_path, "run": checkpoint}

@@ -58,7 +58,10 @@ def train_model(model: str, context: typer.Context, **values: Any) -> None:
     values |= {"tensorboard": None, "stop_after": None}
     given |= task_class.tiny | {"steps": _DRY_STEPS, "minutes": None}
     with tempfile.TemporaryDirectory(prefix="genkernels-") as folder:
-        _train(task_class, values, given, Path(folder) / task_class.model_class.name)
+        try:
+            _train(task_class, values, given, Path(folder) / model)
+        except typer.Abort:  # whose words are about a folder that is gone
+            raise KeyboardInterrupt from None
     print("dry run         all of it works; nothing was left behind")
 
 
@@ -178,7 +181,9 @@ def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _
             )
         training = Training(model, task.batches, config)
         training.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except InputError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(f"{output}: cannot be continued ({error!r})") from error
     return _Run(task, training, history, seed)
 
