@@ -19,7 +19,6 @@ from .transformer import (
     TransformerConfig,
     check_length,
     initialize,
-    key_mask,
 )
 
 
@@ -53,8 +52,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(E, bias=bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = self.norm1(x + self.dropout(self.attention(x, attn_mask=mask)))
+    def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        x = self.norm1(x + self.dropout(self.attention(x, key_lengths=lengths)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
@@ -186,9 +185,8 @@ class BERT(nn.Module):
         check_length(input, self.config.context_length)
         x = self.token_embedding(input) + self.position_embedding.weight[: input.shape[1]]
         x = self.dropout(self.norm(x))  # [B, T, E]
-        mask = key_mask(lengths, input.shape[1])
         for block in self.blocks:
-            x = block(x, mask)
+            x = block(x, lengths)
         return x
 
     def _transformed(self, x: Tensor) -> Tensor:

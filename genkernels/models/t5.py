@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data import TextToTextTokens
 from .config import check_dropout, check_heads, check_sizes
 from .sampling import draw_tokens
-from .transformer import FUSED, PLAIN, Functions, KeyValueCache, SelfAttention, key_mask
+from .transformer import FUSED, PLAIN, Functions, KeyValueCache, SelfAttention
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,13 @@ class CrossAttention(nn.Module):
         key_value = self.functions.linear(memory, self.key_value.weight)  # [B, S, 2E]
         return key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
-    def forward(self, x: Tensor, keys_values: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, keys_values: Tensor, lengths: Tensor | None) -> Tensor:
         linear = self.functions.linear
         query = linear(x, self.query.weight).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         key, value = keys_values.unbind()
         dropout_p = self.dropout_p if self.training else 0.0
         output = self.functions.attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout_p, scale=1.0
+            query, key, value, key_lengths=lengths, dropout_p=dropout_p, scale=1.0
         )  # [B, H, T, D]
         return linear(output.transpose(1, 2).flatten(2), self.projection.weight)
 
@@ -171,8 +171,9 @@ class EncoderBlock(nn.Module):
         self.feedforward = FeedForward(config, functions)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x), attn_mask=bias, scale=1.0))
+    def forward(self, x: Tensor, bias: Tensor, lengths: Tensor | None) -> Tensor:
+        options: dict[str, Any] = {"attn_mask": bias, "key_lengths": lengths, "scale": 1.0}
+        x = x + self.dropout(self.attention(self.norm1(x), **options))
         return x + self.dropout(self.feedforward(self.norm2(x)))
 
 
@@ -194,13 +195,13 @@ class DecoderBlock(nn.Module):
         x: Tensor,
         bias: Tensor,
         keys_values: Tensor,
-        mask: Tensor | None,
+        lengths: Tensor | None,
         cache: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         # One token sees all that the cache knows; several are the first ones.
         options: dict[str, Any] = {"attn_mask": bias, "is_causal": x.shape[1] > 1, "scale": 1.0}
         x = x + self.dropout(self.attention(self.norm1(x), cache, **options))
-        x = x + self.dropout(self.cross_attention(self.norm2(x), keys_values, mask))
+        x = x + self.dropout(self.cross_attention(self.norm2(x), keys_values, lengths))
         return x + self.dropout(self.feedforward(self.norm3(x)))
 
 
@@ -350,7 +351,7 @@ class T5(nn.Module):
         # The token before each, which counts for nothing after the end.
         input = nn.functional.pad(target[:, :-1], (1, 0), value=pad).clamp_min(0)
         keys_values = self._encoded(source, lengths)
-        return self._decoded(input, keys_values, key_mask(lengths, source.shape[1]))
+        return self._decoded(input, keys_values, lengths)
 
     def _predict(self, tokens: Tensor, state: _Generation) -> tuple[Tensor, _Generation]:
         C = self.config
@@ -366,8 +367,7 @@ class T5(nn.Module):
                     self.token_embedding.weight,
                 ),
             )
-        mask = key_mask(state.lengths, state.source.shape[1])
-        output = self._decoded(tokens, state.keys_values or [], mask, state.cache)
+        output = self._decoded(tokens, state.keys_values or [], state.lengths, state.cache)
         return self.functions.linear(output[:, -1], self.token_embedding.weight), state
 
     def _encoded(self, source: Tensor, lengths: Tensor | None) -> list[Tensor]:
@@ -377,11 +377,8 @@ class T5(nn.Module):
         x = self.dropout(self.token_embedding(source))  # [B, S, E]
         S = source.shape[1]
         bias = self.encoder_bias(S, S)  # [1, H, S, S]
-        mask = key_mask(lengths, S)
-        if mask is not None:
-            bias = bias.masked_fill(~mask, -math.inf)  # [B, H, S, S]
         for block in self.encoder:
-            x = block(x, bias)
+            x = block(x, bias, lengths)
         x = self.dropout(self.encoder_norm(x))
         return [block.cross_attention.keys_values(x) for block in cast(Any, self.decoder)]
 
@@ -389,7 +386,7 @@ class T5(nn.Module):
         self,
         input: Tensor,
         keys_values: list[Tensor],
-        mask: Tensor | None,
+        lengths: Tensor | None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """The outputs, [B, T, E], which times the token embedding are the logits."""
@@ -399,5 +396,5 @@ class T5(nn.Module):
         x = self.dropout(self.token_embedding(input))  # [B, T, E]
         bias = self.decoder_bias(T, start + T, start)  # [1, H, T, start + T]
         for block, known, layer_cache in zip(self.decoder, keys_values, caches, strict=True):
-            x = block(x, bias, known, mask, layer_cache)
+            x = block(x, bias, known, lengths, layer_cache)
         return self.dropout(self.decoder_norm(x)) * self.config.embedding_dim**-0.5

@@ -21,9 +21,14 @@ def _attention(
     value: Tensor,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
+    key_lengths: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """PyTorch's own, which knows no is_causal beside attn_mask."""
+    """PyTorch's own, which knows no key_lengths, and no is_causal beside attn_mask."""
+    if key_lengths is not None:
+        places = torch.arange(key.size(-2), device=key.device)
+        is_there = (places < key_lengths[:, None])[:, None, None]  # [B, 1, 1, S]
+        attn_mask = is_there if attn_mask is None else attn_mask.masked_fill(~is_there, -math.inf)
     if is_causal and attn_mask is not None:
         later = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device)
         attn_mask, is_causal = attn_mask.masked_fill(later.triu(1), -math.inf), False
@@ -140,7 +145,7 @@ class SelfAttention(nn.Module):
         self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, **options: Any
     ) -> Tensor:
         """Map x, [B, T, E], to the same shape. `cache` is a layer's pair of `KeyValueCache.extend`;
-        `options` are attention's: attn_mask, is_causal, scale."""
+        `options` are attention's: attn_mask, is_causal, key_lengths, scale."""
         functions = self.functions
         qkv = functions.linear(x, self.qkv.weight, self.qkv.bias)  # [B, T, 3E]
         qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, D]
@@ -182,13 +187,6 @@ def check_length(input: Tensor, context_length: int) -> None:
             f"input must be [B, T] with T from 1 to context_length {context_length}, "
             f"got {list(input.shape)}"
         )
-
-
-def key_mask(lengths: Tensor | None, size: int) -> Tensor | None:
-    """Which of `size` tokens there are, by the rows' lengths, int64 [B]; bool [B, 1, 1, S]."""
-    if lengths is None:
-        return None
-    return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None, None]
 
 
 @torch.no_grad()
