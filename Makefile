@@ -15,7 +15,7 @@ FIND_TORCH := from importlib import metadata, util; \
   print(util.find_spec("torch").origin.rsplit("/torch/", 1)[0])
 
 .DEFAULT_GOAL := help
-.PHONY: help train test mutation bench bench-compare bench-gru bench-linear bench-attention bench-models convergence peers build lint format abi-check clean torch-requirement
+.PHONY: help train test mutation bench bench-compare bench-gru bench-linear bench-attention bench-gpt bench-models convergence peers build lint format abi-check clean torch-requirement
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -47,10 +47,13 @@ bench-linear: .venv/built .venv/installed  ## linear and linear_cross_entropy be
 bench-attention: .venv/built .venv/installed  ## attention beside its peers and its bars (make peers)
 	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.attention_bars $(ARGS)
 
+bench-gpt: .venv/built .venv/installed  ## a GPT's training step and generation beside PyTorch's, and their bars
+	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.gpt_bars $(ARGS)
+
 bench-models: .venv/built .venv/installed  ## a whole training step beside PyTorch's and Keras's (make peers)
 	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.models $(ARGS)
 
-convergence: .venv/built .venv/installed  ## train on real text with genkernels and in plain PyTorch, and compare
+convergence: .venv/built .venv/installed  ## train on real text with genkernels and in plain PyTorch, and compare (ARGS='--model gpt')
 	$(PY) -m benchmarks.convergence $(ARGS)
 
 peers: .venv-peers/installed  ## install the libraries that ops are compared with, into .venv-peers
