@@ -178,6 +178,23 @@ def test_dropout_is_for_training_only():
     assert torch.equal(model(input), model(input))
 
 
+def test_dropout_is_that_of_plain_pytorch_in_the_mean():
+    """And in the variance; for the same seed it drops others."""
+    config = GPTConfig(30, 12, 2, 4, 32, dropout=0.2)
+    model, twin = small_model(config), small_model(config, fused=False)
+    perturb(model, 0.1)
+    twin.load_state_dict(model.state_dict())
+    input = torch.randint(30, (16, 12))
+    genkernels.stats(reset=True)
+    with torch.no_grad():
+        ours, theirs = (torch.stack([m(input) for _ in range(100)]) for m in (model, twin))
+    assert genkernels.stats()["dropout", "cpp"] == 100 * (1 + 2 * 2)
+    variance = theirs.var(0).mean().item()
+    assert ours.var(0).mean().item() == pytest.approx(variance, rel=0.03)
+    noise = (ours.mean(0) - theirs.mean(0)).square().mean().item()
+    assert noise == pytest.approx(2 * variance / 100, rel=0.2)
+
+
 def test_log_prob_is_that_of_the_logits():
     model = small_model().eval()
     input, target = torch.randint(30, (2, 3, 12))

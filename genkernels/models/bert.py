@@ -50,11 +50,11 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(E, bias=bias)
         self.mlp = MLP(E, bias, functions)
         self.norm2 = nn.LayerNorm(E, bias=bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = functions.dropout(config.dropout)
 
     def forward(self, x: Tensor, lengths: Tensor | None) -> Tensor:
-        x = self.norm1(x + self.dropout(self.attention(x, key_lengths=lengths)))
-        return self.norm2(x + self.dropout(self.mlp(x)))
+        x = self.norm1(self.dropout(self.attention(x, key_lengths=lengths), residual=x))
+        return self.norm2(self.dropout(self.mlp(x), residual=x))
 
 
 class Fillings(NamedTuple):
@@ -94,7 +94,7 @@ class BERT(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size + len(self.special_tokens), E)
         self.position_embedding = nn.Embedding(config.context_length, E)
         self.norm = nn.LayerNorm(E, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = self.functions.dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, self.functions) for _ in range(config.num_layers))
         self.transform = nn.Linear(E, E, config.bias)
         self.transform_norm = nn.LayerNorm(E, bias=config.bias)

@@ -38,13 +38,13 @@ class Block(nn.Module):
         self.attention = SelfAttention(E, config.num_heads, config.dropout, bias, functions)
         self.norm2 = nn.LayerNorm(E, bias=bias)
         self.mlp = MLP(E, bias, functions)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = functions.dropout(config.dropout)
 
     def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None) -> Tensor:
         # One token sees all that the cache knows; several are the first ones (`GPT.predict`).
         is_causal = x.shape[1] > 1
-        x = x + self.dropout(self.attention(self.norm1(x), cache, is_causal=is_causal))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        x = self.dropout(self.attention(self.norm1(x), cache, is_causal=is_causal), residual=x)
+        return self.dropout(self.mlp(self.norm2(x)), residual=x)
 
 
 class GPTState(NamedTuple):
@@ -77,7 +77,7 @@ class GPT(CausalModel):
         self.functions = FUSED if fused else PLAIN
         self.token_embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
         self.position_embedding = nn.Embedding(config.context_length, config.embedding_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = self.functions.dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, self.functions) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.embedding_dim, bias=config.bias)
         # Each block adds two to the residual, whose variance they would raise with the depth.

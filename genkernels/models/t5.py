@@ -169,12 +169,12 @@ class EncoderBlock(nn.Module):
         self.attention = _self_attention(config, functions)
         self.norm2 = _norm(config)
         self.feedforward = FeedForward(config, functions)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = functions.dropout(config.dropout)
 
     def forward(self, x: Tensor, bias: Tensor, lengths: Tensor | None) -> Tensor:
         options: dict[str, Any] = {"attn_mask": bias, "key_lengths": lengths, "scale": 1.0}
-        x = x + self.dropout(self.attention(self.norm1(x), **options))
-        return x + self.dropout(self.feedforward(self.norm2(x)))
+        x = self.dropout(self.attention(self.norm1(x), **options), residual=x)
+        return self.dropout(self.feedforward(self.norm2(x)), residual=x)
 
 
 class DecoderBlock(nn.Module):
@@ -188,7 +188,7 @@ class DecoderBlock(nn.Module):
         self.cross_attention = CrossAttention(config, functions)
         self.norm3 = _norm(config)
         self.feedforward = FeedForward(config, functions)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = functions.dropout(config.dropout)
 
     def forward(
         self,
@@ -200,9 +200,9 @@ class DecoderBlock(nn.Module):
     ) -> Tensor:
         # One token sees all that the cache knows; several are the first ones.
         options: dict[str, Any] = {"attn_mask": bias, "is_causal": x.shape[1] > 1, "scale": 1.0}
-        x = x + self.dropout(self.attention(self.norm1(x), cache, **options))
-        x = x + self.dropout(self.cross_attention(self.norm2(x), keys_values, lengths))
-        return x + self.dropout(self.feedforward(self.norm3(x)))
+        x = self.dropout(self.attention(self.norm1(x), cache, **options), residual=x)
+        x = self.dropout(self.cross_attention(self.norm2(x), keys_values, lengths), residual=x)
+        return self.dropout(self.feedforward(self.norm3(x)), residual=x)
 
 
 class _Generation(NamedTuple):
@@ -244,7 +244,7 @@ class T5(nn.Module):
         self.functions = functions = FUSED if fused else PLAIN
         self.special_tokens = TextToTextTokens.above(config.vocab_size)
         self.token_embedding = nn.Embedding(self.special_tokens.size, config.embedding_dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = functions.dropout(config.dropout)
         layers = range(config.num_layers)
         self.encoder_bias = RelativeBias(config, bidirectional=True)
         self.encoder = nn.ModuleList(EncoderBlock(config, functions) for _ in layers)

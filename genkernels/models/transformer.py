@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops, reference
+from ..nn import Dropout
 from .config import check_dropout, check_heads, check_sizes
 
 
@@ -37,9 +38,18 @@ def _attention(
     )
 
 
+class _Dropout(nn.Dropout):
+    """PyTorch's own, to which a residual is added."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        output = super().forward(input)
+        return output if residual is None else residual + output
+
+
 class Functions(NamedTuple):
     """What a Transformer computes with: the fused ops, or the same in plain PyTorch."""
 
+    dropout: Callable[[float], nn.Module]
     linear: Callable[..., Tensor]
     attention: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
@@ -47,12 +57,14 @@ class Functions(NamedTuple):
 
 
 FUSED = Functions(
+    Dropout,
     ops.linear,
     ops.scaled_dot_product_attention,
     ops.linear_cross_entropy,
     ops.linear_log_prob,
 )
 PLAIN = Functions(
+    _Dropout,
     reference.linear,
     _attention,
     reference.linear_cross_entropy,
