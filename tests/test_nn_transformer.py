@@ -128,6 +128,12 @@ class TestParity:
 
 @each_layer
 class TestKernels:
+    def test_dropout_is_fused(self, layer: str) -> None:
+        _, ours = layers(layer, dropout=0.5)
+        genkernels.stats(reset=True)
+        ours(*inputs(layer))
+        assert genkernels.stats()["dropout", "cpp"] == (3 if layer == ENCODER else 4)
+
     @pytest.mark.usefixtures("nothing_handed_over")
     @pytest.mark.parametrize("activation", ["relu", "gelu", F.silu], ids=activation_id)
     def test_activation_is_fused(self, layer: str, activation: Any) -> None:

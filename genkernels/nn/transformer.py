@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..ops import linear
 from .attention import MultiheadAttention
+from .dropout import Dropout
 from .linear import Linear
 
 # Both derive from torch's layers: code that looks for those, to initialise, wrap or checkpoint,
@@ -27,10 +28,11 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     one loads into the other, and ``torch.nn.TransformerEncoder`` stacks it.
 
     It runs :class:`genkernels.nn.MultiheadAttention`, whose docstring says what differs from
-    PyTorch's, and :func:`genkernels.linear` with the activation in it. Nested tensors raise, and
-    ``torch.nn.TransformerEncoder`` makes none of padded batches, which it says in a warning unless
-    it is given ``enable_nested_tensor=False``: padded rows are computed in evaluation as they are
-    in training.
+    PyTorch's, :func:`genkernels.linear` with the activation in it, and
+    :class:`genkernels.nn.Dropout`, which drops others than PyTorch's for the same seed. Nested
+    tensors raise, and ``torch.nn.TransformerEncoder`` makes none of padded batches, which it says
+    in a warning unless it is given ``enable_nested_tensor=False``: padded rows are computed in
+    evaluation as they are in training.
 
     Args:
         d_model: features of input and output (E).
@@ -168,6 +170,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 def _fuse(layer: torch.nn.Module) -> None:
     """Makes its modules ours, which have the same parameters."""
     ours: dict[type, type] = {
+        torch.nn.Dropout: Dropout,
         torch.nn.MultiheadAttention: MultiheadAttention,
         torch.nn.Linear: Linear,
     }
