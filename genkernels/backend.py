@@ -22,10 +22,11 @@ import torch
 
 BACKENDS = ("cpp", "triton", "reference")
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_FLOAT16_OPS = (
+_FLOAT16_OPS = (  # whose compiled kernel takes that, too
+    "dropout",
     "scaled_dot_product_attention",
     "varlen_attn",
-)  # whose compiled kernel takes that, too
+)
 _CPU = torch.device("cpu")
 
 _python_calls: Counter[tuple[str, str]] = Counter()

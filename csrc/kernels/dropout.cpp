@@ -54,6 +54,7 @@ void dropout(const DropoutForward& arguments, const Runtime& runtime) {
     case DType::float32: return run<float>(arguments, runtime);
     case DType::float64: return run<double>(arguments, runtime);
     case DType::bfloat16: return run<bfloat16>(arguments, runtime);
+    case DType::float16: return run<float16>(arguments, runtime);
   }
 }
 

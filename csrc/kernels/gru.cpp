@@ -1221,7 +1221,7 @@ int64_t gru_packed_size(const Gru& gru) {
     case DType::float32: return GateWeights<float>(gru, true).bytes();
     case DType::float64: return GateWeights<double>(gru, true).bytes();
     case DType::bfloat16: return GateWeights<bfloat16>(gru, true).bytes();
-    case DType::float16: break;  // attention alone has it
+    case DType::float16: break;  // attention and dropout alone have it
   }
   return 0;
 }
@@ -1231,7 +1231,7 @@ void gru_pack(const Gru& gru, void* packed, const Runtime& runtime) {
     case DType::float32: return GateWeights<float>(gru, true).pack_at(packed, runtime);
     case DType::float64: return GateWeights<double>(gru, true).pack_at(packed, runtime);
     case DType::bfloat16: return GateWeights<bfloat16>(gru, true).pack_at(packed, runtime);
-    case DType::float16: break;  // attention alone has it
+    case DType::float16: break;  // attention and dropout alone have it
   }
 }
 
@@ -1240,7 +1240,7 @@ void gru_forward(const Gru* gru, int64_t directions, const Runtime& runtime) {
     case DType::float32: return forward<float>(gru, directions, runtime);
     case DType::float64: return forward<double>(gru, directions, runtime);
     case DType::bfloat16: return forward<bfloat16>(gru, directions, runtime);
-    case DType::float16: break;  // attention alone has it
+    case DType::float16: break;  // attention and dropout alone have it
   }
 }
 
@@ -1249,7 +1249,7 @@ void gru_backward(const Gru* gru, const GruGradients* grad, int64_t directions, 
     case DType::float32: return backward<float>(gru, grad, directions, runtime);
     case DType::float64: return backward<double>(gru, grad, directions, runtime);
     case DType::bfloat16: return backward<bfloat16>(gru, grad, directions, runtime);
-    case DType::float16: break;  // attention alone has it
+    case DType::float16: break;  // attention and dropout alone have it
   }
 }
 

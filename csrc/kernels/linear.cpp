@@ -420,7 +420,7 @@ void linear_forward(const Linear& linear, const Runtime& runtime) {
     case DType::float32: return forward<float>(linear, runtime);
     case DType::float64: return forward<double>(linear, runtime);
     case DType::bfloat16: return forward<bfloat16>(linear, runtime);
-    case DType::float16: break;  // attention alone has it
+    case DType::float16: break;  // attention and dropout alone have it
   }
 }
 
@@ -429,7 +429,7 @@ void linear_backward(const LinearBackward& linear, const Runtime& runtime) {
     case DType::float32: return Backward<float>(linear, runtime).run();
     case DType::float64: return Backward<double>(linear, runtime).run();
     case DType::bfloat16: return Backward<bfloat16>(linear, runtime).run();
-    case DType::float16: break;  // attention alone has it
+    case DType::float16: break;  // attention and dropout alone have it
   }
 }
 

@@ -411,7 +411,7 @@ void linear_cross_entropy(const LinearCrossEntropy& arguments, const Runtime& ru
     case DType::float32: return Pass<float>(arguments, runtime).run();
     case DType::float64: return Pass<double>(arguments, runtime).run();
     case DType::bfloat16: return Pass<bfloat16>(arguments, runtime).run();
-    case DType::float16: break;  // attention alone has it
+    case DType::float16: break;  // attention and dropout alone have it
   }
 }
 

@@ -37,7 +37,7 @@ inline void check_like(const char* name, const Tensor& tensor, const Tensor& inp
                   ": expected a CPU tensor of input's dtype");
 }
 
-// float16 is attention's alone.
+// float16 is attention's and dropout's alone.
 inline DType dtype_of(const Tensor& input, bool takes_float16 = false) {
   switch (input.scalar_type()) {
     case ScalarType::Float: return DType::float32;

@@ -27,11 +27,15 @@ Tensor dropout(Tensor input_, Tensor seed, double p, std::optional<Tensor> resid
   }
   const Tensor input = as_contiguous(input_);
   const std::optional<Tensor> residual = as_contiguous(residual_);
-  DropoutForward forward{dtype_of(input), input.numel(), input.const_data_ptr(),
-                         data(residual),  nullptr,       dropout_of(p, seed)};
+  DropoutForward forward{};
+  forward.dtype = dtype_of(input, true);
+  forward.of = dropout_of(p, seed);
   ++calls.calls;
   const Tensor output = new_kept(input, input.sizes());
+  forward.size = input.numel();
   if (forward.size == 0) return output;
+  forward.input = input.const_data_ptr();
+  forward.residual = data(residual);
   forward.output = output.mutable_data_ptr();
   CallRuntime runtime(kOperations * double(forward.size));
   kernels().dropout(forward, runtime.get());

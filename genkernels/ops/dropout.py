@@ -24,9 +24,9 @@ def dropout(
     from the memory layout. It differs from what PyTorch's own drops for the same seed.
 
     Args:
-        input: any shape. float32, bfloat16 or float64 in the compiled CPU kernel; bfloat16 is
-            computed in float32 and rounded once, also with residual. One that is not contiguous is
-            copied.
+        input: any shape. float32, float64, bfloat16 or float16 in the compiled CPU kernel; the last
+            two are computed in float32 and rounded once, also with residual. One that is not
+            contiguous is copied.
         p: the probability with which an element is dropped: multiplied with zero, so that NaN and
             infinity become NaN as in PyTorch. Default 0.5.
         training: whether anything is dropped. Default True.
