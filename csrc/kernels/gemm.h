@@ -296,9 +296,19 @@ void pack_transposed(const E* from, int64_t stride, int64_t K, int64_t count, E*
   constexpr int kGroupSize = kGroup<E>;
   int64_t k = 0;
   if (count == kTileRows)
-    for (; k + kGroupSize <= K; k += kGroupSize)
-      for (int i = 0; i < kTileRows; ++i)
-        for (int g = 0; g < kGroupSize; ++g) *packed++ = from[(k + g) * stride + i];
+    for (; k + kGroupSize <= K; k += kGroupSize, packed += kTileStep<E>) {
+      const E* const row = from + k * stride;
+#if defined(__AVX512BF16__)
+      if constexpr (kGroupSize == 2) {  // which GCC would go through element by element
+        const __m128i even = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+        const __m128i odd = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + stride));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm_unpacklo_epi16(even, odd));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(packed) + 1, _mm_unpackhi_epi16(even, odd));
+        continue;
+      }
+#endif
+      __builtin_memcpy(packed, row, kTileRows * sizeof(E));
+    }
   for (; k < K; k += kGroupSize)
     for (int i = 0; i < kTileRows; ++i)
       for (int g = 0; g < kGroupSize; ++g) *packed++ = i < count && k + g < K ? from[(k + g) * stride + i] : E{};
