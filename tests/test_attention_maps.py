@@ -16,11 +16,8 @@ def test_maps_are_the_softmax_of_the_scores(fused):
         torch.nn.init.normal_(parameter, std=0.5)
     input = torch.randint(30, (2, 9))
     inputs = {}
-    for name, module in model.named_modules():
-        if name.endswith("attention"):
-            module.register_forward_pre_hook(
-                lambda m, args, name=name: inputs.update({name: args[0]})
-            )
+    for block in model.blocks:
+        block.attention.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0]}))
     with torch.no_grad():
         expected = model(input)
         with attention_maps(model) as maps:

@@ -66,7 +66,7 @@ def assert_same(
     assert_module_parity(theirs, ours, args, kwargs, draws)
     calls = genkernels.stats(reset=True)
     assert {backend for _, backend in calls} == {"cpp"}
-    assert {name for name, _ in calls} - {"linear_forward_saving"} == KERNELS
+    assert {name for name, _ in calls} - {"dropout", "linear_forward_saving"} == KERNELS
 
 
 def activation_id(activation: Any) -> str:

@@ -33,6 +33,7 @@ from genkernels.training import (
     TrainingConfig,
     compare_step_time,
     evaluate,
+    evaluate_batches,
     load_checkpoint,
     load_state,
     plot_loss,
@@ -41,6 +42,7 @@ from genkernels.training import (
     train,
 )
 from genkernels.training import evaluation as evaluation_module
+from genkernels.training.tasks.task import frequencies
 
 SMALL = RNNConfig(256, 8, 16)
 
@@ -608,6 +610,30 @@ def test_windows_of_a_context_are_measured():
             logits = model(piece[None, :-1])[0]
             nats += F.cross_entropy(logits, piece[1:], reduction="sum").item()
         assert result.cross_entropy == pytest.approx(nats / (length - 1), rel=1e-5)
+
+
+def test_batches_are_measured_where_there_are_targets():
+    def log_prob(model, input, target):
+        assert not model.training
+        return torch.full((target.numel(),), -2.0), input.flatten()
+
+    model = torch.nn.Linear(1, 1)
+    target = torch.tensor([[1, 2, 3], [4, -100, -100], [5, 6, -100]])
+    guess = torch.tensor([[1, 2, 3], [4, 9, 9], [5, 9, 9]])
+    result = evaluate_batches(
+        model, [(guess[:1], target[:1]), (guess[1:], target[1:])], "token", log_prob, has_rows=True
+    )
+    assert result == (2.0, 5 / 6, 2 / 3, 6, "token")
+    assert model.training
+    assert evaluate_batches(model, [(guess, target)], "token", log_prob).exact is None
+
+
+def test_baseline_of_frequencies():
+    known, targets = torch.tensor([0, 0, 0, 2]), torch.tensor([0, 1, 0])
+    baseline = frequencies("frequent", known, targets)  # counts, and one more, are 4, 1 and 2 of 7
+    cross_entropy = -(2 * math.log(4 / 7) + math.log(1 / 7)) / 3
+    assert baseline.figure == pytest.approx(cross_entropy)
+    assert baseline.values == [f"{cross_entropy:.4f}", "66.67%"]
 
 
 def test_replace_folder_makes_no_folder_in_vain(tmp_path):
