@@ -1,4 +1,4 @@
-"""The command `genkernels`: train, generate, evaluate, info."""
+"""The command `genkernels`: train, generate, attend, evaluate, info."""
 
 from __future__ import annotations
 

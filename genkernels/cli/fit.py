@@ -27,7 +27,7 @@ _SAMPLE_TOKENS = 48
 class History:
     """What a run did so far.
 
-    training: the loss of each step, in nats per token.
+    training: the loss of each step, in nats per target.
     held_out: (step, the task's figure) of each evaluation.
     calls: how often each (op, backend) ran.
     tokens, seconds: how many were read, and in what time.

@@ -71,7 +71,9 @@ WhichWeights = Annotated[
     Which,
     typer.Option("--which", help="Weights of the lowest held-out loss, or of the last step."),
 ]
-Prompt = Annotated[str | None, typer.Option(help="Text that is read.", show_default="a new line")]
+Prompt = Annotated[
+    str | None, typer.Option(help="Text that is read.", show_default="a new line for rnn and gpt")
+]
 Data = Annotated[Path | None, typer.Option(help="UTF-8 text file.", show_default=DEFAULT_CORPUS)]
 LabelData = Annotated[
     Path | None,
@@ -95,7 +97,10 @@ Output = Annotated[
     Path, typer.Option(help="Folder for the checkpoints; those of a run there are replaced.")
 ]
 Seed = Annotated[
-    int, typer.Option(min=0, max=MAX_SEED, help="Of the first weights, dropout and the samples.")
+    int,
+    typer.Option(
+        min=0, max=MAX_SEED, help="Of the first weights, the batches, dropout and the samples."
+    ),
 ]
 
 VocabSize = Annotated[
@@ -227,6 +232,14 @@ BatchSize = Annotated[
 SequenceLength = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens that a gradient reaches.", rich_help_panel=_TRAINING),
+]
+SourceLength = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens of a crop of the text, or the most of a source or target.",
+        rich_help_panel=_TRAINING,
+    ),
 ]
 
 Resume = Annotated[

@@ -34,7 +34,7 @@ def train_t5(
     min_learning_rate: options.MinLearningRate = None,
     max_grad_norm: options.MaxGradNorm = None,
     batch_size: options.BatchSize = None,
-    sequence_length: options.SequenceLength = None,
+    sequence_length: options.SourceLength = None,
     resume: options.Resume = False,
     stop_after: options.StopAfter = None,
     compare: options.Compare = True,

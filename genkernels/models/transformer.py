@@ -135,7 +135,8 @@ class KeyValueCache:
 class SelfAttention(nn.Module):
     """Multi-head attention of tokens to one another.
 
-    Equivalent to: `torch.nn.MultiheadAttention(embedding_dim, num_heads, dropout, bias)(x, x, x)`.
+    Equivalent to: `torch.nn.MultiheadAttention(embedding_dim, num_heads, dropout, bias,
+    batch_first=True)(x, x, x)[0]`.
 
     softmax(Q K^T / sqrt(D) + mask) V for each head, whose results are joined and projected
     (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762, section 3.2). Queries, keys and values

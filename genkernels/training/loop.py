@@ -1,4 +1,4 @@
-"""The training loop of the language models."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TrainingConfig:
 
 
 class Step(NamedTuple):
-    """What one step did: `loss` in nats per token, `progress` the share of the run that is done."""
+    """What one step did; `loss` is in nats per target, `progress` the share of the run done."""
 
     number: int
     loss: float
