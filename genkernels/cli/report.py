@@ -42,9 +42,9 @@ def kernel_calls(calls: Calls) -> str:
     return (ran or "none of genkernels") + level
 
 
-def backend_names(calls: Calls, prefix: str = "") -> str:
-    """Return the backends that ran the ops of this prefix, as in "cpp"; "none" where none did."""
-    return "+".join(sorted({b for op, b in calls if op.startswith(prefix)})) or "none"
+def backend_names(calls: Calls, part: str = "") -> str:
+    """Return the backends of the ops with `part` in their names, as in "cpp"; else "none"."""
+    return "+".join(sorted({b for op, b in calls if part in op})) or "none"
 
 
 class TrainingDisplay:
@@ -52,7 +52,7 @@ class TrainingDisplay:
 
     Args:
         unit: of the two columns that are to be compared.
-        kernel: how the names of those ops begin whose backends are shown.
+        kernel: what the names of those ops have in them whose backends are shown.
     """
 
     def __init__(self, unit: str, kernel: str) -> None:
