@@ -111,10 +111,11 @@ def test_train_shows_and_writes(notes, tmp_path, capsys):
     assert sample.splitlines()[1].removeprefix("  | ")[:32] in notes.read_text(encoding="utf-8")
 
 
-def test_the_kernel_shown_is_the_one_that_ran(notes, tmp_path, capsys):
+@pytest.mark.parametrize("model", ["rnn", "gpt"])
+def test_the_kernel_shown_is_the_one_that_ran(model, notes, tmp_path, capsys):
     with genkernels.use_backend("reference"):
-        arguments = ["--data", str(notes), "--output", str(tmp_path / "rnn"), "--steps=2"]
-        assert main(["train", "rnn", *TINY, *arguments]) == 0
+        arguments = ["--data", str(notes), "--output", str(tmp_path / model), "--steps=2"]
+        assert main(["train", model, *SIZES[model], *arguments, "--no-compare"]) == 0
     out = capsys.readouterr().out
     assert "  reference\n" in out
     assert "cpp" not in out
@@ -326,6 +327,12 @@ def test_bert_learns_labels(tables, tmp_path, capsys):
         lines = generated(capsys, output, "--prompt", prompt).splitlines()
         assert lines[0].split()[1] == label
         assert float(lines[0].split("%")[0]) > 50 > float(lines[1].split("%")[0])
+    config = tmp_path / "bert" / "config.json"
+    written = config.read_text()
+    config.write_text(written.replace('"night"', "7"))
+    assert main(["generate", output, "--prompt", "red"]) == 2
+    assert "labels are ['day', 7]; expected 2 texts" in capsys.readouterr().err
+    config.write_text(written)
     (tmp_path / "other.tsv").write_text("noon\tred\n" * 20)
     for options, message in (
         (
@@ -424,7 +431,9 @@ ATTEND = {
     "no such head": (["{gpt}", "--head=2"], "--head: 2; expected from 0 to 1"),
     "too long": (["{gpt}", "--prompt", "x" * 17], "--prompt: 17 tokens; expected at most 16"),
     "no prompt": (["{bert}"], "--prompt: missing; expected a text for the bert to read"),
-    "no room": (["{gpt}", "--output={tmp}/none/x.png"], "none"),
+    "no room": (["{gpt}", "--output={tmp}/none/x.png"], ": {tmp}/none/x.png: No such file"),
+    "a folder": (["{gpt}", "--output={tmp}"], ": {tmp}: Is a directory; expected a place"),
+    "no file name": (["{gpt}", "--output=/"], ": /: "),
 }
 
 
@@ -463,11 +472,16 @@ def test_generate_refuses(case, transformers, capsys):
 
 TRANSFORMERS = {
     "heads": ("gpt", ["--num-heads=3"], "embedding_dim must be a multiple of num_heads 3, got 16"),
-    "context": ("bert", ["--context-length=2"], "must be >= 3, [CLS] and [SEP] included, got 2"),
+    "context": (
+        "bert",
+        ["--context-length=2"],
+        "context_length must be >= 3, [CLS] and [SEP] included, got 2",
+    ),
     "full batch": ("gpt", ["--batch-size=full"], "'--batch-size'"),
     "short text": ("t5", ["--data={tmp}/short.txt"], "short.txt: text too short"),
     "one line": ("bert", ["--data={tmp}/one.tsv"], "one.tsv: nothing to hold out"),
     "three columns": ("bert", ["--data={tmp}/three.tsv"], "line 2: 2 tabs; expected label, one"),
+    "one label": ("bert", ["--data={tmp}/SAME.TSV"], "SAME.TSV: every label is 'a'; expected at"),
     "long sequence": ("t5", ["--sequence-length=9999"], "expected at least 9999"),
 }
 
@@ -477,6 +491,7 @@ def test_transformers_refuse(case, notes, tmp_path, capsys):
     (tmp_path / "short.txt").write_text("a short text is not enough")
     (tmp_path / "one.tsv").write_text("a\tb\n")
     (tmp_path / "three.tsv").write_text("a\tb\na\tb\tc\n")
+    (tmp_path / "SAME.TSV").write_text("".join(f"a\t{i}\n" for i in range(20)))
     before = tree(tmp_path)
     model, arguments, message = TRANSFORMERS[case]
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]

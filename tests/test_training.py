@@ -332,6 +332,10 @@ BROKEN = {
         ),
         "hidden_size must be an int from 1 to 1,000,000, got 1000",
     ),
+    "seed is a text": (
+        lambda f: edit_config(f, training={"seed": "a"}),
+        "seed is 'a'; expected int",
+    ),
     "training is null": (lambda f: edit_config(f, training=None), "training is None"),
     "weights missing": (
         lambda f: (f / "last.safetensors").unlink(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ..data import MASK, InputError, Tokenizer, spell_answer, spell_masked
 from ..models import BERT, T5, attention_maps
-from ..training import load_checkpoint, plot_attention
+from ..training import load_checkpoint, plot_attention, replace_file
 from . import options
 from .generate import prompt_tokens
 
@@ -73,12 +72,8 @@ def attend(
     if answer is not None and name.startswith("decoder"):
         rows = [_spelled(model, tokenizer, token) for token in answer[0]]
         columns = columns if name.endswith("cross_attention") else ["start", *rows[:-1]]
-    temporary = output.with_name(f".genkernels-{output.name}")
-    try:
-        plot_attention(temporary, weights, rows, columns, name)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_file(output) as file:
+        plot_attention(file, weights, rows, columns, name)
     row = rows.index(repr(MASK)) if repr(MASK) in rows else -1
     shares, places = weights.mean(0)[row].topk(min(_LIKELIEST, len(columns)))
     pairs = zip(shares.tolist(), places.tolist(), strict=True)

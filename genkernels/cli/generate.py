@@ -22,7 +22,7 @@ from ..data import (
     spell_masked,
 )
 from ..models import BERT, T5, CausalModel
-from ..training import load_checkpoint
+from ..training import labels_of, load_checkpoint
 from . import options
 
 _CANDIDATES = 5
@@ -76,7 +76,7 @@ def generate(
         if model.config.num_classes is None:
             _print_filled(model, tokenizer, tokens, top_k or _CANDIDATES)
         else:
-            _print_classes(model, tokens, training.get("labels", []))
+            _print_classes(model, tokens, labels_of(model, training))
         return
     tokens = tokens.expand(num_samples, -1)  # [B, P]
     generator = torch.Generator().manual_seed(seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 import textwrap
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..training import (
     load_checkpoint,
     load_state,
     plot_loss,
+    replace_file,
 )
 from .fit import History, fit
 from .report import evaluation_lines, kernel_calls
@@ -229,14 +229,14 @@ def _report(run: _Run, output: Path, comparison: Comparison | None, is_dry: bool
     best, _, record = load_checkpoint(output)
     result = task.evaluate(best)
     curve = output / LOSS_CURVE
-    plot_loss(
-        temporary := curve.with_name(f".genkernels-{LOSS_CURVE}"),
-        [(step, loss * task.scale) for step, loss in enumerate(history.training, 1)],
-        history.held_out,
-        (task.baseline.name, task.baseline.figure),
-        task.unit,
-    )
-    os.replace(temporary, curve)
+    with replace_file(curve) as file:
+        plot_loss(
+            file,
+            [(step, loss * task.scale) for step, loss in enumerate(history.training, 1)],
+            history.held_out,
+            (task.baseline.name, task.baseline.figure),
+            task.unit,
+        )
     print("\n".join(["", *evaluation_lines(result, task.baseline)]))
     print(f"tokens/s        {history.tokens_per_second:,.0f}")
     print(f"kernels         {kernel_calls(history.calls)}")

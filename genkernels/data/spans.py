@@ -49,8 +49,7 @@ def corrupt_spans(
         source and target.
 
     Raises:
-        ValueError: rows without tokens, or so long that there are more than 100
-            spans.
+        ValueError: rows without tokens, or so long that there are more than 100 spans.
     """
     special = TextToTextTokens.above(vocab_size)
     B, T = tokens.shape
@@ -58,7 +57,8 @@ def corrupt_spans(
     spans = max(round(noise / MEAN_SPAN), 1)
     if T < 1 or spans > SENTINELS:
         raise ValueError(
-            f"expected from 1 token a row to {SENTINELS} spans, got {T} tokens and {spans} spans"
+            f"a sequence of {T} tokens has {spans} spans; expected a length of 1 or more, "
+            f"and at most {SENTINELS} spans"
         )
     # What is kept has a part before, between and after the spans, the first and the last of which
     # may be empty.

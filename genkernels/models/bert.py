@@ -29,13 +29,17 @@ class BERTConfig(TransformerConfig):
     num_classes: of the head that classifies sentences; None for a model without one.
 
     `vocab_size` is the tokenizer's; the ids of `SpecialTokens` come above it. `context_length`
-    counts them too.
+    counts them too, and is at least 3.
     """
 
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.context_length < 3:
+            raise ValueError(
+                f"context_length must be >= 3, [CLS] and [SEP] included, got {self.context_length}"
+            )
         if self.num_classes is not None:
             check_sizes(self, "num_classes")
 

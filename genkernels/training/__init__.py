@@ -7,6 +7,7 @@ from .checkpoint import (
     Which,
     load_checkpoint,
     load_state,
+    replace_file,
     replace_folder,
     save_checkpoint,
 )
@@ -23,7 +24,7 @@ from .loop import (
 )
 from .plot import plot_attention, plot_loss
 from .presets import BERT_PRESETS, GPT_PRESETS, RNN_PRESETS, T5_PRESETS, Preset
-from .tasks import TASKS, Baseline, Task
+from .tasks import TASKS, Baseline, Task, labels_of
 
 __all__ = [
     "BERT_PRESETS",
@@ -49,10 +50,12 @@ __all__ = [
     "compare_step_time",
     "evaluate",
     "evaluate_batches",
+    "labels_of",
     "load_checkpoint",
     "load_state",
     "plot_attention",
     "plot_loss",
+    "replace_file",
     "replace_folder",
     "save_checkpoint",
     "train",

@@ -72,13 +72,8 @@ class RunFolder(contextlib.ExitStack):
 
         Nobody sees what is written before the first "last".
         """
-        path = self._folder / WEIGHTS[which]
-        temporary = path.with_name(_TEMPORARY + path.name)
-        try:
-            save_weights(temporary, self._model, training, state)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replace_file(self._folder / WEIGHTS[which]) as path:
+            save_weights(path, self._model, training, state)
         if which == "last":
             self.close()
             self._folder = self.path
@@ -149,9 +144,11 @@ def load_checkpoint(folder: str | os.PathLike[str], which: Which = "best") -> Ch
     path = _weights_path(folder, which)
     weights, training = _read_tensors(path, is_state=False)
     _check_weights(path, weights, expected)
+    training = config["training"] | training
+    _check_training(folder, training)
     model = model_class(model_config)
     model.load_state_dict(weights)
-    return Checkpoint(model.eval(), tokenizer, config["training"] | training)
+    return Checkpoint(model.eval(), tokenizer, training)
 
 
 def load_state(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -222,6 +219,12 @@ def _read_tensors(path: Path, is_state: bool) -> tuple[dict[str, Tensor], dict[s
     return tensors, training
 
 
+def _check_training(folder: Path, training: dict[str, Any]) -> None:
+    for key, kind in {"data": str, "seed": int, "length": int}.items():
+        if key in training and type(training[key]) is not kind:
+            raise InputError(f"{folder}: {key} is {training[key]!r}; expected {kind.__name__}")
+
+
 def _check_weights(path: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name in sorted(expected.keys() | weights.keys()):
         if name not in weights or name not in expected:
@@ -236,6 +239,24 @@ def _check_weights(path: Path, weights: dict[str, Tensor], expected: dict[str, T
             )
         if not weights[name].isfinite().all():
             raise InputError(f"{path}: {name} holds NaN or infinity; expected finite numbers")
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[Path]:
+    """Give a file to write, and let it take the place of `path` when the block ends well.
+
+    Raises:
+        OSError: of `path`, which cannot be written to.
+    """
+    temporary = path.parent / f"{_TEMPORARY}{path.name}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):  # it was moved, or there is no place for it
+            temporary.unlink()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """What each model is trained on and measured by; one file each."""
 
-from .bert import BERTTask
+from .bert import BERTTask, labels_of
 from .language import GPTTask, RNNTask
 from .t5 import T5Task
 from .task import Baseline, Task
@@ -10,4 +10,4 @@ TASKS: dict[str, type[Task]] = {
     task.model_class.name: task for task in (RNNTask, GPTTask, BERTTask, T5Task)
 }
 
-__all__ = ["TASKS", "Baseline", "Task"]
+__all__ = ["TASKS", "Baseline", "Task", "labels_of"]

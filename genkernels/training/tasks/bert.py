@@ -34,6 +34,7 @@ from .task import (
     Task,
     TextTask,
     frequencies,
+    is_table,
     split_rows,
 )
 
@@ -61,7 +62,7 @@ class BERTTask(Task):
 
     @classmethod
     def of(cls, data: Path | None) -> type[Task]:
-        return ClassesTask if data is not None and data.suffix == ".tsv" else MaskedTask
+        return ClassesTask if is_table(data) else MaskedTask
 
     def evaluate(self, model: nn.Module, quickly: bool = False) -> TokenEvaluation:
         return evaluate_batches(
@@ -140,6 +141,8 @@ class ClassesTask(BERTTask, RowsTask):
     def prepare(self, config: TrainingConfig, seed: int) -> None:
         assert config.batch_size != "full"
         labels = sorted({label for rows in self.rows for label, _ in rows})
+        if len(labels) < 2:
+            raise InputError(f"every label is {labels[0]!r}; expected at least two labels")
         self.record = {"labels": labels}
         self.sizes = dataclasses.replace(self.sizes, num_classes=len(labels))
         self.batches = _labelled(
@@ -160,7 +163,7 @@ class ClassesTask(BERTTask, RowsTask):
         model, tokenizer, training = checkpoint
         if model.config.num_classes is None:
             raise InputError(f"{data}: has labels, and the model fills in tokens; expected a text")
-        labels = training.get("labels", [])
+        labels = labels_of(model, training)
         rows = load_pairs(data, *cls.columns)
         with errors_in(data):
             for label, _ in rows:
@@ -184,6 +187,18 @@ class ClassesTask(BERTTask, RowsTask):
         return "\n".join(
             f"{labels[c]}: {texts[row]}" for c, row in zip(classes, rows.tolist(), strict=True)
         )
+
+
+def labels_of(model: BERT, training: dict[str, Any]) -> list[str]:
+    """Return the names of the classes of `model`, by what its training wrote down.
+
+    Raises:
+        InputError: it has not as many of them.
+    """
+    labels, count = training.get("labels"), model.config.num_classes
+    if not isinstance(labels, list) or len(labels) != count or {*map(type, labels)} != {str}:
+        raise InputError(f"the checkpoint's labels are {labels!r}; expected {count} texts")
+    return labels
 
 
 def _labelled(

@@ -33,6 +33,7 @@ from .task import (
     Task,
     TextTask,
     frequencies,
+    is_table,
     split_rows,
 )
 
@@ -61,7 +62,7 @@ class T5Task(Task):
 
     @classmethod
     def of(cls, data: Path | None) -> type[Task]:
-        return PairsTask if data is not None and data.suffix == ".tsv" else SpansTask
+        return PairsTask if is_table(data) else SpansTask
 
     def evaluate(self, model: nn.Module, quickly: bool = False) -> TokenEvaluation:
         return _evaluate(model, self.held_out[: _QUICK_BATCHES if quickly else None])

@@ -62,7 +62,7 @@ class Task(abc.ABC):
     model_class: ClassVar[type[Any]]
     presets: ClassVar[dict[str, Preset]]
     tiny: ClassVar[dict[str, Any]]  # sizes and settings that take no time
-    kernel: ClassVar[str]  # how the names of its main op begin
+    kernel: ClassVar[str]  # what the names of its main op have in them
     plain: ClassVar[str] = "plain PyTorch"  # what `twin` runs on
     unit: ClassVar[str] = "nats/token"  # of `scale` times a loss
     sample_heading: ClassVar[str]
@@ -208,6 +208,11 @@ def split_rows(rows: list[tuple[str, str]]) -> Rows:
             "expected more lines"
         )
     return Rows(training, held_out)
+
+
+def is_table(data: Path | None) -> bool:
+    """Return whether a file has two columns, which its name says."""
+    return data is not None and data.suffix.lower() == ".tsv"
 
 
 def digest_of(text: str) -> str:
