@@ -10,6 +10,7 @@ import os
 import pty
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -606,6 +607,18 @@ def test_evaluate_repeats_the_figures_of_training(trained, notes, capsys):
     whole = capsys.readouterr().out
     assert "Markov" not in whole
     assert f"of {len(notes.read_bytes()) - 1:,} tokens" in whole
+
+
+def test_evaluate_refuses_a_text_that_has_changed(trained, tmp_path, capsys):
+    copy, data = tmp_path / "rnn", tmp_path / "notes.txt"
+    shutil.copytree(trained[0], copy)
+    data.write_text(load_text()[:40_000], encoding="utf-8")
+    config = json.loads((copy / "config.json").read_text())
+    config["training"]["data"] = str(data)
+    (copy / "config.json").write_text(json.dumps(config))
+    assert main(["evaluate", str(copy)]) == 2
+    assert f"{data}: has changed since {copy} learned from it" in capsys.readouterr().err
+    assert main(["evaluate", str(copy), "--whole"]) == 0
 
 
 def test_version(capsys):
