@@ -108,5 +108,5 @@ def test_kernels_run_without_torch(build, level):
     assert result.returncode == 0, result.stdout + result.stderr
     lines = re.findall(r"^(\w+) +(\w+) ", result.stdout, re.MULTILINE)
     # Ways to share out the threads, caches, dtypes; of attention and the GRU, sizes too.
-    others = [(level, op) for op in ("linear", "loss", "dropout", *["attention"] * 4)] * (6 * 2 * 2)
+    others = [(level, op) for op in ("linear", "loss", "dropout", *["attention"] * 7)] * (6 * 2 * 2)
     assert lines == others + [(level, "float32"), (level, "float64")] * (2 * 6 * 2)
