@@ -534,19 +534,26 @@ def test_a_kill_while_writing_leaves_whole_checkpoints(checkpoint):
     with RunFolder(path, model, tokenizer, {}) as run:
         run.save("best", {"steps": 0}, {})
         run.save("last", {"steps": 0}, {"number": torch.tensor(0)})
+        done = 0
         for _ in range(8):
+            readable, writable = os.pipe()
             child = os.fork()
             if not child:
-                for steps in itertools.count(1):
+                for steps in itertools.count(done + 1):
                     run.save("best", {"steps": steps}, {})
                     run.save("last", {"steps": steps}, {"number": torch.tensor(steps)})
-            time.sleep(0.05 + 0.01 * random.random())
+                    os.write(writable, b".")
+            os.read(readable, 1)
+            time.sleep(0.01 * random.random())
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
+            os.close(readable)
+            os.close(writable)
             best, last = (load_checkpoint(path, which) for which in ("best", "last"))
             assert best.training["steps"] - last.training["steps"] in (0, 1)
-            assert load_state(path) == {"number": last.training["steps"]}
-    assert last.training["steps"] > 1
+            done = last.training["steps"]
+            assert load_state(path) == {"number": done}
+    assert done >= 8
 
 
 def test_an_older_checkpoint_loads(checkpoint):
