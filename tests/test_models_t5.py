@@ -137,20 +137,22 @@ def naive_t5(model: T5, source, target):
     def own(attention):
         return (*attention.qkv.weight.chunk(3), attention.projection.weight)
 
-    def bias(module, size):
+    def bias(module, size, bidirectional):
         near = torch.arange(size)
-        near = position_buckets(near - near[:, None], 8, 20, module.bidirectional)
+        near = position_buckets(near - near[:, None], 8, 20, bidirectional)
         return module.embedding.weight[near].permute(2, 0, 1)
 
     embedding = model.token_embedding.weight
     x = embedding[source]
+    both_ways = bias(model.encoder_bias, len(x), True)
     for block in model.encoder:
         y = norm(x, block.norm1)
-        x = x + naive_attention(y, y, own(block.attention), bias(model.encoder_bias, len(x)))
+        x = x + naive_attention(y, y, own(block.attention), both_ways)
         x = x + feedforward(norm(x, block.norm2), block.feedforward)
     memory = norm(x, model.encoder_norm)
     x = embedding[torch.cat([torch.tensor([PAD]), target[:-1]])]
-    causal = bias(model.decoder_bias, len(x)) + torch.full((len(x),) * 2, -math.inf).triu(1)
+    hidden = torch.full((len(x),) * 2, -math.inf).triu(1)
+    causal = bias(model.decoder_bias, len(x), False) + hidden
     for block in model.decoder:
         y, cross = norm(x, block.norm1), block.cross_attention
         x = x + naive_attention(y, y, own(block.attention), causal)
@@ -296,6 +298,7 @@ def restored(source: list[int], target: list[int]) -> list[int]:
     assert list(spans) == list(range(SENTINEL, SENTINEL + len(starts))), "counted from 0"
     assert all(spans.values()), "no span is empty"
     assert [token for token in source if token >= SENTINEL] == list(spans)
+    assert not any(min(pair) >= SENTINEL for pair in itertools.pairwise(source)), "spans touch"
     parts = [spans.pop(token) if token >= SENTINEL else [token] for token in source[:-1]]
     return list(itertools.chain.from_iterable(parts))
 

@@ -11,6 +11,7 @@ import pickle
 import random
 import signal
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ from genkernels.data import (
     split_text,
     train_tokenizer,
 )
-from genkernels.models import GPT, GPTConfig, RNNConfig, RNNLanguageModel
+from genkernels.models import BERT, GPT, BERTConfig, GPTConfig, RNNConfig, RNNLanguageModel
 from genkernels.training import (
+    Checkpoint,
     RunFolder,
     Training,
     TrainingConfig,
@@ -42,6 +44,7 @@ from genkernels.training import (
     train,
 )
 from genkernels.training import evaluation as evaluation_module
+from genkernels.training.tasks import TASKS
 from genkernels.training.tasks.task import frequencies
 
 SMALL = RNNConfig(256, 8, 16)
@@ -645,6 +648,34 @@ def test_baseline_of_frequencies():
     cross_entropy = -(2 * math.log(4 / 7) + math.log(1 / 7)) / 3
     assert baseline.figure == pytest.approx(cross_entropy)
     assert baseline.values == [f"{cross_entropy:.4f}", "66.67%"]
+    rare = frequencies("frequent", torch.tensor([0]), torch.tensor([3]))  # 2, 1, 1 and 1 of 5
+    assert rare.figure == pytest.approx(math.log(5))
+
+
+@pytest.mark.parametrize("kind", ["text", "labels"])
+def test_baseline_of_bert_counts_the_training_part(kind, tmp_path):
+    """All of it and nothing else, in training and when a checkpoint is evaluated."""
+    if kind == "text":
+        lines = [f"Paragraph {i}, which no other one repeats.\n\n" for i in range(200)]
+    else:
+        lines = [f"{'odd' if i % 3 else 'even'}\tline {i}\n" for i in range(50)]
+    data = tmp_path / {"text": "notes.txt", "labels": "labels.tsv"}[kind]
+    data.write_text("".join(lines), encoding="utf-8")
+    sizes = BERTConfig(256, 16, num_layers=1, num_heads=1, embedding_dim=4)
+    task_class = TASKS["bert"].of(data)
+    task = task_class(data, sizes, TrainingConfig(batch_size=4, steps=1))
+    if kind == "text":
+        known = [*task.corpus.training.encode()]
+    else:
+        known = [task.record["labels"].index(label) for label, _ in task.rows.training]
+    targets = torch.cat([target.flatten() for _, target, *_ in task.held_out]).tolist()
+    targets = [target for target in targets if target != -100]
+    counts = Counter([*known, *range(max(*known, *targets) + 1)])
+    expected = [math.log(counts.total() / counts[target]) for target in targets]
+    assert task.baseline.figure == pytest.approx(sum(expected) / len(expected), rel=1e-9)
+    checkpoint = Checkpoint(BERT(task.sizes), task.tokenizer, task.record)
+    assert task_class.measure(checkpoint, data, whole=False)[1] == task.baseline
+    assert task_class.measure(checkpoint, data, whole=True)[1] is None
 
 
 def test_replace_folder_makes_no_folder_in_vain(tmp_path):
