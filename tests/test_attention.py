@@ -61,6 +61,12 @@ SHAPES = [
 ]
 FAST_DTYPES = (*DTYPES[:2], torch.float16)  # in which a test of float64 would repeat one of float32
 each_of_four = pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=dtype_id)
+# What is read of an additive mask is of its dtype, of a boolean one it is not.
+each_kind_of_mask = pytest.mark.parametrize(
+    ("boolean", "dtype"),
+    [*((False, dtype) for dtype in DTYPES), (True, torch.float32)],
+    ids=lambda value: {False: "additive", True: "boolean"}.get(value) or dtype_id(value),
+)
 each_causal = pytest.mark.parametrize(
     "causal", [0, UPPER_LEFT, LOWER_RIGHT], ids=["full", "upper_left", "lower_right"]
 )
@@ -287,6 +293,8 @@ class TestParity:
         ids=["many_queries", "many_keys"],
     )
     def test_long(self, shape: tuple[int, ...], causal: int, dtype: torch.dtype) -> None:
+        if dtype == torch.float64:  # whose reference, in long double, is slow
+            shape = (1, 1, *shape[2:4], 16)
         for mask in (0, causal):
             check(lambda seed, mask=mask: arguments(*shape, dtype, causal=mask, seed=seed), 1)
 
@@ -302,8 +310,7 @@ class TestParity:
                 2,
             )
 
-    @each_dtype
-    @pytest.mark.parametrize("boolean", [False, True], ids=["additive", "boolean"])
+    @each_kind_of_mask
     @pytest.mark.parametrize(
         "mask",
         [
@@ -322,8 +329,7 @@ class TestParity:
             2,
         )
 
-    @each_dtype
-    @pytest.mark.parametrize("boolean", [False, True], ids=["additive", "boolean"])
+    @each_kind_of_mask
     @pytest.mark.parametrize("mask", [(209, 401), (1, 401), (209, 1)], ids=shape_id)
     def test_masks_of_blocks(
         self, mask: tuple[int, ...], boolean: bool, dtype: torch.dtype
@@ -337,8 +343,7 @@ class TestParity:
             2,
         )
 
-    @each_dtype
-    @pytest.mark.parametrize("boolean", [False, True], ids=["additive", "boolean"])
+    @each_kind_of_mask
     @pytest.mark.parametrize(
         "layout", ["transposed", "expanded_t", "expanded_b", "offset", "strided", "scalar"]
     )
@@ -488,8 +493,14 @@ class TestParity:
 
         check(draw)
 
-    @each_of_four
-    @pytest.mark.parametrize("L", [1, 2, 3, 4])
+    @pytest.mark.parametrize(
+        ("L", "dtype"),
+        [
+            *itertools.product((1, 2, 3, 4), DTYPES[:2]),
+            *((1, torch.float64), (3, torch.float64), (2, torch.float16), (4, torch.float16)),
+        ],
+        ids=lambda value: str(value) if isinstance(value, int) else dtype_id(value),
+    )
     def test_few_queries(self, L: int, dtype: torch.dtype) -> None:
         """Decoding: the last queries of a sequence whose keys and values are kept."""
         for S, H, Hk, D in ((5, 2, 2, 16), (64, 8, 2, 32), (257, 3, 1, 128), (1025, 4, 2, 64)):
@@ -879,7 +890,7 @@ class TestReproducible:
             return with_gradients(op, values)
 
         first = results()
-        for _ in range(10):
+        for _ in range(3):
             assert_bitwise_equal(results(), first)
         torch.set_num_threads(1)
         assert_bitwise_equal(results(), first)
@@ -1101,6 +1112,11 @@ DOUBLE: dict[str, dict[str, Any]] = {
 }
 
 
+def some_of_four(*counts: int) -> list[tuple[bool, ...]]:
+    """All choices of so many."""
+    return [some for some in itertools.product((False, True), repeat=4) if sum(some) in counts]
+
+
 def first_order(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...]]:
     """The gradients of a function, as a function of their cotangents too."""
 
@@ -1132,7 +1148,11 @@ def exact_path(**values: Any) -> tuple[Tensor, Tensor]:
 class TestDoubleBackward:
     @pytest.mark.parametrize(
         ("dtype", "case"),
-        [*itertools.product(DTYPES[:2], DOUBLE), (torch.float16, "bias"), (torch.float16, "gqa")],
+        [
+            *((torch.float32, case) for case in DOUBLE),
+            *((torch.bfloat16, case) for case in ("plain", "bias", "gqa", "dropout", "small")),
+            *((torch.float16, case) for case in ("bias", "gqa")),
+        ],
         ids=lambda value: value if isinstance(value, str) else dtype_id(value),
     )
     def test_parity(self, case: str, dtype: torch.dtype) -> None:
@@ -1184,7 +1204,7 @@ class TestDoubleBackward:
         packed = [v.contiguous() if isinstance(v, Tensor) else v for v in laid]
         assert_bitwise_equal(raw_double_backward(*laid), raw_double_backward(*packed))
 
-    @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=4)), ids=str)
+    @pytest.mark.parametrize("needs", some_of_four(0, 1, 3), ids=str)
     @pytest.mark.parametrize("case", ["causal", "gqa", "dropout"])
     def test_what_is_needed(self, case: str, needs: tuple[bool, ...]) -> None:
         """The rest has no elements, and the results do not depend on that."""
@@ -1196,7 +1216,7 @@ class TestDoubleBackward:
         ):
             assert_bitwise_equal([got], [all_of_it if is_needed else all_of_it.new_empty(0)])
 
-    @pytest.mark.parametrize("given", list(itertools.product((False, True), repeat=4))[1:], ids=str)
+    @pytest.mark.parametrize("given", some_of_four(1, 3, 4), ids=str)
     @pytest.mark.parametrize("case", ["bias", "gqa"])
     def test_absent_cotangents(self, case: str, given: tuple[bool, ...]) -> None:
         """Of several blocks of queries and keys, beside the definition."""
@@ -1345,7 +1365,7 @@ class TestAutocast:
 
 
 class TestCompile:
-    @each_case
+    @pytest.mark.parametrize("case", ["plain", "causal", "bool", "bias", "gqa", "dropout"])
     def test_dynamic(self, case: str) -> None:
         """One graph for any sizes, and the numbers of eager mode."""
         torch._dynamo.reset()
@@ -1417,8 +1437,9 @@ class TestCompile:
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
-        *((case, torch.float32) for case in CASES),
-        *(("bias", dtype) for dtype in (*DTYPES[1:], torch.float16)),
+        *((case, torch.float32) for case in ("lower_right", "bool", "bias", "shared_bias", "gqa")),
+        ("dropout", torch.float64),
+        ("bias", torch.bfloat16),
     ],
     ids=lambda value: value if isinstance(value, str) else dtype_id(value),
 )
@@ -1745,7 +1766,7 @@ def run(L, feature, order):
 L, feature, order = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 run(64, feature, order)
 extra = run(L, feature, order)
-assert extra < 64, f"{extra:.0f} MiB"
+assert extra < 48, f"{extra:.0f} MiB"
 expected = {("attention_forward", "cpp"), ("attention_backward", "cpp")}
 if order == 2:
     expected.add(("attention_double_backward", "cpp"))
@@ -1756,13 +1777,13 @@ assert set(genkernels.stats()) == expected
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("feature", ["plain", "causal", "dropout", "mask", "bias", "features"])
 def test_memory(feature: str) -> None:
-    """Of 16384 queries and keys, whose scores would take 1 GiB, forward and backward."""
-    command = [sys.executable, "-c", MEMORY, "16384", feature, "1"]
+    """Of 8192 queries and keys, whose scores would take 256 MiB, and a mask of them 64 MiB."""
+    command = [sys.executable, "-c", MEMORY, "8192", feature, "1"]
     subprocess.run(command, env={**os.environ, "GENKERNELS_STRICT": "1"}, check=True, timeout=100)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("feature", ["causal", "bias", "features"])
 def test_memory_of_the_double_backward(feature: str) -> None:
-    command = [sys.executable, "-c", MEMORY, "16384", feature, "2"]
+    command = [sys.executable, "-c", MEMORY, "8192", feature, "2"]
     subprocess.run(command, env={**os.environ, "GENKERNELS_STRICT": "1"}, check=True, timeout=100)
