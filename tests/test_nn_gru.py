@@ -38,7 +38,7 @@ def pair(*args: Any, module: type[nn.Module] = nn.GRU, **options: Any) -> tuple[
 def assert_same(theirs: nn.Module, ours: nn.Module, *args: Any, **kwargs: Any) -> None:
     """Outputs and every gradient under the one rule, and the compiled kernel computed them."""
     genkernels.stats(reset=True)
-    assert_module_parity(theirs, ours, args, kwargs)
+    assert_module_parity(theirs, ours, args, kwargs, draws=16)
     assert {backend for _, backend in genkernels.stats(reset=True)} == {"cpp"}
 
 
@@ -51,6 +51,7 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.mark.usefixtures("one_thread")
 class TestArguments:
     @pytest.mark.parametrize("with_state", [False, True], ids=["no_h_0", "h_0"])
     @pytest.mark.parametrize("options", OPTIONS, ids=options_id)
@@ -331,6 +332,7 @@ def module_error_samples() -> list[Any]:
     ]
 
 
+@pytest.mark.usefixtures("one_thread")
 class TestModuleInfo:
     @pytest.mark.parametrize(("info", "sample", "training"), module_samples())
     def test_sample(self, info: Any, sample: Any, training: bool) -> None:
