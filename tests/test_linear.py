@@ -442,10 +442,12 @@ def test_export_for_any_number_of_rows() -> None:
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("leading", [(), (4,), (2, 3), (40,)], ids=str)
 def test_opcheck(leading: tuple[int, ...], bias: bool) -> None:
+    """An activation is a number to the schema; of each number once."""
     values = arguments(leading, 5, 6, bias=bias)
     tensors = tuple(values.get(name) for name in TENSORS)
     ops = torch.ops.genkernels
-    for index, activation in enumerate(ACTIVATIONS):
+    is_one_of_many = leading != (4,) or not bias
+    for index, activation in enumerate(ACTIVATIONS[: 2 if is_one_of_many else None]):
         torch.library.opcheck(ops.linear_forward.default, (*tensors, index))
         torch.library.opcheck(ops.linear_forward_saving.default, (*tensors, index))
         saved = None if activation is None else torch.randn(*leading, 6)
