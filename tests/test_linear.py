@@ -455,7 +455,23 @@ def test_opcheck(leading: tuple[int, ...], bias: bool) -> None:
             operands = (
                 t if is_given else None for t, is_given in zip(tensors, given, strict=False)
             )
-            gradient = (torch.randn(*leading, 6), *operands, saved, index, given[0])
+            gradient = (torch.randn(*leading, 6), *operands, saved, index, given[0], False)
+            torch.library.opcheck(ops.linear_backward.default, gradient)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_opcheck_of_wider_parameters(bias: bool) -> None:
+    values = arguments(4, 5, 6, bias=bias)
+    input, weight = values.pop("input").bfloat16(), values["weight"]
+    ops = torch.ops.genkernels
+    parameters = (weight, values.get("bias"))
+    for index, activation in enumerate(ACTIVATIONS):
+        torch.library.opcheck(ops.linear_forward.default, (input, *parameters, index))
+        torch.library.opcheck(ops.linear_forward_saving.default, (input, *parameters, index))
+        grad_output = torch.randn(4, 6).bfloat16()
+        saved = None if activation is None else torch.randn_like(grad_output)
+        for operands in ((input, weight), (None, weight), (input, None)):
+            gradient = (grad_output, *operands, saved, index, bias, True)
             torch.library.opcheck(ops.linear_backward.default, gradient)
 
 
@@ -600,6 +616,76 @@ class TestAutocast:
             assert three[0].dtype == three[1].dtype
             assert_parity(name, *(tensor.bfloat16() for tensor in three[:2]), three[2].double())
         assert genkernels.stats()["linear_backward", "cpp"] == 1
+
+    @pytest.mark.usefixtures(
+        "poisoned_memory", "compiled_only", "simd", "one_thread", "nothing_handed_over"
+    )
+    @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+    @pytest.mark.parametrize("shape", [(1, 5, 3), (70, 17, 33), (530, 160, 97)], ids=shape_id)
+    def test_float32_parameters(self, shape: tuple[int, int, int], bias: bool) -> None:
+        """They are narrowed as they are packed, and their gradients are not: the same bits as of
+        bfloat16 parameters, before these gradients are rounded."""
+        narrow = arguments(*shape, torch.bfloat16, bias=bias)
+        wide = narrow | {n: t.float() for n, t in narrow.items() if n != "input"}
+
+        def outputs(**v: Tensor) -> tuple[Tensor]:
+            with torch.autocast("cpu", torch.bfloat16):
+                return (genkernels.linear(**v, activation="silu"),)
+
+        if shape[0] == 1:  # of so few rows bfloat16 weights are read as they lie
+            narrow, wide = (v | {"input": v["input"].expand(65, -1)} for v in (narrow, wide))
+        actual, expected = (with_gradients(outputs, v) for v in (wide, narrow))
+        for name, *both in zip(("output", *wide), actual, expected, strict=True):
+            is_parameter = name in ("weight", "bias")
+            assert both[0].dtype == (torch.float32 if is_parameter else torch.bfloat16)
+            assert torch.equal(both[0].bfloat16(), both[1]), name
+            assert torch.equal(both[0], both[1].to(both[0].dtype)) is not is_parameter, name
+
+    @pytest.mark.usefixtures("nothing_handed_over")
+    def test_parameters_are_rounded_as_autocast_rounds_them(self) -> None:
+        values = arguments(70, 17, 33)
+        narrow = {name: value.bfloat16() for name, value in values.items()}
+        for value in values.values():
+            value.requires_grad_()
+        if "avx512_bf16" not in backend.simd_levels():
+            pytest.skip("SIMD level avx512_bf16: elsewhere they are not rounded at all")
+        with torch.autocast("cpu", torch.bfloat16), backend.use_simd("avx512_bf16"):
+            actual = genkernels.linear(values["input"], values["weight"])
+            expected = genkernels.linear(narrow["input"], narrow["weight"])
+        assert torch.equal(actual, expected)
+
+    @pytest.mark.usefixtures("nothing_handed_over")
+    def test_second_order(self) -> None:
+        values = arguments(70, 5, 6)
+
+        def second(function: Callable[..., Tensor]) -> list[Tensor]:
+            leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = function(**leaves).float().square().sum()
+            gradients = torch.autograd.grad(loss, tuple(leaves.values()), create_graph=True)
+            assert all(g.dtype == torch.float32 for g in gradients)
+            of_gradients = sum(g.square().sum() for g in gradients)
+            return list(torch.autograd.grad(of_gradients, tuple(leaves.values())))
+
+        for actual, expected in zip(
+            second(functools.partial(genkernels.linear, activation="gelu")),
+            second(plain("gelu")),
+            strict=True,
+        ):
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(actual, expected, rtol=0.02, atol=0.01 * scale)
+
+    @pytest.mark.usefixtures("nothing_handed_over")
+    def test_compiled(self) -> None:
+        torch._dynamo.reset()
+        compiled = torch.compile(genkernels.linear, backend="aot_eager", fullgraph=True)
+        values = arguments(70, 17, 33)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual, expected = (
+                with_gradients(lambda **v: (function(**v),), values)  # noqa: B023
+                for function in (compiled, genkernels.linear)
+            )
+        assert_bitwise_equal(actual, expected)
 
     def test_float16(self) -> None:
         values = arguments(4, 17, 33)
@@ -769,10 +855,31 @@ class TestErrors:
             **arguments(4, 5, 6, bias=False),
         }
         values |= {"saved": torch.randn(4, 6), "activation": 2}
-        torch.ops.genkernels.linear_backward(*values.values(), True)
+        torch.ops.genkernels.linear_backward(*values.values(), True, False)
         values[name] = change(values[name])
         with pytest.raises(RuntimeError, match=r": expected "):
-            torch.ops.genkernels.linear_backward(*values.values(), True)
+            torch.ops.genkernels.linear_backward(*values.values(), True, False)
+
+    @pytest.mark.parametrize(
+        ("dtype", "weight_dtype", "is_wider"),
+        [
+            (torch.bfloat16, torch.float32, False),
+            (torch.bfloat16, torch.bfloat16, True),
+            (torch.bfloat16, torch.float64, True),
+            (torch.float32, torch.float32, True),
+            (torch.float32, torch.bfloat16, True),
+            (torch.float32, None, True),
+        ],
+    )
+    def test_raw_backward_of_wider_parameters(
+        self, dtype: torch.dtype, weight_dtype: torch.dtype | None, is_wider: bool
+    ) -> None:
+        grad_output, input = torch.randn(4, 6, dtype=dtype), torch.randn(4, 5, dtype=dtype)
+        weight = None if weight_dtype is None else torch.randn(6, 5, dtype=weight_dtype)
+        with pytest.raises(RuntimeError, match=r"(weight|is_wider): expected "):
+            torch.ops.genkernels.linear_backward(
+                grad_output, input, weight, None, 0, True, is_wider
+            )
 
     def test_activation(self) -> None:
         with pytest.raises(

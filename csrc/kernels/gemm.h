@@ -42,6 +42,20 @@ constexpr int kGroup = 1;
 template <>
 constexpr int kGroup<bfloat16> = 2;
 
+#if defined(__AVX512BF16__)
+// Floats as bf16, one behind the other, and the pairs of two rows. Subnormal numbers become 0, which they are in a
+// product of pairs.
+GENKERNELS_INLINE __m512i narrowed(const float* from) {
+  return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + kLanes<float>), _mm512_loadu_ps(from));
+}
+GENKERNELS_INLINE Vector<uint32_t> paired(Vector<float> even, Vector<float> odd) {
+  const auto bits = [](Vector<float> x) __attribute__((always_inline)) {
+    return (Vector<uint32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+  };
+  return bits(even) | bits(odd) << 16;
+}
+#endif
+
 template <class E, int kVectors>
 struct Panel {
   static constexpr int64_t kStep = kVectors * kLanes<E> * kGroup<E>;  // elements per group of rows
@@ -59,20 +73,19 @@ struct Ahead {
   ptrdiff_t stride = kVectorBytes;
 
   template <int kVectors, class E>
-  GENKERNELS_INLINE void fetch(const E* panel) {
+  GENKERNELS_INLINE void fetch(const E* panel, ptrdiff_t step) {
     __builtin_prefetch(at, 0, kCache == Into::L1 ? 3 : 2);
     at += stride;
-    constexpr int kBytes = kVectors * kVectorBytes;
 #pragma GCC unroll 4
-    for (int line = 0; line < kBytes; line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(panel) + kGroupsAhead * kBytes + line, 0, 3);
+    for (int line = 0; line < kVectors * kVectorBytes; line += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(panel + kGroupsAhead * step) + line, 0, 3);
   }
   GENKERNELS_INLINE Ahead from(int64_t group) const { return {at + group * stride, stride}; }
 };
 
 struct NothingAhead {
   template <int kVectors, class E>
-  GENKERNELS_INLINE void fetch(const E*) const {}
+  GENKERNELS_INLINE void fetch(const E*, ptrdiff_t) const {}
   GENKERNELS_INLINE NothingAhead from(int64_t) const { return {}; }
 };
 
@@ -83,7 +96,7 @@ GENKERNELS_INLINE void multiply(const E* a, ptrdiff_t row_stride, ptrdiff_t step
                                 Vector<E> (&sum)[kRows][kVectors], Next ahead = {},
                                 ptrdiff_t b_step = kVectors * kLanes<E>) {
   for (int64_t k = 0; k < K; ++k) {
-    ahead.template fetch<kVectors>(b);
+    ahead.template fetch<kVectors>(b, b_step);
     Vector<E> column[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
@@ -122,7 +135,7 @@ GENKERNELS_INLINE void multiply(const bfloat16* a, ptrdiff_t row_stride, ptrdiff
     }
   };
   for (int64_t k = 0; k + 1 < K; k += 2) {
-    ahead.template fetch<kVectors>(b);
+    ahead.template fetch<kVectors>(b, b_step);
     pairs([](const bfloat16* at) {
       int pair;
       __builtin_memcpy(&pair, at, sizeof pair);
@@ -155,14 +168,14 @@ GENKERNELS_INLINE void for_row_tiles(int64_t rows, const Body& body) {
 // The whole product of a tile, summed in chains: total[i][v] = a[i][:] b[:][v].
 template <class E, int kRows, int kVectors, int64_t kLongest>
 GENKERNELS_INLINE void product(const E* a, ptrdiff_t row_stride, ptrdiff_t step, const E* b, int64_t K,
-                               Vector<E> (&total)[kRows][kVectors]) {
+                               Vector<E> (&total)[kRows][kVectors], ptrdiff_t b_step = Panel<E, kVectors>::kStep) {
   for (int64_t k = 0; k < K || k == 0; k += kLongest) {
     Vector<E> sum[kRows][kVectors] = {};
     multiply<E, kRows, kVectors>(
-        a + k / kGroup<E> * step, row_stride, step, b + k / kGroup<E> * Panel<E, kVectors>::kStep,
-        smaller(kLongest, K - k), sum,
+        a + k / kGroup<E> * step, row_stride, step, b + k / kGroup<E> * b_step, smaller(kLongest, K - k), sum,
         Ahead<Into::L1>{reinterpret_cast<const char*>(a + (k / kGroup<E> + kGroupsAhead) * step),
-                        step * int64_t(sizeof(E))});
+                        step * int64_t(sizeof(E))},
+        b_step);
 #pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8
@@ -256,18 +269,21 @@ void pack_panel(const Columns<E>& columns, int64_t panel, int64_t K, const Row& 
   const int64_t width = columns.width(panel) * kLanes<E>;
   const int64_t used = smaller(columns.count - first, width);
   for (int64_t k = 0; k < K; k += kGroupSize, to += width * kGroupSize) {
-    if constexpr (kGroupSize == 2 && __is_same(T, bfloat16)) {
+#if defined(__AVX512BF16__)
+    if constexpr (kGroupSize == 2) {
       const T *even = row(k), *odd = k + 1 < K ? row(k + 1) : nullptr;
       if (even != nullptr && odd != nullptr) {
         for (int64_t n = 0; n < width; n += kLanes<E>) {
           const int count = int(larger(0, smaller(kLanes<E>, used - n)));
-          const auto lower = (Vector<uint32_t>)load(even + first + n, count) >> 16;
-          const auto upper = (Vector<uint32_t>)load(odd + first + n, count);
-          store((uint32_t*)(to + n * 2), lower | upper);
+          const Vector<float> lower = load(even + first + n, count), upper = load(odd + first + n, count);
+          store((uint32_t*)(to + n * 2), __is_same(T, bfloat16)
+                                             ? (Vector<uint32_t>)lower >> 16 | (Vector<uint32_t>)upper
+                                             : paired(lower, upper));
         }
         continue;
       }
     }
+#endif
     if constexpr (kGroupSize == 1) {
       if (const T* from = row(k); from != nullptr && used == width) {
         for (int64_t n = 0; n < width; n += kLanes<E>) store(to + n, load(from + first + n));
@@ -371,6 +387,10 @@ GENKERNELS_INLINE void load_operands(const T* from, int64_t count, Row& to) {
     __builtin_memcpy(&to, elements, sizeof to);
   } else if constexpr (__is_same(T, E)) {
     __builtin_memcpy(&to, from, sizeof to);
+#if defined(__AVX512BF16__)
+  } else if constexpr (__is_same(E, bfloat16)) {
+    to = (Row)narrowed(from);
+#endif
   } else {
     to = (Row)load(from);
   }
@@ -413,9 +433,16 @@ void pack_panel_of_rows(int64_t K, const Row& row, E* to) {
   }
 }
 
+// An operand of a product: groups of k are `step` elements apart.
+template <class E>
+struct Steps {
+  const E* first;
+  ptrdiff_t step;
+};
+
 // to[i][:] += tile[i][:] panel[:][:], or =, for `rows` rows of a tile of A^T and a panel of columns.
 template <int kVectors, class E>
-void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* tile, int64_t K, int rows,
+void add_tile(const Columns<E>& columns, int64_t p, Steps<E> panel, Steps<E> tile, int64_t K, int rows,
               Accumulator<E>* to, int64_t stride, bool is_first) {
   using A = Accumulator<E>;
   // PyTorch's sums over the rows are shorter: with chains of 256 the error exceeds twice theirs at 264 rows.
@@ -424,7 +451,7 @@ void add_tile(const Columns<E>& columns, int64_t p, const E* panel, const E* til
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < kVectors; ++v) __builtin_prefetch(to + i * stride + columns.first_column(p) + v * kLanes<A>, 1);
   Vector<A> sum[kTileRows][kVectors];
-  product<E, kTileRows, kVectors, kLongest>(tile, kGroup<E>, kTileStep<E>, panel, K, sum);
+  product<E, kTileRows, kVectors, kLongest>(tile.first, kGroup<E>, tile.step, panel.first, K, sum, panel.step);
   for (int i = 0; i < rows; ++i)
     for (int v = 0; v < kVectors; ++v) {
       const int64_t column = columns.first_column(p) + v * kLanes<A>;
@@ -455,25 +482,55 @@ GENKERNELS_INLINE void multiply_panel(Rows<const E> a, int64_t rows, const E* pa
   }
 }
 
+// The right operand of a product by panels: packed, or columns of rows that are `row_stride` apart.
+template <class E>
+struct Panels {
+  const E* first;
+  int64_t row_stride = 0;  // 0 where they are packed
+
+  template <int kVectors>
+  Steps<E> panel(const Columns<E>& columns, int64_t p, int64_t K) const {
+    if (row_stride == 0) return {first + columns.offset(p, K), Panel<E, kVectors>::kStep};
+    return {first + columns.first_column(p), row_stride};
+  }
+};
+
+// Whether the columns fill whole registers, and can be read as panels where they lie.
+template <class E>
+bool are_panels(const Columns<E>& columns, int64_t row_stride) {
+  return kGroup<E> == 1 && columns.count % kLanes<E> == 0 && !collides<E>(row_stride);
+}
+
 // Tiles of A^T that stay in the L2 cache while the panels pass by.
 constexpr int64_t kTileGroup = 16;
+constexpr int64_t kFarApart = 8192;  // bytes from one row to the next
 
 // to += A^T B, or =: columns [first, last) of A [K, ..] and panels [first_panel, last_panel) of B [K, columns]. `tiles`
-// has room for kTileGroup tiles of K rows. They are packed because a column of A goes through a page with each element.
+// has room for kTileGroup tiles of K rows, of which those are packed that can't be read where they lie: pairs, the last
+// one if it is not whole, and columns whose every element has a page or two of its own, which takes 3% of the time.
 template <class E>
 void add_transposed_product(Rows<const E> a, int64_t K, int64_t first, int64_t last, const Columns<E>& columns,
-                            int64_t first_panel, int64_t last_panel, const E* panels, E* tiles, Accumulator<E>* to,
+                            int64_t first_panel, int64_t last_panel, Panels<E> panels, E* tiles, Accumulator<E>* to,
                             int64_t stride, bool is_first) {
   const int64_t width = ceil_div(K, kGroup<E>) * kTileStep<E>;
   for (int64_t group = first; group < last; group += kTileGroup * kTileRows) {
     const int64_t end = smaller(last, group + kTileGroup * kTileRows);
-    for (int64_t n = group; n < end; n += kTileRows)
-      pack_transposed<E>(a[0] + n, a.stride, K, smaller(kTileRows, end - n), tiles + (n - group) / kTileRows * width);
+    Steps<E> of_group[kTileGroup];
+    for (int64_t n = group; n < end; n += kTileRows) {
+      const int64_t index = (n - group) / kTileRows;
+      if (kGroup<E> == 1 && n + kTileRows <= end && a.stride * int64_t(sizeof(E)) <= kFarApart) {
+        of_group[index] = {a[0] + n, a.stride};
+      } else {
+        of_group[index] = {tiles + index * width, kTileStep<E>};
+        pack_transposed<E>(a[0] + n, a.stride, K, smaller(kTileRows, end - n), tiles + index * width);
+      }
+    }
     for (int64_t p = first_panel; p < last_panel; ++p)
       columns.with_width(p, [&]<int kVectors>() {
         for (int64_t n = group; n < end; n += kTileRows)
-          add_tile<kVectors>(columns, p, panels + columns.offset(p, K), tiles + (n - group) / kTileRows * width, K,
-                             int(smaller(kTileRows, end - n)), to + n * stride, stride, is_first);
+          add_tile<kVectors>(columns, p, panels.template panel<kVectors>(columns, p, K),
+                             of_group[(n - group) / kTileRows], K, int(smaller(kTileRows, end - n)), to + n * stride,
+                             stride, is_first);
       });
   }
 }

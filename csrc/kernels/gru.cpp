@@ -1086,9 +1086,10 @@ struct Backward {
                   const int64_t gate = gate0 + tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
                   // Columns of delta are n, r, z, hn; rows of both gradients r, z, n.
                   A* rows_to = sums + ((gate + 2) % 3 * H + unit) * N;
-                  add_tile<kVectors>(columns, p, panel, delta_tile(to, gate, unit, K) + k / kGroup<E> * kTileStep<E>,
-                                     smaller(kBlockRows, rows - k), int(smaller(kTileRows, H - unit)), rows_to, N,
-                                     is_first_block && k == 0);
+                  const E* of_tile = delta_tile(to, gate, unit, K) + k / kGroup<E> * kTileStep<E>;
+                  add_tile<kVectors, E>(columns, p, {panel, Panel<E, kVectors>::kStep}, {of_tile, kTileStep<E>},
+                                        smaller(kBlockRows, rows - k), int(smaller(kTileRows, H - unit)), rows_to, N,
+                                        is_first_block && k == 0);
                 }
               });
       };

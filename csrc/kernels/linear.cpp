@@ -54,6 +54,14 @@ GENKERNELS_INLINE Several<V, kCount> through_activation(Activation activation, c
   }
 }
 
+// Calls body.operator()<type>() with the type of weight and bias.
+template <class T, class Body>
+GENKERNELS_INLINE void with_weight_type(DType dtype, const Body& body) {
+  if constexpr (__is_same(T, bfloat16))
+    if (dtype == DType::float32) return body.template operator()<float>();
+  body.template operator()<T>();
+}
+
 // How a call is shared out: each share has a part of the panels of the result's columns, and a part of its rows. As few
 // parts of the rows as keep all threads busy, because each of them packs the panels for itself.
 struct Shares {
@@ -153,10 +161,12 @@ struct Forward {
 
   void pack(int64_t p, E* to) const {
     const int64_t first = columns.first_column(p);
-    const T* weight = static_cast<const T*>(of.weight);
-    columns.with_width(p, [&]<int kVectors>() {
-      pack_panel_of_rows<E, T, kVectors>(
-          K, [&](int64_t n) { return first + n < N ? weight + (first + n) * K : nullptr; }, to);
+    with_weight_type<T>(of.weight_dtype, [&]<class W>() {
+      const W* weight = static_cast<const W*>(of.weight);
+      columns.with_width(p, [&]<int kVectors>() {
+        pack_panel_of_rows<E, W, kVectors>(
+            K, [&](int64_t n) { return first + n < N ? weight + (first + n) * K : nullptr; }, to);
+      });
     });
   }
 
@@ -186,7 +196,6 @@ struct Forward {
   // Two rows in turns: an activation is one long chain.
   template <int kVectors>
   void finish(int64_t first, int64_t run, int64_t column, const Vector<A> (&sum)[kRunRows][kVectors]) const {
-    const T* bias = static_cast<const T*>(of.bias);
     // What the next rows are written to is fetched while they are multiplied.
     for (void* to : {of.output, of.pre_activation})
       for (int64_t i = 0; i < kRunRows && to; ++i)
@@ -194,10 +203,13 @@ struct Forward {
           __builtin_prefetch(static_cast<T*>(to) + (first + kRunRows + i) * N + column + v * kLanes<A>, 1);
     int counts[kVectors];
     Vector<A> added[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      counts[v] = int(larger(0, smaller(kLanes<A>, N - column - v * kLanes<A>)));
-      added[v] = bias ? load(bias + column + v * kLanes<A>, counts[v]) : Vector<A>{};
-    }
+    with_weight_type<T>(of.weight_dtype, [&]<class W>() GENKERNELS_LAMBDA {
+      const W* bias = static_cast<const W*>(of.bias);
+      for (int v = 0; v < kVectors; ++v) {
+        counts[v] = int(larger(0, smaller(kLanes<A>, N - column - v * kLanes<A>)));
+        added[v] = bias ? load(bias + column + v * kLanes<A>, counts[v]) : Vector<A>{};
+      }
+    });
     for (int64_t i = 0; i < run; i += 2) {
       const auto x = several<2 * kVectors>([&](int j) GENKERNELS_LAMBDA {
         return sum[smaller(i + j / kVectors, run - 1)][j % kVectors] + added[j % kVectors];
@@ -238,7 +250,8 @@ void forward_outputs(const Linear& linear, int64_t first, int64_t last) {
 
 template <class T>
 void forward(const Linear& linear, const Runtime& runtime) {
-  if (linear.rows > Forward<T>::kFewRows) return Forward<T>(linear, runtime).run(runtime);
+  if (linear.rows > Forward<T>::kFewRows || linear.weight_dtype != linear.dtype)
+    return Forward<T>(linear, runtime).run(runtime);
   // Each thread reads a part of the weight from its first element to its last: that is what the call costs.
   constexpr int kUnits = kLanes<Accumulator<T>>;
   const int64_t N = linear.out_features, shares = smaller(runtime.threads, ceil_div(N, kUnits));
@@ -250,8 +263,8 @@ void forward(const Linear& linear, const Runtime& runtime) {
 
 // The rows are gone through in blocks. Of each, the threads form the gradient of what the activation was taken of, in
 // their own part of the rows (without an activation grad_output is that gradient, and is read as it lies: a copy takes
-// a tenth of the time in bfloat16), and pack their part of the input, and meet; then each computes its part of the
-// gradients, and they meet again.
+// a tenth of the time in bfloat16), and pack their part of the input (not where it can be read as it lies, which spares
+// up to a fifth), and meet; then each computes its part of the gradients, and they meet again.
 template <class T>
 struct Backward {
   using E = Operand<T>;
@@ -263,7 +276,7 @@ struct Backward {
   const int64_t M, K, N;
   const Columns<E> columns;
   const int64_t block_rows, delta_stride, shares;
-  const bool reads_gradient;
+  const bool reads_gradient, reads_input;
   const Barrier barrier;
   E* deltas;          // [block_rows, delta_stride], unless grad_output is read as it lies
   E* weight_panels;   // of weight
@@ -283,20 +296,22 @@ struct Backward {
         delta_stride(staged_stride<E>(ceil_div(N, kLanes<A>) * kLanes<A>)),
         shares(r.threads),
         reads_gradient(__is_same(T, E) && !of.saved && !collides<E>(of.grad_output_stride)),
+        reads_input(__is_same(T, E) && are_panels(columns, of.input_stride)),
         barrier(r, shares),
         deltas(reads_gradient ? nullptr : allocate<E>(r, block_rows * delta_stride)),
         weight_panels(of.grad_input ? allocate<E>(r, columns.packed_size(N)) : nullptr),
-        input_panels(of.grad_weight ? allocate<E>(r, columns.packed_size(block_rows)) : nullptr),
+        input_panels(of.grad_weight && !reads_input ? allocate<E>(r, columns.packed_size(block_rows)) : nullptr),
         tiles(of.grad_weight ? allocate<E>(r, shares * tile_group_size()) : nullptr),
         weight_sums(static_cast<A*>(of.grad_weight)),
         bias_sums(of.grad_bias ? allocate<double>(r, N) : nullptr) {
-    if (of.grad_weight != nullptr && !__is_same(T, A)) weight_sums = allocate<A>(r, N * K);
+    if (of.grad_weight != nullptr && narrows_weight()) weight_sums = allocate<A>(r, N * K);
   }
 
   int64_t rows_of_block() const {
     const int64_t most = kBlockBytes / (larger(1, N) * int64_t(sizeof(E))) / kTileRows * kTileRows;
     return smaller(larger(1, M), larger(kLeastBlockRows, smaller(kBlockRows, most)));
   }
+  bool narrows_weight() const { return !__is_same(T, A) && of.weight_dtype == of.dtype; }
   int64_t tile_group_size() const { return kTileGroup * kTileRows * (block_rows + 1); }
 
   void run() const {
@@ -308,7 +323,7 @@ struct Backward {
         const int64_t rows = smaller(block_rows, M - base);
         for (int64_t share = first; share < last; ++share) {
           if (!reads_gradient) form_deltas(base, Range(rows, share, shares, kRunRows));
-          if (of.grad_weight) pack_input(base, rows, Range(columns.panels, share, shares));
+          if (of.grad_weight && !reads_input) pack_input(base, rows, Range(columns.panels, share, shares));
         }
         barrier.wait(last - first, ++meetings);
         for (int64_t share = first; share < last; ++share) {
@@ -353,9 +368,12 @@ struct Backward {
   }
 
   void pack_weight(const Range& panels) const {
-    const T* weight = static_cast<const T*>(of.weight);
-    for (int64_t p = panels.first; p < panels.last; ++p)
-      pack_panel<E, T>(columns, p, N, [&](int64_t n) { return weight + n * K; }, weight_panels + columns.offset(p, N));
+    with_weight_type<T>(of.weight_dtype, [&]<class W>() {
+      const W* weight = static_cast<const W*>(of.weight);
+      for (int64_t p = panels.first; p < panels.last; ++p)
+        pack_panel<E, W>(
+            columns, p, N, [&](int64_t n) { return weight + n * K; }, weight_panels + columns.offset(p, N));
+    });
   }
 
   void pack_input(int64_t base, int64_t rows, const Range& panels) const {
@@ -388,9 +406,10 @@ struct Backward {
 
   // grad_weight += deltas^T input.
   void add_to_weight(int64_t base, int64_t rows, const Part& own, int64_t share) const {
+    Panels<E> panels{input_panels};
+    if (reads_input) panels = {static_cast<const E*>(of.input) + base * of.input_stride, of.input_stride};
     add_transposed_product<E>(delta_rows(base), rows, own.rows.first, own.rows.last, columns, own.panels.first,
-                              own.panels.last, input_panels, tiles + share * tile_group_size(), weight_sums, K,
-                              base == 0);
+                              own.panels.last, panels, tiles + share * tile_group_size(), weight_sums, K, base == 0);
   }
 
   void add_to_bias(int64_t base, int64_t rows, const Range& own) const {
@@ -401,15 +420,15 @@ struct Backward {
   }
 
   void finish(const Range& own) const {
-    T* const grad_weight = static_cast<T*>(of.grad_weight) + own.first * K;
-    const int64_t count = (own.last - own.first) * K;
-    if (of.grad_weight != nullptr && M == 0)
-      __builtin_memset(grad_weight, 0, size_t(count) * sizeof(T));
-    else if (of.grad_weight != nullptr && !__is_same(T, A))
-      narrow<T>(grad_weight, weight_sums + own.first * K, count);
-    if (of.grad_bias != nullptr)
-      for (int64_t n = own.first; n < own.last; ++n)
-        store(static_cast<T*>(of.grad_bias) + n, broadcast(M > 0 ? A(bias_sums[n]) : A(0)), 1);
+    const int64_t first = own.first * K, count = own.last * K - first;
+    if (of.grad_weight != nullptr && M == 0) __builtin_memset(weight_sums + first, 0, size_t(count) * sizeof(A));
+    if (of.grad_weight != nullptr && narrows_weight())
+      narrow<T>(static_cast<T*>(of.grad_weight) + first, weight_sums + first, count);
+    with_weight_type<T>(of.weight_dtype, [&]<class W>() {
+      W* const grad_bias = static_cast<W*>(of.grad_bias);
+      for (int64_t n = own.first; n < own.last && grad_bias; ++n)
+        store(grad_bias + n, broadcast(M > 0 ? A(bias_sums[n]) : A(0)), 1);
+    });
   }
 };
 

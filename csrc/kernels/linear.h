@@ -10,6 +10,7 @@ enum class Activation { none, relu, gelu, gelu_tanh, silu };
 
 struct Linear {
   DType dtype;
+  DType weight_dtype;  // of weight and bias: dtype, or float32 beside bfloat16
   int64_t rows, in_features, out_features;
   const void* input;  // [M, K]
   int64_t input_stride;
@@ -22,6 +23,7 @@ struct Linear {
 
 struct LinearBackward {
   DType dtype;
+  DType weight_dtype;  // of weight, grad_weight and grad_bias
   int64_t rows, in_features, out_features;
   const void* input;  // [M, K], for grad_weight
   int64_t input_stride;

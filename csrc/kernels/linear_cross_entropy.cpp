@@ -366,8 +366,8 @@ struct Pass {
   // grad_linear_weight += gradients^T (scale * input), in the rows of the panels' classes.
   void add_to_weight(int64_t rows, int64_t first_panel, int64_t last_panel, int64_t share, bool is_first) const {
     add_transposed_product<E>({gradient_rows(), logit_stride}, rows, classes.first_column(first_panel),
-                              smaller(V, classes.first_column(last_panel)), features, 0, features.panels, input_panels,
-                              tiles + share * tile_group_size(), weight_sums, K, is_first);
+                              smaller(V, classes.first_column(last_panel)), features, 0, features.panels,
+                              {input_panels}, tiles + share * tile_group_size(), weight_sums, K, is_first);
   }
 
   void scale_row(const E* row, A factor, E* to) const {

@@ -350,6 +350,7 @@ GENKERNELS_INLINE Vector<S> sums_of_lanes(Vector<S> (&rows)[kLanes<S>]) {
 }
 
 GENKERNELS_INLINE float convert(bfloat16 x, float) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+GENKERNELS_INLINE bfloat16 convert(float x, bfloat16) { return {uint16_t(rounded_bits(broadcast(x))[0])}; }
 GENKERNELS_INLINE float convert(float16 x, float) { return load(&x, 1)[0]; }
 template <class T>
 GENKERNELS_INLINE T convert(T x, T) {

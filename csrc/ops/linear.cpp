@@ -45,23 +45,30 @@ void check_activation(int64_t activation) {
                   "activation: expected a number from 0 to 4, got ", activation);
 }
 
+// A parameter is of input's dtype, or of float32 beside bfloat16: it is narrowed as it is packed.
+void check_parameter(const char* name, const Tensor& parameter, const Tensor& input) {
+  const bool is_wider = parameter.scalar_type() == ScalarType::Float && input.scalar_type() == ScalarType::BFloat16;
+  if (!is_wider || !parameter.is_cpu()) check_like(name, parameter, input);
+}
+
 // The output; and, where `pre_activation` is given, a tensor of what the activation is taken of.
 Tensor forward(const Tensor& input_, const Tensor& weight_, const std::optional<Tensor>& bias_, int64_t activation,
                std::optional<Tensor>* pre_activation) {
   STD_TORCH_CHECK(input_.dim() > 0, "input: expected at least 1 dimension");
   STD_TORCH_CHECK(weight_.dim() == 2, "weight: expected 2 dimensions, got ", weight_.dim());
   check_rows("input", input_, row_count(input_), weight_.size(1));
-  check_like("weight", weight_, input_);
+  check_parameter("weight", weight_, input_);
   check_activation(activation);
   const int64_t N = weight_.size(0);
   if (bias_) {
-    check_like("bias", *bias_, input_);
+    check_like("bias", *bias_, weight_);
     check_shape("bias", *bias_, {N});
   }
   const Tensor input = with_rows(input_), weight = as_contiguous(weight_);
   const std::optional<Tensor> bias = as_contiguous(bias_);
   Linear linear{};
   linear.dtype = dtype_of(input);
+  linear.weight_dtype = dtype_of(weight);
   ++forward_calls.calls;
 
   linear.rows = row_count(input);
@@ -94,17 +101,20 @@ std::tuple<Tensor, Tensor> linear_forward_saving(Tensor input, Tensor weight, st
   return {output, *pre_activation};
 }
 
-// The gradient of the input where there is a weight, of the weight where there is an input.
+// The gradient of the input where there is a weight, of the weight where there is an input. `is_wider` says that the
+// parameters, and so their gradients, are of float32 beside bfloat16.
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output_, std::optional<Tensor> input_,
                                                    std::optional<Tensor> weight_, std::optional<Tensor> saved_,
-                                                   int64_t activation, bool needs_bias) {
+                                                   int64_t activation, bool needs_bias, bool is_wider) {
   STD_TORCH_CHECK(grad_output_.dim() > 0, "grad_output: expected at least 1 dimension");
   const int64_t M = row_count(grad_output_), N = grad_output_.size(grad_output_.dim() - 1);
   int64_t K = 0;
   if (weight_) {
     STD_TORCH_CHECK(weight_->dim() == 2 && weight_->size(0) == N, "weight: expected ", N, " rows, got shape ",
                     shape_string(weight_->sizes()));
-    check_like("weight", *weight_, grad_output_);
+    check_parameter("weight", *weight_, grad_output_);
+    STD_TORCH_CHECK(is_wider == (weight_->scalar_type() != grad_output_.scalar_type()),
+                    "is_wider: expected whether weight's dtype differs from grad_output's");
     K = weight_->size(1);
   }
   if (input_) {
@@ -125,6 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output_, std::opt
   const std::optional<Tensor> input = input_ ? std::optional<Tensor>(with_rows(*input_)) : std::nullopt;
   LinearBackward linear{};
   linear.dtype = dtype_of(grad_output);
+  STD_TORCH_CHECK(!is_wider || linear.dtype == DType::bfloat16, "is_wider: expected grad_output of bfloat16");
+  linear.weight_dtype = is_wider ? DType::float32 : linear.dtype;
   ++backward_calls.calls;
 
   linear.rows = M;
@@ -138,8 +150,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad_output_, std::opt
   linear.grad_output = grad_output.const_data_ptr();
   linear.grad_output_stride = row_stride(grad_output);
   const Tensor grad_input = new_kept(grad_output, weight ? with_columns(grad_output, K) : std::vector<int64_t>{0, K});
-  const Tensor grad_weight = new_kept(grad_output, {input ? N : 0, K});
-  const Tensor grad_bias = new_kept(grad_output, {needs_bias ? N : 0});
+  const Tensor grad_weight = new_kept(grad_output, {input ? N : 0, K}, is_wider);
+  const Tensor grad_bias = new_kept(grad_output, {needs_bias ? N : 0}, is_wider);
   if (weight) linear.grad_input = grad_input.mutable_data_ptr();
   if (input) linear.grad_weight = grad_weight.mutable_data_ptr();
   if (needs_bias) linear.grad_bias = grad_bias.mutable_data_ptr();

@@ -34,7 +34,7 @@ struct Layout {
   size_t bytes;
   int32_t dtype;
 
-  Layout(const Tensor& input, Sizes sizes, bool is_accumulator = false) : dimensions(int64_t(sizes.size())) {
+  Layout(const Tensor& input, Sizes sizes, bool is_accumulator) : dimensions(int64_t(sizes.size())) {
     STD_TORCH_CHECK(sizes.size() <= kMostDimensions, "expected at most ", kMostDimensions, " dimensions");
     const bool widens = is_accumulator && accumulator_dtype(input) != input.scalar_type();
     bytes = widens ? sizeof(float) : input.element_size();
@@ -61,7 +61,7 @@ Tensor new_tensor(const Layout& layout, Sizes sizes) {
 
 }  // namespace
 
-Tensor new_tensor(const Tensor& input, Sizes sizes) { return new_tensor(Layout(input, sizes), sizes); }
+Tensor new_tensor(const Tensor& input, Sizes sizes) { return new_tensor(Layout(input, sizes, false), sizes); }
 
 Tensor new_accumulator(const Tensor& input, Sizes sizes) { return new_tensor(Layout(input, sizes, true), sizes); }
 
@@ -71,9 +71,9 @@ torch::headeronly::ScalarType accumulator_dtype(const Tensor& input) {
   return dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ? ScalarType::Float : dtype;
 }
 
-Tensor new_kept(const Tensor& input, Sizes sizes) {
+Tensor new_kept(const Tensor& input, Sizes sizes, bool is_accumulator) {
+  const Layout layout(input, sizes, is_accumulator);
 #if defined(__linux__)
-  const Layout layout(input, sizes);
   void* const block = torch_from_blob != nullptr && layout.bytes >= kLargeBlock ? take_block(layout.bytes) : nullptr;
   if (block != nullptr) {
     AtenTensorHandle handle;
@@ -86,7 +86,7 @@ Tensor new_kept(const Tensor& input, Sizes sizes) {
     return Tensor(handle);
   }
 #endif
-  return new_tensor(input, sizes);
+  return new_tensor(layout, sizes);
 }
 
 }  // namespace genkernels

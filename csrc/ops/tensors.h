@@ -17,6 +17,6 @@ torch::headeronly::ScalarType accumulator_dtype(const torch::stable::Tensor& inp
 
 // The same in memory that is kept when it is freed: for gradients and for what one op saves for another. Not for
 // outputs: its storage cannot be resized.
-torch::stable::Tensor new_kept(const torch::stable::Tensor& input, Sizes sizes);
+torch::stable::Tensor new_kept(const torch::stable::Tensor& input, Sizes sizes, bool is_accumulator = false);
 
 }  // namespace genkernels

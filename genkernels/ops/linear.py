@@ -15,6 +15,7 @@ from .library import (
     autocast_dtype,
     define,
     described,
+    is_autocast_enabled,
     is_transformed,
     needs_autograd,
 )
@@ -49,7 +50,8 @@ def linear(
     has few rows: at most 32, and 6 of bfloat16 that has to be widened. Larger products pack the
     weight at each call and take the activation while its argument is in registers; the backward
     pass takes its derivative while it reads grad_output. bfloat16 is summed in float32, and rounded
-    once, after the activation.
+    once, after the activation. Under autocast to bfloat16 float32 parameters that are trained are
+    narrowed as they are packed, and their gradients are not rounded to bfloat16.
 
     What PyTorch does as fast is handed over to it, without a warning: gradients of fewer than 64
     rows; products of fewer than 2^22 elements of more than 32 rows; in float32 and float64 of fewer
@@ -85,7 +87,7 @@ def linear(
     handover = _handover(*tensors, activation=activation)
     if handover is None:
         device = "cpu" if input.is_cpu else input.device.type  # whose text has to be made
-        tensors = autocast(device, *tensors)
+        tensors = _autocast(device, *tensors)
     if backend.select("linear", input.device, tensors[0].dtype, handover) == "reference":
         backend.count("linear", "reference")
         return reference.linear(input, weight, bias, activation)
@@ -96,6 +98,21 @@ def linear(
     except RuntimeError:  # the compiled op checks faster, and the check says it better
         _check(*tensors)
         raise
+
+
+def _autocast(device: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """Where gradients are recorded, float32 parameters stay beside a bfloat16 input: the kernel
+    narrows them as it packs them, and does not round their gradients. That spares two copies of
+    each in a step."""
+    if not is_autocast_enabled(device):
+        if weight.dtype != input.dtype:
+            _check(input, weight, bias, takes_wider=False)
+        return input, weight, bias
+    if needs_autograd(input, weight, bias) and autocast_dtype(input) == torch.bfloat16:
+        parameters = (weight,) if bias is None else (weight, bias)
+        if all(parameter.dtype == torch.float32 for parameter in parameters):
+            return *autocast(device, input), weight, bias
+    return autocast(device, input, weight, bias)
 
 
 def check_activation(activation: str | None) -> None:
@@ -154,7 +171,7 @@ def _handover(
     return None
 
 
-def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None, *, takes_wider: bool = True) -> None:
     def reject(name: str, expected: str, got: object) -> NoReturn:
         raise RuntimeError(f"genkernels.linear: {name}: expected {expected}, got {got}")
 
@@ -168,11 +185,13 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         reject("input", expected, f"{list(input.shape)}")
     if bias is not None and bias.shape != (N,):
         reject("bias", f"shape {[N]}", f"{list(bias.shape)}")
+    is_wider = takes_wider and (input.dtype, weight.dtype) == (torch.bfloat16, torch.float32)
+    whose, like = ("weight", weight) if is_wider else ("input", input)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if tensor.dtype != input.dtype:
-            reject(name, f"input's dtype {input.dtype}", tensor.dtype)
+        if tensor.dtype != like.dtype:
+            reject(name, f"{whose}'s dtype {like.dtype}", tensor.dtype)
         if tensor.device != input.device:
             reject(name, f"input's device {input.device}", tensor.device)
 
@@ -202,6 +221,7 @@ class _Linear(torch.autograd.Function):
             weight if needs_input else None,
             output[0] if ctx.activation == "relu" else output[1],
         )
+        ctx.is_wider = args[1].dtype != input.dtype
 
     @staticmethod
     def backward(
@@ -219,10 +239,14 @@ class _Linear(torch.autograd.Function):
             return (None,) * 7
         gradients: tuple[Tensor | None, ...]
         if torch.is_grad_enabled() or is_transformed():
-            gradients = reference.linear_backward(grad_output, input, weight, saved, activation)
+            gradients = _reference_gradients(
+                grad_output, input, weight, saved, activation, ctx.is_wider
+            )
         else:
             index = ACTIVATIONS.index(activation)
-            gradients = _linear_backward(grad_output, input, weight, saved, index, ctx.needs_bias)
+            gradients = _linear_backward(
+                grad_output, input, weight, saved, index, ctx.needs_bias, ctx.is_wider
+            )
         grad_input, grad_weight, grad_bias = gradients
         return (
             None if weight is None else grad_input,
@@ -230,6 +254,26 @@ class _Linear(torch.autograd.Function):
             grad_bias if ctx.needs_bias else None,
             *(None,) * 4,
         )
+
+
+def _narrowed(parameter: Tensor | None, like: Tensor) -> Any:
+    return None if parameter is None else parameter.to(like.dtype)
+
+
+def _reference_gradients(
+    grad_output: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
+    saved: Tensor | None,
+    activation: str | None,
+    is_wider: bool,
+) -> tuple[Tensor | None, ...]:
+    weight = _narrowed(weight, grad_output)
+    gradients = reference.linear_backward(grad_output, input, weight, saved, activation)
+    if not is_wider:
+        return gradients
+    grad_input, grad_weight, grad_bias = gradients
+    return grad_input, None if grad_weight is None else grad_weight.float(), grad_bias.float()
 
 
 def _fake_forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: int) -> Tensor:
@@ -244,13 +288,14 @@ def _fake_forward_saving(*args: Any) -> tuple[Tensor, Tensor]:
 def _reference_forward(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: int
 ) -> Tensor:
+    weight, bias = _narrowed(weight, input), _narrowed(bias, input)
     return reference.linear(input, weight, bias, ACTIVATIONS[activation])
 
 
 def _reference_forward_saving(
     input: Tensor, weight: Tensor, bias: Tensor | None, activation: int
 ) -> tuple[Tensor, Tensor]:
-    x = reference.linear(input, weight, bias)
+    x = _reference_forward(input, weight, bias, ACTIVATIONS.index(None))
     return reference.activate(x, ACTIVATIONS[activation]), x
 
 
@@ -261,21 +306,23 @@ def _fake_backward(
     saved: Tensor | None,
     activation: int,
     needs_bias: bool,
+    is_wider: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     N = grad_output.size(-1)
     K = weight.size(1) if weight is not None else input.size(-1) if input is not None else 0
     leading = grad_output.shape[:-1] if weight is not None else (0,)
+    dtype = torch.float32 if is_wider else grad_output.dtype
     return (
         grad_output.new_empty((*leading, K)),
-        grad_output.new_empty((0 if input is None else N, K)),
-        grad_output.new_empty(N if needs_bias else 0),
+        grad_output.new_empty((0 if input is None else N, K), dtype=dtype),
+        grad_output.new_empty(N if needs_bias else 0, dtype=dtype),
     )
 
 
 def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
-    grad_output, input, weight, saved, activation, _ = args
-    gradients = reference.linear_backward(
-        grad_output, input, weight, saved, ACTIVATIONS[activation]
+    grad_output, input, weight, saved, activation, _, is_wider = args
+    gradients = _reference_gradients(
+        grad_output, input, weight, saved, ACTIVATIONS[activation], is_wider
     )
     return tuple(
         empty if empty.numel() == 0 or gradient is None else gradient.contiguous()
@@ -296,7 +343,7 @@ _linear_forward_saving = define(
 )
 _linear_backward = define(
     "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor? saved, "
-    "int activation, bool needs_bias) -> (Tensor, Tensor, Tensor)",
+    "int activation, bool needs_bias, bool is_wider) -> (Tensor, Tensor, Tensor)",
     _reference_backward,
     _fake_backward,
 )

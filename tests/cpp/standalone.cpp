@@ -319,9 +319,9 @@ bool check_linear(const genkernels::Kernels& kernels, const genkernels::Runtime&
   constexpr int64_t M = c.M, K = c.K, N = c.N;
   std::vector<S> output(M * N, S(NAN)), saved(M * N, S(NAN));
   constexpr auto kSilu = genkernels::Activation::silu;
-  kernels.linear_forward({dtype, M, K, N, c.x.data(), K, c.w.data(), c.b.data(), kSilu, output.data(), saved.data()},
-                         runtime);
-  kernels.linear_backward({dtype, M, K, N, c.x.data(), K, c.w.data(), kSilu, saved.data(), c.g.data(), N,
+  kernels.linear_forward(
+      {dtype, dtype, M, K, N, c.x.data(), K, c.w.data(), c.b.data(), kSilu, output.data(), saved.data()}, runtime);
+  kernels.linear_backward({dtype, dtype, M, K, N, c.x.data(), K, c.w.data(), kSilu, saved.data(), c.g.data(), N,
                            c.grad_input.data(), c.grad_weight.data(), c.grad_bias.data()},
                           runtime);
   Values expected = c.pre_activation(), delta = c.grad_output;
