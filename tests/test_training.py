@@ -26,7 +26,7 @@ from genkernels.data import (
     split_text,
     train_tokenizer,
 )
-from genkernels.models import GPT, GPTConfig, RNNConfig, RNNLanguageModel
+from genkernels.models import BERT, GPT, BERTConfig, GPTConfig, RNNConfig, RNNLanguageModel
 from genkernels.training import (
     RunFolder,
     Training,
@@ -637,6 +637,35 @@ def test_batches_are_measured_where_there_are_targets():
     assert result == (2.0, 5 / 6, 2 / 3, 6, "token")
     assert model.training
     assert evaluate_batches(model, [(guess, target)], "token", log_prob).exact is None
+
+
+MEASURED = {
+    "evaluate": (GPT, lambda m: evaluate(m, random_tokens(9), ByteTokenizer.byte_lengths)),
+    "evaluate_batches": (BERT, lambda m: evaluate_batches(m, [(random_tokens(9)[None],) * 2], "")),
+    "fill_mask": (BERT, lambda m: m.fill_mask(random_tokens(9)[None])),
+    "generate": (GPT, lambda m: m.generate(random_tokens(3)[None], 2)),
+}
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+@pytest.mark.parametrize("name", MEASURED)
+def test_modules_get_their_modes_back(name, is_broken):
+    """After an error too, and those back into evaluation mode that were in it."""
+    model_class, measure = MEASURED[name]
+    config = BERTConfig if model_class is BERT else GPTConfig
+    model = model_class(config(256, 12, num_layers=2, num_heads=2, embedding_dim=16))
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+
+    def look(*args: object) -> None:
+        assert not any(module.training for module in model.modules())
+        if is_broken:
+            raise KeyboardInterrupt
+
+    model.blocks[1].register_forward_hook(look)
+    with pytest.raises(KeyboardInterrupt) if is_broken else contextlib.nullcontext():
+        measure(model)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_baseline_of_frequencies():

@@ -22,7 +22,7 @@ from ...data import (
     spell,
     split_text,
 )
-from ...models import BERT, BERTConfig
+from ...models import BERT, BERTConfig, evaluating
 from ..checkpoint import Checkpoint
 from ..evaluation import TokenEvaluation, evaluate_batches
 from ..loop import TrainingConfig
@@ -108,10 +108,8 @@ class MaskedTask(BERTTask, TextTask):
         inputs, targets = self.held_out[0]
         row = int(torch.randint(len(inputs), (), generator=generator))
         input, target = inputs[row : row + 1], targets[row : row + 1]
-        was_training = model.training
-        model.eval()
-        _, prediction, _ = model.log_prob(input, target)
-        model.train(was_training)
+        with evaluating(model):
+            _, prediction, _ = model.log_prob(input, target)
         special = model.special_tokens
         names = {special.cls: "", special.sep: "", _OPEN: "[", _CLOSE: "]"}
         shown: list[int] = []
@@ -179,10 +177,8 @@ class ClassesTask(BERTTask, RowsTask):
         generator = torch.Generator().manual_seed(seed)
         input, _, lengths = self.held_out[0]
         rows = torch.randint(len(input), (max(max_new_tokens // 60, 1),), generator=generator)
-        was_training = model.training
-        model.eval()
-        classes = model.classify(input[rows], lengths[rows]).argmax(-1)
-        model.train(was_training)
+        with evaluating(model):
+            classes = model.classify(input[rows], lengths[rows]).argmax(-1)
         labels, texts = self.record["labels"], [text for _, text in self.rows.held_out]
         return "\n".join(
             f"{labels[c]}: {texts[row]}" for c, row in zip(classes, rows.tolist(), strict=True)
