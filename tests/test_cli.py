@@ -240,6 +240,21 @@ def test_resume_refuses(case, checkpoint, notes, tmp_path, capsys):
     assert tree(tmp_path) | tree(checkpoint) == before
 
 
+def test_a_byte_order_mark_changes_no_text(trained, notes, tmp_path, capsys):
+    """It is neither learned nor measured on, and a run goes on without it."""
+    run, data = tmp_path / "rnn", tmp_path / "marked.txt"
+    shutil.copytree(trained[0], run)
+    data.write_text(notes.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    arguments = ["--data", str(data), "--output", str(run), "--steps=21"]
+    assert main(["train", "rnn", "--resume", *arguments]) == 0
+    capsys.readouterr()
+    printed = []
+    for path in (notes, data):
+        assert main(["evaluate", str(run), "--data", str(path), "--whole"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
 def test_resume_refuses_another_model(checkpoint, capsys):
     assert main(["train", "gpt", "--resume", "--output", str(checkpoint)]) == 2
     assert f"{checkpoint}: is a run of rnn; expected one of gpt" in capsys.readouterr().err
