@@ -376,6 +376,9 @@ def test_t5_learns_pairs(tables, tmp_path, capsys):
     assert generated(capsys, output, "--prompt", "moon red tree", "--temperature=0") == "moon\n"
     several = ["--prompt", "moon red tree", "--num-samples=2", "--temperature=0"]
     assert generated(capsys, output, *several) == "--- sample 1\nmoon\n--- sample 2\nmoon\n"
+    (tmp_path / "text.txt").write_text(load_text()[:20_000])
+    assert main(["evaluate", output, "--data", str(tmp_path / "text.txt")]) == 2
+    assert "text.txt: is a text, and the model answers sources" in capsys.readouterr().err
     (tmp_path / "bad.tsv").write_text("a\tb\n\na b\n")
     assert main([*train, "--data", str(tmp_path / "bad.tsv"), "--output", output]) == 2
     err = capsys.readouterr().err
@@ -406,6 +409,12 @@ def test_bert_fills_in_what_is_masked(transformers, notes, capsys):
     found = measures(capsys.readouterr().out)
     assert len(found["cross-entropy"]) == len(found["accuracy"]) == 2, "beside the unigram model"
     assert "exact match" not in found
+
+
+def test_a_t5_of_spans_is_not_measured_on_pairs(transformers, tables, capsys):
+    assert main(["evaluate", str(transformers / "t5"), "--data", str(tables / "pairs.tsv")]) == 2
+    err = capsys.readouterr().err
+    assert "pairs.tsv: has sources and targets, and the model restores spans; expected a" in err
 
 
 def test_t5_prints_spans_with_their_names(transformers, capsys):

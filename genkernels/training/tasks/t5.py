@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data import (
+    InputError,
     PairBatches,
     SpanBatches,
     Tokenizer,
@@ -99,6 +100,11 @@ class SpansTask(T5Task, TextTask):
         cls, checkpoint: Checkpoint, data: Path | None, whole: bool
     ) -> tuple[TokenEvaluation, Baseline | None]:
         model, tokenizer, training = checkpoint
+        if _learned(training) is PairsTask:
+            raise InputError(
+                f"{data or DEFAULT_CORPUS}: is a text, and the model answers sources; "
+                "expected a file PAIRS.tsv"
+            )
         sizes = MEASURED_ROWS, training.get("length", _LENGTH), model.config.vocab_size
         text, known = load_text(data), None
         with errors_in(data or DEFAULT_CORPUS):
@@ -130,6 +136,10 @@ class PairsTask(T5Task, RowsTask):
     ) -> tuple[TokenEvaluation, Baseline | None]:
         assert data is not None
         model, tokenizer, training = checkpoint
+        if _learned(training) is SpansTask:
+            raise InputError(
+                f"{data}: has sources and targets, and the model restores spans; expected a text"
+            )
         sizes = training.get("length", _LENGTH), tokenizer
         rows, known = load_pairs(data, *cls.columns), None
         with errors_in(data):
@@ -138,6 +148,11 @@ class PairsTask(T5Task, RowsTask):
         batches = _in_order(rows, *sizes)
         baseline = known and _unigram(_in_order(known, *sizes), batches)
         return cls.measured(model, batches), baseline or None
+
+
+def _learned(training: dict[str, Any]) -> type[Task] | None:
+    """Return the task that a model was trained on, where that was written down."""
+    return T5Task.of(Path(training["data"])) if "data" in training else None
 
 
 def _pairs(
