@@ -312,6 +312,40 @@ def test_dry_run_leaves_nothing(what, notes, tables, tmp_path, monkeypatch, caps
     assert not list(tmp_path.iterdir())
 
 
+DRY = {
+    "rnn": (
+        ["--hidden-size=24", "--batch-size=full", "--steps=2"],
+        ["hidden size 24, num layers 1", " x 16 tokens"],
+    ),
+    "gpt": (
+        ["--num-heads=3", "--num-layers=2", "--steps=3"],
+        ["context length 16, num layers 2, num heads 3, embedding dim 18", "batches of 4 x 16 "],
+    ),
+    "bert": (
+        ["--embedding-dim=15", "--context-length=700", "--vocab-size=1000", "--batch-size=2"],
+        ["num layers 1, num heads 1, embedding dim 15", "batches of 2 x 700 tokens"],
+    ),
+    "t5": (
+        ["--embedding-dim=24", "--num-heads=8", "--feedforward-dim=8", "--minutes=5"],
+        ["num layers 1, num heads 8, embedding dim 24, feedforward dim 8", "260 tokens (bpe)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("model", DRY)
+def test_dry_run_keeps_what_is_given(model, capsys):
+    """And what goes with it: a width for the heads, heads for the width, enough of the text."""
+    arguments, shown = DRY[model]
+    assert main(["train", model, "--dry-run", *arguments, "--no-compare", "--no-sample"]) == 0
+    out = capsys.readouterr().out
+    for text in shown:
+        assert text in out
+    steps = [int(line.split()[0]) for line in out.splitlines() if line.endswith("  cpp")]
+    assert steps[-1] == {"rnn": 2, "gpt": 3}.get(model, 4)
+    if model == "rnn":
+        assert int(out.split("batches of ")[1].split()[0]) > 1000, "the whole text"
+
+
 def measures(out: str) -> dict[str, list[float]]:
     """The figures of each line of an evaluation."""
     lines = {line[:15].rstrip(): line[15:] for line in out.splitlines()}

@@ -280,8 +280,8 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Go all the way in seconds, with a tiny model and a part of the data, and leave "
-        "nothing behind.",
+        help="Go all the way in seconds, with a tiny model but for the sizes that are given and "
+        "a part of the data, and leave nothing behind.",
         rich_help_panel=_RUN,
     ),
 ]

@@ -32,6 +32,7 @@ from ..presets import Preset
 
 _HELD_OUT = 0.1
 _DRY_CHARACTERS = 20_000
+_DRY_CHARACTERS_OF_A_TOKEN = 100
 _DRY_ROWS = 200
 _QUICK_BATCHES = 8
 MEASURED_ROWS = 32  # at once
@@ -149,7 +150,10 @@ class TextTask(Task):
         is_dry: bool = False,
     ) -> None:
         self.source = str(data or DEFAULT_CORPUS)
-        text = load_text(data)[: _DRY_CHARACTERS if is_dry else None]
+        length = getattr(sizes, "context_length", config.sequence_length) or 0
+        # A tenth is held out, and a token stands for several characters.
+        characters = max(_DRY_CHARACTERS, _DRY_CHARACTERS_OF_A_TOKEN * length)
+        text = load_text(data)[: characters if is_dry else None]
         self.digest = digest_of(text)
         self.record = {}
         with errors_in(self.source):
