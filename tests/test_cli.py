@@ -322,8 +322,8 @@ DRY = {
         ["context length 16, num layers 2, num heads 3, embedding dim 18", "batches of 4 x 16 "],
     ),
     "bert": (
-        ["--embedding-dim=15", "--context-length=700", "--vocab-size=1000", "--batch-size=2"],
-        ["num layers 1, num heads 1, embedding dim 15", "batches of 2 x 700 tokens"],
+        ["--embedding-dim=15", "--context-length=1000", "--vocab-size=1000", "--batch-size=2"],
+        ["num layers 1, num heads 1, embedding dim 15", "batches of 2 x 1000 tokens"],
     ),
     "t5": (
         ["--embedding-dim=24", "--num-heads=8", "--feedforward-dim=8", "--minutes=5"],
@@ -515,6 +515,11 @@ def test_attend_refuses(case, transformers, checkpoint, tmp_path, capsys):
 GENERATE = {
     "nothing masked": ("bert", ["--prompt", "a"], "--prompt: nothing to fill in; expected [MASK]"),
     "too long": ("bert", ["--prompt", "[MASK]" * 31], "--prompt: 31 tokens; expected at most 30"),
+    "tokens beyond count": (
+        "t5",
+        ["--prompt=a", "--max-new-tokens", "9" * 30],
+        "Invalid value for '--max",
+    ),
     "no source": ("t5", [], "--prompt: missing; expected a text for the t5 to read"),
 }
 
@@ -537,6 +542,7 @@ TRANSFORMERS = {
         "context_length must be >= 3, [CLS] and [SEP] included, got 2",
     ),
     "full batch": ("gpt", ["--batch-size=full"], "'--batch-size'"),
+    "batch beyond count": ("gpt", ["--batch-size", "9" * 30], "'--batch-size'"),
     "short text": ("t5", ["--data={tmp}/short.txt"], "short.txt: text too short"),
     "one line": ("bert", ["--data={tmp}/one.tsv"], "one.tsv: nothing to hold out"),
     "three columns": ("bert", ["--data={tmp}/three.tsv"], "line 2: 2 tabs; expected label, one"),

@@ -227,7 +227,7 @@ StreamBatchSize = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Sequences in a step.", rich_help_panel=_TRAINING),
+    typer.Option(min=1, max=MAX_SIZE, help="Sequences in a step.", rich_help_panel=_TRAINING),
 ]
 SequenceLength = Annotated[
     int | None,
