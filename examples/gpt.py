@@ -121,7 +121,7 @@ def main():
     args = parser.parse_args()
 
     try:
-        text = args.data.read_text(encoding="utf-8") if args.data else "\n".join(topics.values())
+        text = args.data.read_text("utf-8-sig") if args.data else "\n".join(topics.values())
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"{args.data}: {error}")
     data = torch.tensor(list(text.encode()))

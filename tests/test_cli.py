@@ -240,6 +240,21 @@ def test_resume_refuses(case, checkpoint, notes, tmp_path, capsys):
     assert tree(tmp_path) | tree(checkpoint) == before
 
 
+def test_a_byte_order_mark_changes_no_text(trained, notes, tmp_path, capsys):
+    """It is neither learned nor measured on, and a run goes on without it."""
+    run, data = tmp_path / "rnn", tmp_path / "marked.txt"
+    shutil.copytree(trained[0], run)
+    data.write_text(notes.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    arguments = ["--data", str(data), "--output", str(run), "--steps=21"]
+    assert main(["train", "rnn", "--resume", *arguments]) == 0
+    capsys.readouterr()
+    printed = []
+    for path in (notes, data):
+        assert main(["evaluate", str(run), "--data", str(path), "--whole"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
 def test_resume_refuses_another_model(checkpoint, capsys):
     assert main(["train", "gpt", "--resume", "--output", str(checkpoint)]) == 2
     assert f"{checkpoint}: is a run of rnn; expected one of gpt" in capsys.readouterr().err
@@ -295,6 +310,40 @@ def test_dry_run_leaves_nothing(what, notes, tables, tmp_path, monkeypatch, caps
     assert main(["train", model, "--dry-run", "--data", "none.txt"]) == 2
     assert "none.txt: No such file" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+DRY = {
+    "rnn": (
+        ["--hidden-size=24", "--batch-size=full", "--steps=2"],
+        ["hidden size 24, num layers 1", " x 16 tokens"],
+    ),
+    "gpt": (
+        ["--num-heads=3", "--num-layers=2", "--steps=3"],
+        ["context length 16, num layers 2, num heads 3, embedding dim 18", "batches of 4 x 16 "],
+    ),
+    "bert": (
+        ["--embedding-dim=15", "--context-length=1000", "--vocab-size=1000", "--batch-size=2"],
+        ["num layers 1, num heads 1, embedding dim 15", "batches of 2 x 1000 tokens"],
+    ),
+    "t5": (
+        ["--embedding-dim=24", "--num-heads=8", "--feedforward-dim=8", "--minutes=5"],
+        ["num layers 1, num heads 8, embedding dim 24, feedforward dim 8", "260 tokens (bpe)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("model", DRY)
+def test_dry_run_keeps_what_is_given(model, capsys):
+    """And what goes with it: a width for the heads, heads for the width, enough of the text."""
+    arguments, shown = DRY[model]
+    assert main(["train", model, "--dry-run", *arguments, "--no-compare", "--no-sample"]) == 0
+    out = capsys.readouterr().out
+    for text in shown:
+        assert text in out
+    steps = [int(line.split()[0]) for line in out.splitlines() if line.endswith("  cpp")]
+    assert steps[-1] == {"rnn": 2, "gpt": 3}.get(model, 4)
+    if model == "rnn":
+        assert int(out.split("batches of ")[1].split()[0]) > 1000, "the whole text"
 
 
 def measures(out: str) -> dict[str, list[float]]:
@@ -361,6 +410,9 @@ def test_t5_learns_pairs(tables, tmp_path, capsys):
     assert generated(capsys, output, "--prompt", "moon red tree", "--temperature=0") == "moon\n"
     several = ["--prompt", "moon red tree", "--num-samples=2", "--temperature=0"]
     assert generated(capsys, output, *several) == "--- sample 1\nmoon\n--- sample 2\nmoon\n"
+    (tmp_path / "text.txt").write_text(load_text()[:20_000])
+    assert main(["evaluate", output, "--data", str(tmp_path / "text.txt")]) == 2
+    assert "text.txt: is a text, and the model answers sources" in capsys.readouterr().err
     (tmp_path / "bad.tsv").write_text("a\tb\n\na b\n")
     assert main([*train, "--data", str(tmp_path / "bad.tsv"), "--output", output]) == 2
     err = capsys.readouterr().err
@@ -391,6 +443,12 @@ def test_bert_fills_in_what_is_masked(transformers, notes, capsys):
     found = measures(capsys.readouterr().out)
     assert len(found["cross-entropy"]) == len(found["accuracy"]) == 2, "beside the unigram model"
     assert "exact match" not in found
+
+
+def test_a_t5_of_spans_is_not_measured_on_pairs(transformers, tables, capsys):
+    assert main(["evaluate", str(transformers / "t5"), "--data", str(tables / "pairs.tsv")]) == 2
+    err = capsys.readouterr().err
+    assert "pairs.tsv: has sources and targets, and the model restores spans; expected a" in err
 
 
 def test_t5_prints_spans_with_their_names(transformers, capsys):
@@ -457,6 +515,11 @@ def test_attend_refuses(case, transformers, checkpoint, tmp_path, capsys):
 GENERATE = {
     "nothing masked": ("bert", ["--prompt", "a"], "--prompt: nothing to fill in; expected [MASK]"),
     "too long": ("bert", ["--prompt", "[MASK]" * 31], "--prompt: 31 tokens; expected at most 30"),
+    "tokens beyond count": (
+        "t5",
+        ["--prompt=a", "--max-new-tokens", "9" * 30],
+        "Invalid value for '--max",
+    ),
     "no source": ("t5", [], "--prompt: missing; expected a text for the t5 to read"),
 }
 
@@ -479,6 +542,7 @@ TRANSFORMERS = {
         "context_length must be >= 3, [CLS] and [SEP] included, got 2",
     ),
     "full batch": ("gpt", ["--batch-size=full"], "'--batch-size'"),
+    "batch beyond count": ("gpt", ["--batch-size", "9" * 30], "'--batch-size'"),
     "short text": ("t5", ["--data={tmp}/short.txt"], "short.txt: text too short"),
     "one line": ("bert", ["--data={tmp}/one.tsv"], "one.tsv: nothing to hold out"),
     "three columns": ("bert", ["--data={tmp}/three.tsv"], "line 2: 2 tabs; expected label, one"),

@@ -18,6 +18,7 @@ from genkernels.data import (
     clean_text,
     encode_masked,
     encode_source,
+    load_pairs,
     load_text,
     load_tokenizer,
     sequence_batches,
@@ -43,6 +44,16 @@ def test_reads_a_file_of_ones_own(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_bytes("gr\u00fc\u00df\r\ndich".encode())
     assert load_text(path) == "gr\u00fc\u00df\ndich"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    path = tmp_path / "labels.tsv"
+    path.write_text("day\tred sun\nnight\tmoon\n", encoding="utf-8-sig")
+    assert load_text(path) == "day\tred sun\nnight\tmoon\n"
+    assert load_pairs(path) == [("day", "red sun"), ("night", "moon")]
+    path.write_text("", encoding="utf-8-sig")
+    with pytest.raises(InputError, match="no text"):
+        load_text(path)
 
 
 @pytest.mark.parametrize(
@@ -194,10 +205,12 @@ def test_refuses_a_text_shorter_than_one_sequence(batch_size):
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_text_streams_as_it_is_cleaned_as_a_whole(kind):
-    """Characters of several bytes, accents of their own, Hangul, line ends, control sequences."""
+    """Characters of several bytes, accents of their own, Hangul, line ends, control sequences, byte
+    order marks."""
     generator = random.Random(0)
     parts = ["a", "\u0301", "\u0323", "\r", "\n", "\x1b[31m", "\u1112", "\u1161", "\u11ab"]
     parts += ["\u00e9", "\u20ac", "\U0001f600", "\ufffd", "\u09c7", "\u09be", "\x00", " "]
+    parts += ["\ufeff"] * 2
     tokenizer = train_tokenizer("".join(parts) * 9, 256 if kind == "bytes" else 280)
     early = 0
     for _ in range(300):

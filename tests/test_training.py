@@ -16,6 +16,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.image import imread
 from safetensors.torch import load, load_file, save, save_file
 
 from genkernels.data import (
@@ -38,12 +39,14 @@ from genkernels.training import (
     evaluate_batches,
     load_checkpoint,
     load_state,
+    plot_attention,
     plot_loss,
     replace_folder,
     save_checkpoint,
     train,
 )
 from genkernels.training import evaluation as evaluation_module
+from genkernels.training import plot as plot_module
 from genkernels.training.tasks import TASKS
 from genkernels.training.tasks.task import frequencies
 
@@ -642,6 +645,35 @@ def test_batches_are_measured_where_there_are_targets():
     assert evaluate_batches(model, [(guess, target)], "token", log_prob).exact is None
 
 
+MEASURED = {
+    "evaluate": (GPT, lambda m: evaluate(m, random_tokens(9), ByteTokenizer.byte_lengths)),
+    "evaluate_batches": (BERT, lambda m: evaluate_batches(m, [(random_tokens(9)[None],) * 2], "")),
+    "fill_mask": (BERT, lambda m: m.fill_mask(random_tokens(9)[None])),
+    "generate": (GPT, lambda m: m.generate(random_tokens(3)[None], 2)),
+}
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+@pytest.mark.parametrize("name", MEASURED)
+def test_modules_get_their_modes_back(name, is_broken):
+    """After an error too, and those back into evaluation mode that were in it."""
+    model_class, measure = MEASURED[name]
+    config = BERTConfig if model_class is BERT else GPTConfig
+    model = model_class(config(256, 12, num_layers=2, num_heads=2, embedding_dim=16))
+    model.blocks[0].eval()
+    modes = [module.training for module in model.modules()]
+
+    def look(*args: object) -> None:
+        assert not any(module.training for module in model.modules())
+        if is_broken:
+            raise KeyboardInterrupt
+
+    model.blocks[1].register_forward_hook(look)
+    with pytest.raises(KeyboardInterrupt) if is_broken else contextlib.nullcontext():
+        measure(model)
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_baseline_of_frequencies():
     known, targets = torch.tensor([0, 0, 0, 2]), torch.tensor([0, 1, 0])
     baseline = frequencies("frequent", known, targets)  # counts, and one more, are 4, 1 and 2 of 7
@@ -684,6 +716,49 @@ def test_replace_folder_makes_no_folder_in_vain(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match=r"^/: (holds|cannot)"), replace_folder("/"):
         pytest.fail("the block must not be entered")
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "columns", "grid"),
+    [(1, 3, 3, (1, 1)), (6, 40, 40, (2, 3)), (7, 5, 3, (2, 4)), (9, 3, 5, (3, 3))],
+)
+def test_heads_are_drawn_in_a_grid_that_can_be_read(
+    heads, rows, columns, grid, tmp_path, monkeypatch
+):
+    figures, make = [], plot_module._figure
+    monkeypatch.setattr(plot_module, "_figure", lambda *a: figures.append(make(*a)) or figures[-1])
+    weights = torch.randn(heads, rows, columns).softmax(-1)
+    names = [[f"' documentation{i}$x$'" for i in range(n)] for n in (rows, columns)]
+    plot_attention(tmp_path / "a.png", weights, *names, "blocks.0.attention")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    *pictures, bar = figures[0].axes
+    assert len(pictures) == heads
+    assert bar.get_ylabel()
+    images = [picture.images[0] for picture in pictures]
+    assert {image.get_clim() for image in images} == {(0, weights.max().item())}, "one colour bar"
+    for head, image in enumerate(images):
+        assert torch.equal(torch.tensor(image.get_array().data), weights[head])
+    places = [picture.get_position() for picture in pictures]
+    for side, count in zip(("y0", "x0"), grid, strict=True):
+        assert len({round(getattr(place, side), 3) for place in places}) == count
+    for picture in pictures:
+        for axis, texts in ((picture.yaxis, names[0]), (picture.xaxis, names[1])):
+            labels = [label for label in axis.get_ticklabels() if label.get_text()]
+            assert [label.get_text() for label in labels] in ([], texts)
+            boxes = [label.get_window_extent() for label in labels]
+            assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+            assert all(figures[0].bbox.fully_containsx(x) for b in boxes for x in (b.x0, b.x1))
+            assert all(figures[0].bbox.fully_containsy(y) for b in boxes for y in (b.y0, b.y1))
+    assert pictures[0].get_yticklabels()[0].get_text()
+    assert pictures[-1].get_xticklabels()[0].get_text()
+    assert pictures[grid[1] - 1].get_xticklabels()[0].get_text() or heads == grid[0] * grid[1]
+
+
+def test_a_picture_of_many_heads_is_not_too_large_to_draw(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot_module, "_LONGEST_SIDE", 150)
+    plot_attention(tmp_path / "a.png", torch.ones(30, 1, 1), ["a"], ["a"], "")
+    height, width, _ = imread(tmp_path / "a.png").shape
+    assert 145 < height <= 150 > width
 
 
 def test_loss_curve_is_a_png(tmp_path):

@@ -22,6 +22,7 @@ from ..data import (
     spell_masked,
 )
 from ..models import BERT, T5, CausalModel
+from ..models.config import MAX_SIZE
 from ..training import labels_of, load_checkpoint
 from . import options
 
@@ -32,7 +33,9 @@ def generate(
     checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
     which: options.WhichWeights = "best",
     prompt: options.Prompt = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 400,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=MAX_SIZE, help="How many tokens to add.")
+    ] = 400,
     temperature: Annotated[
         float,
         typer.Option(min=0, max=1e6, help="Below 1 is safer, above 1 bolder; 0 is greedy."),

@@ -227,7 +227,7 @@ StreamBatchSize = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option(min=1, help="Sequences in a step.", rich_help_panel=_TRAINING),
+    typer.Option(min=1, max=MAX_SIZE, help="Sequences in a step.", rich_help_panel=_TRAINING),
 ]
 SequenceLength = Annotated[
     int | None,
@@ -280,8 +280,8 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Go all the way in seconds, with a tiny model and a part of the data, and leave "
-        "nothing behind.",
+        help="Go all the way in seconds, with a tiny model but for the sizes that are given and "
+        "a part of the data, and leave nothing behind.",
         rich_help_panel=_RUN,
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import textwrap
 from pathlib import Path
@@ -56,13 +57,23 @@ def train_model(model: str, context: typer.Context, **values: Any) -> None:
     if values["resume"]:
         raise InputError("--dry-run: has nothing to resume; expected it without --resume")
     values |= {"tensorboard": None, "stop_after": None}
-    given |= task_class.tiny | {"steps": _DRY_STEPS, "minutes": None}
+    given = _tiny(task_class.tiny, given) | given
     with tempfile.TemporaryDirectory(prefix="genkernels-") as folder:
         try:
             _train(task_class, values, given, Path(folder) / model)
         except typer.Abort:  # whose words are about a folder that is gone
             raise KeyboardInterrupt from None
     print("dry run         all of it works; nothing was left behind")
+
+
+def _tiny(sizes: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes and settings of a dry run, such that they go with those that were given."""
+    tiny = sizes | {"steps": _DRY_STEPS}
+    if "num_heads" in given:  # which have to divide the width
+        tiny["embedding_dim"] += -tiny["embedding_dim"] % given["num_heads"]
+    elif "num_heads" in tiny and "embedding_dim" in given:
+        tiny["num_heads"] = math.gcd(tiny["num_heads"], given["embedding_dim"])
+    return tiny
 
 
 def _train(

@@ -16,6 +16,7 @@ from .errors import InputError
 
 DEFAULT_CORPUS = "pydoc_data.topics"
 
+_BYTE_ORDER_MARK = "\ufeff"
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # A shorter paragraph (a heading, "Note:", a refrain) is repeated by chance, not copied.
 _SHORTEST_COPY = 64
@@ -34,7 +35,8 @@ def clean_text(text: str) -> str:
     Unicode normalisation form C; a leading byte order mark dropped; line ends CR LF and CR become
     LF; control characters (category Cc) other than LF and tab dropped.
     """
-    return _without_control(unicodedata.normalize("NFC", text.removeprefix("\ufeff")))
+    text = text.removeprefix(_BYTE_ORDER_MARK)
+    return _without_control(unicodedata.normalize("NFC", text))
 
 
 def _without_control(text: str) -> str:
@@ -52,6 +54,7 @@ class TextStream:
         self._decode = decode
         self._tokens: list[Tensor] = []
         self._text = ""
+        self._has_begun = False
 
     def add(self, tokens: Tensor) -> str:
         """Take the next tokens, int64 [N], and return what is certain now."""
@@ -78,6 +81,9 @@ class TextStream:
 
     def _take(self, count: int) -> str:
         certain, self._text = self._text[:count], self._text[count:]
+        if certain and not self._has_begun:
+            self._has_begun = True
+            certain = certain.removeprefix(_BYTE_ORDER_MARK)
         return _without_control(certain)
 
 

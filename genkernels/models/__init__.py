@@ -4,6 +4,7 @@ from typing import Any
 
 from .attention_maps import attention_maps
 from .bert import BERT, BERTConfig, Fillings
+from .evaluating import evaluating
 from .gpt import GPT, GPTConfig
 from .markov import MarkovModel
 from .rnn import RNNConfig, RNNLanguageModel
@@ -32,5 +33,6 @@ __all__ = [
     "RNNLanguageModel",
     "T5Config",
     "attention_maps",
+    "evaluating",
     "sample_token",
 ]

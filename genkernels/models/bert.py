@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data import SpecialTokens
 from .config import check_sizes
+from .evaluating import evaluating
 from .transformer import (
     FUSED,
     MLP,
@@ -161,13 +162,11 @@ class BERT(nn.Module):
             raise ValueError(f"k must be from 1 to vocab_size {self.config.vocab_size}, got {k}")
         if positions is not None:
             input = input.masked_fill(positions, self.special_tokens.mask)
-        was_training = self.training
-        self.eval()
-        x = self._run(input, lengths)[input == self.special_tokens.mask]  # [M, E]
-        logits = self.functions.linear(
-            self._transformed(x), self._output_weight(), self.output_bias
-        )
-        self.train(was_training)
+        with evaluating(self):
+            x = self._run(input, lengths)[input == self.special_tokens.mask]  # [M, E]
+            logits = self.functions.linear(
+                self._transformed(x), self._output_weight(), self.output_bias
+            )
         return Fillings(*logits.softmax(-1).topk(k))
 
     def classify(self, input: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .evaluating import evaluating
+
 
 def sample_token(
     logits: Tensor,
@@ -85,9 +87,7 @@ def draw_tokens(
         raise ValueError(f"prompt must be [B, P] with P >= 1, got {list(prompt.shape)}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens must be >= 0, got {max_new_tokens}")
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         tokens, start = prompt, state
         for _ in range(max_new_tokens):
             logits, state = predict(tokens, state)
@@ -97,8 +97,6 @@ def draw_tokens(
                 tokens = token
             else:
                 tokens, state = torch.cat([tokens, token], 1), start
-    finally:
-        model.train(was_training)
 
 
 class CausalModel(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import batchify
+from ..models import evaluating
 
 _TOKENS_AT_ONCE = 4096
 
@@ -95,20 +96,18 @@ def evaluate_batches(
     Raises:
         FloatingPointError: the cross-entropy is not a finite number.
     """
-    was_training = model.training
-    model.eval()
     nats, correct, exact, rows, count = 0.0, 0, 0, 0, 0
-    for batch in batches:
-        target = batch[1]
-        logs, prediction, *_ = (log_prob or cast(Any, type(model)).log_prob)(model, *batch)
-        is_meant = target != -100
-        is_right = (prediction.view_as(target) == target) | ~is_meant
-        nats -= logs.view_as(target)[is_meant].sum(dtype=torch.float64).item()
-        correct += int(is_right[is_meant].sum())
-        exact += int(is_right.view(len(target), -1).all(-1).sum())
-        rows += len(target)
-        count += int(is_meant.sum())
-    model.train(was_training)
+    with evaluating(model):
+        for batch in batches:
+            target = batch[1]
+            logs, prediction, *_ = (log_prob or cast(Any, type(model)).log_prob)(model, *batch)
+            is_meant = target != -100
+            is_right = (prediction.view_as(target) == target) | ~is_meant
+            nats -= logs.view_as(target)[is_meant].sum(dtype=torch.float64).item()
+            correct += int(is_right[is_meant].sum())
+            exact += int(is_right.view(len(target), -1).all(-1).sum())
+            rows += len(target)
+            count += int(is_meant.sum())
     return TokenEvaluation(
         _finite(nats / count), correct / count, exact / rows if has_rows else None, count, kind
     )
@@ -139,18 +138,16 @@ def evaluate(
     """
     if len(tokens) < 2:
         raise ValueError(f"tokens must hold at least 2, got {len(tokens)}")
-    was_training = model.training
-    model.eval()
     nats, correct, count, length = 0.0, 0, 0, 0
     state: Any = None
     context_length = getattr(model.config, "context_length", None)
-    for input, target in _pieces(tokens, batch_size, context_length):
-        log_prob, prediction, state = cast(Any, model).log_prob(input, target, state)
-        nats -= log_prob.sum(dtype=torch.float64).item()
-        correct += int((prediction == target.flatten()).sum())
-        count += target.numel()
-        length += int(byte_lengths[target].sum())
-    model.train(was_training)
+    with evaluating(model):
+        for input, target in _pieces(tokens, batch_size, context_length):
+            log_prob, prediction, state = cast(Any, model).log_prob(input, target, state)
+            nats -= log_prob.sum(dtype=torch.float64).item()
+            correct += int((prediction == target.flatten()).sum())
+            count += target.numel()
+            length += int(byte_lengths[target].sum())
     cross_entropy = _finite(nats / count)
     return Evaluation(
         cross_entropy,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+
+_DPI = 120
+_HEADS_ABREAST = 4
+_TOKEN = 0.18  # inches
+_LONGEST_SIDE = 12_000  # pixels: matplotlib draws up to 65,535, in memory that nobody has
 
 
 def plot_loss(
@@ -26,7 +32,7 @@ def plot_loss(
     axes.set(xlabel="step", ylabel=unit)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, format="png", dpi=120)
+    figure.savefig(path, format="png")
 
 
 def plot_attention(
@@ -36,27 +42,42 @@ def plot_attention(
     columns: Sequence[str],
     title: str,
 ) -> None:
-    """Write a PNG of attention's weights, [H, L, S], a picture for each head; the names are those
-    of the L rows and S columns."""
+    """Write a PNG of attention's weights, [H, L, S], a picture for each head, at most four abreast;
+    the names are those of the L rows and S columns. The colours mean the same in all of them."""
     heads = len(weights)
-    width, height = 2 + 0.18 * len(columns), 2 + 0.18 * len(rows)
-    figure = _figure(width * heads, height)
+    down = math.ceil(heads / _HEADS_ABREAST)
+    abreast = math.ceil(heads / down)
+    width = 3 + (0.3 + _TOKEN * len(columns)) * abreast
+    height = 2 + (0.4 + _TOKEN * len(rows)) * down
+    figure = _figure(width, height)
     figure.suptitle(title)
-    for head, axes in enumerate(figure.subplots(1, heads, squeeze=False)[0]):
-        axes.imshow(weights[head].float().numpy(), vmin=0, cmap="viridis")
+    grid = figure.subplots(down, abreast, squeeze=False)
+    for head, axes in enumerate(grid.flat):
+        if head >= heads:
+            axes.remove()
+            continue
+        image = axes.imshow(
+            weights[head].float().numpy(), vmin=0, vmax=weights.max().item(), cmap="viridis"
+        )
         axes.set_title(f"head {head}" if heads > 1 else "", fontsize=8)
-        axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=7)
-        axes.set_yticks(range(len(rows)), rows, fontsize=7)
+        is_lowest, is_leftmost = head + abreast >= heads, head % abreast == 0
+        axes.set_xticks(range(len(columns)), columns if is_lowest else [], rotation=90, fontsize=7)
+        axes.set_yticks(range(len(rows)), rows if is_leftmost else [], fontsize=7)
+    bar = figure.colorbar(image, ax=figure.axes, aspect=40, fraction=0.05, pad=0.02)
+    bar.set_label("share of the row's attention", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     # Spaces and accents of other scripts are shown as they are; dollars are no formulas.
     for text in figure.findobj(lambda artist: hasattr(artist, "set_parse_math")):
         text.set_parse_math(False)
-    figure.savefig(path, format="png", dpi=120)
+    figure.savefig(path, format="png")
 
 
 def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    # Constrained, and close together what keeps its shape.
+    dpi = min(_DPI, _LONGEST_SIDE / max(width, height))
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="compressed")
     FigureCanvasAgg(figure)  # draws without a display, and leaves pyplot's global state alone
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,28 +23,30 @@ from ...data import (
     spell,
     split_text,
 )
-from ...models import BERT, BERTConfig
+from ...models import BERT, BERTConfig, evaluating
 from ..checkpoint import Checkpoint
 from ..evaluation import TokenEvaluation, evaluate_batches
 from ..loop import TrainingConfig
 from ..presets import BERT_PRESETS
 from .task import (
     DEFAULT_CORPUS,
+    MEASURED_ROWS,
     Baseline,
+    BatchesTask,
     RowsTask,
     Task,
     TextTask,
     frequencies,
+    in_order,
     is_table,
     split_rows,
+    targets_of,
 )
 
-_ROWS = 32  # that are measured at once
-_QUICK_BATCHES = 8
 _OPEN, _CLOSE = -1, -2  # no tokens
 
 
-class BERTTask(Task):
+class BERTTask(BatchesTask):
     """What both tasks of a BERT share."""
 
     model_class = BERT
@@ -58,16 +61,10 @@ class BERTTask(Task):
     }
     kernel = "attention"
     scale = 1.0
-    held_out: list[tuple[Tensor, ...]]
 
     @classmethod
     def of(cls, data: Path | None) -> type[Task]:
         return ClassesTask if is_table(data) else MaskedTask
-
-    def evaluate(self, model: nn.Module, quickly: bool = False) -> TokenEvaluation:
-        return evaluate_batches(
-            model, self.held_out[: _QUICK_BATCHES if quickly else None], "masked token"
-        )
 
 
 class MaskedTask(BERTTask, TextTask):
@@ -79,8 +76,8 @@ class MaskedTask(BERTTask, TextTask):
         assert config.batch_size != "full"
         length, vocab_size = self.sizes.context_length, self.sizes.vocab_size
         self.batches = MaskedBatches(tokens, config.batch_size, length, vocab_size, seed)
-        self.held_out = _windows(held_out, length, vocab_size)
-        self.baseline = _unigram(tokens, self.held_out)
+        self.held_out = masked_windows(held_out, MEASURED_ROWS, length, vocab_size)
+        self.baseline = frequencies("unigram model", tokens, targets_of(self.held_out))
 
     @classmethod
     def measure(
@@ -98,9 +95,16 @@ class MaskedTask(BERTTask, TextTask):
                 training, text = split_text(text)
                 known = tokenizer.encode(training)
             length, vocab_size = model.config.context_length, model.config.vocab_size
-            batches = _windows(tokenizer.encode(text), length, vocab_size)
-        baseline = None if known is None else _unigram(known, batches)
-        return evaluate_batches(model, batches, "masked token"), baseline
+            tokens = tokenizer.encode(text)
+            batches = masked_windows(tokens, MEASURED_ROWS, length, vocab_size)
+        result = cls.measured(model, batches)
+        if known is None:
+            return result, None
+        return result, frequencies("unigram model", known, targets_of(batches))
+
+    @classmethod
+    def measured(cls, model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> TokenEvaluation:
+        return evaluate_batches(model, batches, "masked token")
 
     @torch.no_grad()
     def sample(self, model: Any, max_new_tokens: int, seed: int) -> str:
@@ -108,10 +112,8 @@ class MaskedTask(BERTTask, TextTask):
         inputs, targets = self.held_out[0]
         row = int(torch.randint(len(inputs), (), generator=generator))
         input, target = inputs[row : row + 1], targets[row : row + 1]
-        was_training = model.training
-        model.eval()
-        _, prediction, _ = model.log_prob(input, target)
-        model.train(was_training)
+        with evaluating(model):
+            _, prediction, _ = model.log_prob(input, target)
         special = model.special_tokens
         names = {special.cls: "", special.sep: "", _OPEN: "[", _CLOSE: "]"}
         shown: list[int] = []
@@ -120,15 +122,6 @@ class MaskedTask(BERTTask, TextTask):
         ):
             shown += [token] if hidden == -100 else [_OPEN, filled, _CLOSE]
         return clean_text(spell(torch.tensor(shown[:max_new_tokens]), self.tokenizer, names))
-
-
-def _windows(tokens: Tensor, length: int, vocab_size: int) -> list[tuple[Tensor, ...]]:
-    return [*masked_windows(tokens, _ROWS, length, vocab_size)]
-
-
-def _unigram(known: Tensor, batches: list[tuple[Tensor, ...]]) -> Baseline:
-    hidden = torch.cat([target[target != -100] for _, target in batches])
-    return frequencies("unigram model", known, hidden)
 
 
 class ClassesTask(BERTTask, RowsTask):
@@ -151,10 +144,6 @@ class ClassesTask(BERTTask, RowsTask):
         self.held_out = _in_order(self.rows.held_out, labels, self.tokenizer, self.sizes)
         self.baseline = _by_frequency(self.rows.training, labels, self.held_out)
 
-    def evaluate(self, model: nn.Module, quickly: bool = False) -> TokenEvaluation:
-        held_out = self.held_out[: _QUICK_BATCHES if quickly else None]
-        return evaluate_batches(model, held_out, "label", _class_log_prob)
-
     @classmethod
     def measure(
         cls, checkpoint: Checkpoint, data: Path | None, whole: bool
@@ -172,17 +161,19 @@ class ClassesTask(BERTTask, RowsTask):
             known, measured = ([], rows) if whole else split_rows(rows)
         batches = _in_order(measured, labels, tokenizer, model.config)
         baseline = _by_frequency(known, labels, batches) if known else None
-        return evaluate_batches(model, batches, "label", _class_log_prob), baseline
+        return cls.measured(model, batches), baseline
+
+    @classmethod
+    def measured(cls, model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> TokenEvaluation:
+        return evaluate_batches(model, batches, "label", _class_log_prob)
 
     @torch.no_grad()
     def sample(self, model: Any, max_new_tokens: int, seed: int) -> str:
         generator = torch.Generator().manual_seed(seed)
         input, _, lengths = self.held_out[0]
         rows = torch.randint(len(input), (max(max_new_tokens // 60, 1),), generator=generator)
-        was_training = model.training
-        model.eval()
-        classes = model.classify(input[rows], lengths[rows]).argmax(-1)
-        model.train(was_training)
+        with evaluating(model):
+            classes = model.classify(input[rows], lengths[rows]).argmax(-1)
         labels, texts = self.record["labels"], [text for _, text in self.rows.held_out]
         return "\n".join(
             f"{labels[c]}: {texts[row]}" for c, row in zip(classes, rows.tolist(), strict=True)
@@ -218,16 +209,14 @@ def _labelled(
 def _in_order(
     rows: list[tuple[str, str]], labels: list[str], tokenizer: Tokenizer, sizes: BERTConfig
 ) -> list[tuple[Tensor, ...]]:
-    batches = _labelled(rows, labels, tokenizer, sizes, _ROWS)
-    return [batches.rows(indices) for indices in torch.arange(len(rows)).split(_ROWS)]
+    return in_order(_labelled(rows, labels, tokenizer, sizes, MEASURED_ROWS))
 
 
 def _by_frequency(
     rows: list[tuple[str, str]], labels: list[str], batches: list[tuple[Tensor, ...]]
 ) -> Baseline:
     known = torch.tensor([labels.index(label) for label, _ in rows])
-    targets = torch.cat([classes for _, classes, _ in batches])
-    return frequencies("by frequency", known, targets)
+    return frequencies("by frequency", known, targets_of(batches))
 
 
 def _class_log_prob(

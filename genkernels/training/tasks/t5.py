@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data import (
+    InputError,
     PairBatches,
     SpanBatches,
     Tokenizer,
@@ -28,21 +29,23 @@ from ..loop import TrainingConfig
 from ..presets import T5_PRESETS
 from .task import (
     DEFAULT_CORPUS,
+    MEASURED_ROWS,
     Baseline,
+    BatchesTask,
     RowsTask,
     Task,
     TextTask,
     frequencies,
+    in_order,
     is_table,
     split_rows,
+    targets_of,
 )
 
-_ROWS = 32  # that are measured at once
-_QUICK_BATCHES = 8
 _LENGTH = 64  # where training did not write it down
 
 
-class T5Task(Task):
+class T5Task(BatchesTask):
     """What both tasks of a T5 share."""
 
     model_class = T5
@@ -58,14 +61,14 @@ class T5Task(Task):
     }
     kernel = "attention"
     scale = 1.0
-    held_out: list[tuple[Tensor, ...]]
 
     @classmethod
     def of(cls, data: Path | None) -> type[Task]:
         return PairsTask if is_table(data) else SpansTask
 
-    def evaluate(self, model: nn.Module, quickly: bool = False) -> TokenEvaluation:
-        return _evaluate(model, self.held_out[: _QUICK_BATCHES if quickly else None])
+    @classmethod
+    def measured(cls, model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> TokenEvaluation:
+        return evaluate_batches(model, batches, "target token", has_rows=True)
 
     def sample(self, model: Any, max_new_tokens: int, seed: int) -> str:
         generator = torch.Generator().manual_seed(seed)
@@ -78,10 +81,6 @@ class T5Task(Task):
         return clean_text(" -> ".join(parts))
 
 
-def _evaluate(model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> TokenEvaluation:
-    return evaluate_batches(model, batches, "target token", has_rows=True)
-
-
 class SpansTask(T5Task, TextTask):
     """The spans that are cut out of a text, from what is left of it."""
 
@@ -90,29 +89,30 @@ class SpansTask(T5Task, TextTask):
     def prepare(self, tokens: Tensor, held_out: Tensor, config: TrainingConfig, seed: int) -> None:
         assert config.batch_size != "full"
         assert config.sequence_length
-        length, vocab_size = config.sequence_length, self.sizes.vocab_size
-        self.record = {"length": length}
-        self.batches = SpanBatches(tokens, config.batch_size, length, vocab_size, seed)
-        self.held_out = _windows(held_out, length, vocab_size)
-        self.baseline = _unigram(_windows(tokens, length, vocab_size), self.held_out)
+        sizes = config.sequence_length, self.sizes.vocab_size
+        self.record = {"length": config.sequence_length}
+        self.batches = SpanBatches(tokens, config.batch_size, *sizes, seed)
+        self.held_out = corrupted_windows(held_out, MEASURED_ROWS, *sizes)
+        self.baseline = _unigram(corrupted_windows(tokens, MEASURED_ROWS, *sizes), self.held_out)
 
     @classmethod
     def measure(
         cls, checkpoint: Checkpoint, data: Path | None, whole: bool
     ) -> tuple[TokenEvaluation, Baseline | None]:
         model, tokenizer, training = checkpoint
-        sizes = training.get("length", _LENGTH), model.config.vocab_size
+        if _learned(training) is PairsTask:
+            raise InputError(
+                f"{data or DEFAULT_CORPUS}: is a text, and the model answers sources; "
+                "expected a file PAIRS.tsv"
+            )
+        sizes = MEASURED_ROWS, training.get("length", _LENGTH), model.config.vocab_size
         text, known = load_text(data), None
         with errors_in(data or DEFAULT_CORPUS):
             if not whole:
                 known, text = split_text(text)
-            batches = _windows(tokenizer.encode(text), *sizes)
-            baseline = known and _unigram(_windows(tokenizer.encode(known), *sizes), batches)
-        return _evaluate(model, batches), baseline or None
-
-
-def _windows(tokens: Tensor, length: int, vocab_size: int) -> list[tuple[Tensor, ...]]:
-    return [*corrupted_windows(tokens, _ROWS, length, vocab_size)]
+            batches = corrupted_windows(tokenizer.encode(text), *sizes)
+            seen = known and corrupted_windows(tokenizer.encode(known), *sizes)
+        return cls.measured(model, batches), _unigram(seen, batches) if seen else None
 
 
 class PairsTask(T5Task, RowsTask):
@@ -136,6 +136,10 @@ class PairsTask(T5Task, RowsTask):
     ) -> tuple[TokenEvaluation, Baseline | None]:
         assert data is not None
         model, tokenizer, training = checkpoint
+        if _learned(training) is SpansTask:
+            raise InputError(
+                f"{data}: has sources and targets, and the model restores spans; expected a text"
+            )
         sizes = training.get("length", _LENGTH), tokenizer
         rows, known = load_pairs(data, *cls.columns), None
         with errors_in(data):
@@ -143,7 +147,12 @@ class PairsTask(T5Task, RowsTask):
                 known, rows = split_rows(rows)
         batches = _in_order(rows, *sizes)
         baseline = known and _unigram(_in_order(known, *sizes), batches)
-        return _evaluate(model, batches), baseline or None
+        return cls.measured(model, batches), baseline or None
+
+
+def _learned(training: dict[str, Any]) -> type[Task] | None:
+    """Return the task that a model was trained on, where that was written down."""
+    return T5Task.of(Path(training["data"])) if "data" in training else None
 
 
 def _pairs(
@@ -156,12 +165,10 @@ def _pairs(
 def _in_order(
     rows: list[tuple[str, str]], length: int, tokenizer: Tokenizer
 ) -> list[tuple[Tensor, ...]]:
-    batches = _pairs(rows, length, tokenizer, _ROWS)
-    return [batches.rows(indices) for indices in torch.arange(len(rows)).split(_ROWS)]
+    return in_order(_pairs(rows, length, tokenizer, MEASURED_ROWS))
 
 
-def _unigram(known: list[tuple[Tensor, ...]], batches: list[tuple[Tensor, ...]]) -> Baseline:
-    counted, measured = (
-        torch.cat([batch[1][batch[1] != -100] for batch in side]) for side in (known, batches)
-    )
-    return frequencies("unigram model", counted, measured)
+def _unigram(
+    known: Sequence[tuple[Tensor, ...]], batches: Sequence[tuple[Tensor, ...]]
+) -> Baseline:
+    return frequencies("unigram model", targets_of(known), targets_of(batches))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +16,8 @@ from ...data import (
     DEFAULT_CORPUS,
     Batches,
     InputError,
+    LabelledBatches,
+    PairBatches,
     Tokenizer,
     errors_in,
     load_pairs,
@@ -29,7 +32,10 @@ from ..presets import Preset
 
 _HELD_OUT = 0.1
 _DRY_CHARACTERS = 20_000
+_DRY_CHARACTERS_OF_A_TOKEN = 100
 _DRY_ROWS = 200
+_QUICK_BATCHES = 8
+MEASURED_ROWS = 32  # at once
 
 
 class Baseline(NamedTuple):
@@ -117,6 +123,20 @@ class Task(abc.ABC):
         return with_weights_of(model, type(model)(model.config, fused=False))
 
 
+class BatchesTask(Task):
+    """A task that measures on batches (input, target, ...) but for targets that are -100."""
+
+    held_out: Sequence[tuple[Tensor, ...]]
+
+    def evaluate(self, model: nn.Module, quickly: bool = False) -> TokenEvaluation:
+        return self.measured(model, self.held_out[: _QUICK_BATCHES if quickly else None])
+
+    @classmethod
+    @abc.abstractmethod
+    def measured(cls, model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> TokenEvaluation:
+        """Measure `model` on all of the batches."""
+
+
 class TextTask(Task):
     """A task about a text, the tail of which is held out."""
 
@@ -130,7 +150,10 @@ class TextTask(Task):
         is_dry: bool = False,
     ) -> None:
         self.source = str(data or DEFAULT_CORPUS)
-        text = load_text(data)[: _DRY_CHARACTERS if is_dry else None]
+        length = getattr(sizes, "context_length", config.sequence_length) or 0
+        # A tenth is held out, and a token stands for several characters.
+        characters = max(_DRY_CHARACTERS, _DRY_CHARACTERS_OF_A_TOKEN * length)
+        text = load_text(data)[: characters if is_dry else None]
         self.digest = digest_of(text)
         self.record = {}
         with errors_in(self.source):
@@ -208,6 +231,16 @@ def split_rows(rows: list[tuple[str, str]]) -> Rows:
             "expected more lines"
         )
     return Rows(training, held_out)
+
+
+def in_order(batches: LabelledBatches | PairBatches) -> list[tuple[Tensor, ...]]:
+    """Return all of the rows that `batches` draws from, to be measured on."""
+    return [batches.rows(indices) for indices in torch.arange(len(batches)).split(MEASURED_ROWS)]
+
+
+def targets_of(batches: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """Return what is to be predicted in all of the batches, int64 [N]."""
+    return torch.cat([target[target != -100] for _, target, *_ in batches])
 
 
 def is_table(data: Path | None) -> bool:
