@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <tuple>
 
@@ -211,15 +212,23 @@ Tensor new_grad_mask(const Tensor& query, const std::optional<Tensor>& attn_mask
   return grad_mask;
 }
 
+// Of how many of the last tensors the gradients are formed side by side: 0, 2 or 3.
+void check_side_by_side(const std::array<const Tensor*, 3>& tensors, int64_t count) {
+  STD_TORCH_CHECK(count == 0 || count == 2 || count == 3, "side_by_side: expected 0, 2 or 3, got ", count);
+  for (size_t i = 3 - size_t(count); i < 3; ++i)
+    STD_TORCH_CHECK(std::ranges::equal(tensors[i]->sizes(), tensors[2]->sizes()),
+                    "side_by_side: expected tensors of one shape");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_output_, std::optional<Tensor> grad_logsumexp_, Tensor query, Tensor key, Tensor value,
     std::optional<Tensor> attn_mask, std::optional<Tensor> seed, Tensor output_, Tensor statistics_, double dropout_p,
     int64_t causal, double scale, bool needs_mask, std::optional<Tensor> key_lengths,
-    std::optional<Tensor> alibi_slopes, int64_t window_left, int64_t window_right, double softcap) {
+    std::optional<Tensor> alibi_slopes, int64_t window_left, int64_t window_right, double softcap,
+    int64_t side_by_side) {
   const Arguments arguments(query, key, value, attn_mask, seed, dropout_p, causal, scale,
                             {key_lengths, alibi_slopes, window_left, window_right, softcap});
   const Attention& of = arguments.of;
-  const int64_t B = of.batch, H = of.heads, L = of.queries;
   check_saved(arguments, grad_output_, grad_logsumexp_, output_, statistics_, needs_mask);
   ++backward_calls.calls;
   const Tensor output = with_contiguous_rows(output_), grad_output = with_contiguous_rows(grad_output_);
@@ -232,16 +241,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   backward.grad_output = heads_of(grad_output);
   backward.statistics = statistics.const_data_ptr();
   backward.grad_logsumexp = data(grad_logsumexp);
-  const Tensor grad_query = new_heads(query, B, H, L, of.head_size);
-  const Tensor grad_key = new_heads(query, B, of.kv_heads, of.keys, of.head_size);
-  const Tensor grad_value = new_heads(query, B, of.kv_heads, of.keys, of.value_size);
-  backward.grad_query = mutable_heads_of(grad_query);
-  backward.grad_key = mutable_heads_of(grad_key);
-  backward.grad_value = mutable_heads_of(grad_value);
+  // The last ones may be parts of one tensor, [B, rows, parts, H, D], which stands for the first of them.
+  const std::array<const Tensor*, 3> like = {&query, &key, &value};
+  const std::array<HeadsOutput*, 3> to = {&backward.grad_query, &backward.grad_key, &backward.grad_value};
+  check_side_by_side(like, side_by_side);
+  const size_t apart = 3 - size_t(side_by_side);
+  std::array<Tensor, 3> gradients;
+  for (size_t i = 0; i < 3; ++i) {
+    const int64_t B = like[i]->size(0), H = like[i]->size(1), rows = like[i]->size(2), D = like[i]->size(3);
+    if (i < apart) {
+      gradients[i] = new_heads(query, B, H, rows, D);
+      *to[i] = mutable_heads_of(gradients[i]);
+    } else {
+      gradients[i] = i == apart ? new_kept(query, {B, rows, side_by_side, H, D}) : new_kept(query, {0});
+      const Tensor part = torch::stable::select(gradients[apart], 2, int64_t(i - apart));
+      *to[i] = mutable_heads_of(torch::stable::transpose(part, 1, 2));
+    }
+  }
   const Tensor grad_mask = new_grad_mask(query, attn_mask, needs_mask, backward);
   CallRuntime runtime(2 * arguments.products() * double(3 * of.head_size + 2 * of.value_size));
   kernels().attention_backward(backward, runtime.get());
-  return {grad_query, grad_key, grad_value, grad_mask};
+  return {gradients[0], gradients[1], gradients[2], grad_mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(

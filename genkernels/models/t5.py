@@ -119,14 +119,14 @@ class CrossAttention(nn.Module):
         self.projection = nn.Linear(E, E, bias=False)
 
     def keys_values(self, memory: Tensor) -> Tensor:
-        """The keys and values of the encoder's output, [B, S, E]; [2, B, H, S, D]."""
+        """The keys and values of the encoder's output, [B, S, E]; [B, S, 2, H, D]."""
         key_value = self.functions.linear(memory, self.key_value.weight)  # [B, S, 2E]
-        return key_value.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return key_value.unflatten(-1, (2, self.num_heads, -1))  # [B, S, 2, H, D]
 
     def forward(self, x: Tensor, keys_values: Tensor, lengths: Tensor | None) -> Tensor:
         linear = self.functions.linear
         query = linear(x, self.query.weight).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        key, value = keys_values.unbind()
+        key, value = (t.transpose(1, 2) for t in self.functions.unbind_heads(keys_values))
         dropout_p = self.dropout_p if self.training else 0.0
         output = self.functions.attention(
             query, key, value, key_lengths=lengths, dropout_p=dropout_p, scale=1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from .. import ops, reference
 from ..nn import Dropout
+from ..ops.attention import unbind_heads
 from .config import check_dropout, check_heads, check_sizes
 
 
@@ -51,6 +53,7 @@ class Functions(NamedTuple):
 
     dropout: Callable[[float], nn.Module]
     linear: Callable[..., Tensor]
+    unbind_heads: Callable[[Tensor], tuple[Tensor, ...]]
     attention: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., Tensor]
     linear_log_prob: Callable[..., tuple[Tensor, Tensor]]
@@ -59,6 +62,7 @@ class Functions(NamedTuple):
 FUSED = Functions(
     Dropout,
     ops.linear,
+    unbind_heads,
     ops.scaled_dot_product_attention,
     ops.linear_cross_entropy,
     ops.linear_log_prob,
@@ -66,6 +70,7 @@ FUSED = Functions(
 PLAIN = Functions(
     _Dropout,
     reference.linear,
+    functools.partial(torch.unbind, dim=-3),
     _attention,
     reference.linear_cross_entropy,
     reference.linear_log_prob,
@@ -161,11 +166,11 @@ class SelfAttention(nn.Module):
         `options` are attention's: attn_mask, is_causal, key_lengths, scale."""
         functions = self.functions
         qkv = functions.linear(x, self.qkv.weight, self.qkv.bias)  # [B, T, 3E]
-        qkv = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, D]
-        query, key, value = qkv.unbind()
+        qkv = qkv.unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, H, D]
+        query, key, value = (t.transpose(1, 2) for t in functions.unbind_heads(qkv))
         if cache is not None:
             new, known = cache
-            new.copy_(qkv[1:])
+            new.copy_(qkv[:, :, 1:].permute(2, 0, 3, 1, 4))
             key, value = known.unbind()
         output = functions.attention(
             query, key, value, dropout_p=self.dropout_p if self.training else 0.0, **options

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import dropout, pad
 
 from ..ops import linear, scaled_dot_product_attention
+from ..ops.attention import unbind_heads
 from ..reference.attention import sum_dtype
 
 
@@ -180,7 +181,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         biases = [bias] * len(sizes) if bias is None or len(sizes) == 1 else bias.split(sizes)
         parts: list[Tensor] = []
         for product in map(linear, inputs, weights, biases):
-            parts += product.unflatten(-1, (-1, self.num_heads, self.head_dim)).unbind(-3)
+            parts += unbind_heads(product.unflatten(-1, (-1, self.num_heads, self.head_dim)))
         return parts
 
     def _of_heads(self, part: Tensor) -> Tensor:

@@ -470,6 +470,20 @@ def _rows(like: Tensor, columns: int) -> Tensor:
     return like.new_empty((B, L, H, columns)).transpose(1, 2)
 
 
+def _fake_gradients(tensors: tuple[Tensor, Tensor, Tensor], side_by_side: int = 0) -> list[Tensor]:
+    gradients = [_rows(tensor, tensor.size(-1)) for tensor in tensors]
+    if side_by_side not in (0, 2, 3):
+        _reject("side_by_side", "0, 2 or 3", side_by_side)
+    if side_by_side:
+        B, H, L, D = tensors[-1].shape
+        for tensor in tensors[-side_by_side:]:
+            _check_tensor("side_by_side", tensor, (B, H, L, D), tensor.dtype)
+        packed = tensors[0].new_empty((B, L, side_by_side, H, D))
+        empty = [tensors[0].new_empty(0) for _ in range(side_by_side - 1)]
+        gradients[-side_by_side:] = [packed, *empty]
+    return gradients
+
+
 def _fake_forward(
     query: Tensor,
     key: Tensor,
@@ -508,8 +522,9 @@ def _fake_backward(
     causal: int,
     scale: float,
     needs_mask: bool,
-    *features: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *others: Any,
+) -> tuple[Tensor, ...]:
+    features, side_by_side = others[:5], others[5:]
     _check_raw(query, key, value, attn_mask, seed, dropout_p, causal, *features)
     shape = (*query.shape[:3], value.size(-1))
     dtype = sum_dtype(query)
@@ -522,12 +537,7 @@ def _fake_backward(
     grad_mask = query.new_empty(0)
     if needs_mask and attn_mask is not None:
         grad_mask = attn_mask.new_empty(attn_mask.shape)
-    return (
-        _rows(query, query.size(-1)),
-        _rows(key, key.size(-1)),
-        _rows(value, value.size(-1)),
-        grad_mask,
-    )
+    return *_fake_gradients((query, key, value), *side_by_side), grad_mask
 
 
 def _fake_double_backward(
@@ -537,7 +547,7 @@ def _fake_double_backward(
     grad_grad_mask: Tensor | None,
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    *gradients, grad_mask = _fake_backward(*args[:13], *args[17:])
+    *_, grad_mask = _fake_backward(*args[:13], *args[17:])
     grad_output, grad_logsumexp, query, key, value, attn_mask = args[:6]
     for name, tensor, like in (
         ("grad_grad_query", grad_grad_query, query),
@@ -551,7 +561,7 @@ def _fake_double_backward(
         _check_tensor("grad_grad_mask", grad_grad_mask, attn_mask.shape, attn_mask.dtype)
     rows = (0,) if grad_logsumexp is None else grad_logsumexp.shape
     grad_grad_logsumexp = query.new_empty(rows, dtype=sum_dtype(query))
-    gradients = [_rows(query, grad_output.size(-1)), *gradients]
+    gradients = [_rows(query, grad_output.size(-1)), *_fake_gradients((query, key, value))]
     grad_grad_output, *gradients = (
         gradient if is_needed else query.new_empty(0)
         for gradient, is_needed in zip(gradients, args[13:17], strict=True)
@@ -564,8 +574,12 @@ def _reference_forward(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _reference_backward(*args: Any) -> tuple[Tensor, ...]:
-    empty = _fake_backward(*args)
-    return _laid(reference.attention_backward(*args), empty)
+    gradients = list(reference.attention_backward(*args[:18]))
+    if side_by_side := args[18] if len(args) > 18 else 0:
+        parts = gradients[3 - side_by_side : 3]
+        empty = [parts[0].new_empty(0) for _ in parts[1:]]
+        gradients[3 - side_by_side : 3] = [torch.stack(parts, 2).transpose(1, 3), *empty]
+    return _laid(tuple(gradients), _fake_backward(*args))
 
 
 def _reference_double_backward(*args: Any) -> tuple[Tensor, ...]:
@@ -587,9 +601,11 @@ def _laid(results: tuple[Tensor, ...], empty: tuple[Tensor, ...]) -> tuple[Tenso
 # each of its dimensions is 1 or that of [B, H, L, S], and grad_mask has its shape, or no elements
 # without needs_mask. seed is int64 [1], given where dropout_p > 0. causal: 0 not, 1 upper left,
 # 2 lower right. Of 16-bit tensors statistics, [2, B, H, L], are float32. Output and gradients but
-# for the mask's lie in memory as [B, L, H, D]. The double backward is given the gradients of the
-# backward pass's results; what it gives for a tensor that is not there, or is not needed, has no
-# elements. Few calls have the last arguments: those of `Features`.
+# for the mask's lie in memory as [B, L, H, D]. side_by_side 3 asks for the gradients of query, key
+# and value as one tensor [B, L, 3, H, D] in query's place, 2 for those of key and value in key's;
+# the places after it have no elements. The double backward is given the gradients of the backward
+# pass's results; what it gives for a tensor that is not there, or is not needed, has no elements.
+# Few calls have the last arguments: those of `Features`.
 _FEATURES = (
     "Tensor? key_lengths=None, Tensor? alibi_slopes=None, int window_left=-1, int window_right=-1, "
     "float softcap=0.0"
@@ -604,7 +620,8 @@ _attention_forward = define(
 _attention_backward = define(
     "attention_backward(Tensor grad_output, Tensor? grad_logsumexp, Tensor query, Tensor key, "
     "Tensor value, Tensor? attn_mask, Tensor? seed, Tensor output, Tensor statistics, "
-    f"float dropout_p, int causal, float scale, bool needs_mask, {_FEATURES}) "
+    f"float dropout_p, int causal, float scale, bool needs_mask, {_FEATURES}, "
+    "int side_by_side=0) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_mask)",
     _reference_backward,
     _fake_backward,
@@ -620,6 +637,53 @@ _attention_double_backward = define(
     _reference_double_backward,
     _fake_double_backward,
 )
+
+
+def _side_by_side(query: Tensor, key: Tensor, value: Tensor) -> int:
+    """How many of the last tensors are parts of a product, [B, L, n, H, D]: 0, 2 or 3."""
+    if not query.is_cpu or torch.compiler.is_compiling() or key.shape != value.shape:
+        return 0
+    _, H, S, D = key.shape
+    for count, tensors in ((3, (query, key, value)), (2, (key, value))):
+        row = count * H * D
+        strides = (S * row, D, row, 1)
+        if all(t.stride() == strides and t.shape == key.shape for t in tensors):
+            return count
+    return 0
+
+
+def unbind_heads(packed: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values, or keys and values, as views of the product that they come from.
+
+    Equivalent to: ``packed.unbind(-3)``, of [.., n, H, D].
+
+    Where attention formed the gradients side by side, which it does for such views, they are the
+    product's gradient as they lie. PyTorch's own backward pass copies them twice, which takes 5% of
+    a GPT's training step.
+    """
+    if torch.compiler.is_compiling() or is_transformed() or not needs_autograd(packed):
+        return packed.unbind(-3)
+    return _UnbindHeads.apply(packed)
+
+
+class _UnbindHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, packed):
+        return packed.unbind(-3)
+
+    @staticmethod
+    def backward(ctx, *parts):
+        first = parts[0]
+        shape = (*first.shape[:-2], len(parts), *first.shape[-2:])
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        if not torch.is_grad_enabled() and all(
+            part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and part.storage_offset() == first.storage_offset() + i * strides[-3]
+            and part.stride() == (*strides[:-3], *strides[-2:])
+            for i, part in enumerate(parts)
+        ):
+            return first.as_strided(shape, strides)
+        return torch.stack(parts, -3)
 
 
 class _Attention(torch.autograd.Function):
@@ -652,7 +716,13 @@ class _Attention(torch.autograd.Function):
         if needs_autograd(grad_output, grad_logsumexp, *inputs):
             gradients = apply(_AttentionBackward, *args)
         else:
-            gradients = _attention_backward(*args)
+            side_by_side = _side_by_side(*inputs[:3])
+            if side_by_side:
+                gradients = list(_attention_backward(*args, side_by_side=side_by_side))
+                packed = gradients[3 - side_by_side].transpose(1, 3)  # [B, H, n, L, D]
+                gradients[3 - side_by_side : 3] = packed.unbind(2)
+            else:
+                gradients = _attention_backward(*args)
         return *needed(gradients, ctx.needs_input_grad[:4]), *(None,) * (5 + len(features))
 
     @staticmethod
