@@ -493,6 +493,7 @@ ATTEND = {
     "no room": (["{gpt}", "--output={tmp}/none/x.png"], ": {tmp}/none/x.png: No such file"),
     "a folder": (["{gpt}", "--output={tmp}"], ": {tmp}: Is a directory; expected a place"),
     "no file name": (["{gpt}", "--output=/"], ": /: "),
+    "another file": (["{gpt}", "--output={gpt}/config.json"], "{gpt}/config.json is a file of"),
 }
 
 

@@ -45,6 +45,8 @@ def attend(
         genkernels attend runs/t5 --prompt "The <extra_id_0> of a class" --head 0
     """
     text = options.cleaned(prompt)
+    if output.is_file() and output.stat().st_size and not _is_png(output):
+        raise InputError(f"--output: {output} is a file of another kind; expected a PNG, or none")
     model, tokenizer, _ = load_checkpoint(checkpoint, which)
     if not hasattr(model, "functions"):
         raise InputError(f"{checkpoint}: a {model.name} has no attention; expected gpt, bert or t5")
@@ -79,6 +81,11 @@ def attend(
     pairs = zip(shares.tolist(), places.tolist(), strict=True)
     print(f"{rows[row]} looks at {', '.join(f'{columns[i]} {share:.1%}' for share, i in pairs)}")
     print(f"attention       {output}: {name}")
+
+
+def _is_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"\x89PNG"
 
 
 def _spelled(model: Any, tokenizer: Tokenizer, token: Tensor) -> str:
