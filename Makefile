@@ -15,7 +15,7 @@ FIND_TORCH := from importlib import metadata, util; \
   print(util.find_spec("torch").origin.rsplit("/torch/", 1)[0])
 
 .DEFAULT_GOAL := help
-.PHONY: help train test mutation bench bench-compare bench-gru bench-linear bench-attention bench-gpt bench-models convergence peers build lint format abi-check clean torch-requirement
+.PHONY: help train test mutation bench bench-compare bench-gru bench-linear bench-attention bench-gpt bench-models convergence triton-check peers build lint format abi-check clean torch-requirement
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,11 @@ train: .venv/built .venv/installed  ## train a GRU language model on real text (
 
 test: .venv/built .venv/installed  ## run the test suite (ARGS='-k gru')
 	$(PY) -m pytest --ignore tests/test_mutation.py $(ARGS)
+
+triton-check: .venv/built .venv/installed  ## the GPU kernels without a GPU: interpreted, and compiled for four architectures
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_gru.py $(ARGS)
+	$(PY) -m benchmarks.triton_table > .venv/triton.md
+	grep '^|' benchmarks/triton.md | tail -n +3 | diff - .venv/triton.md
 
 mutation: .venv/built .venv/installed  ## break the kernels line by line and see the tests fail (eleven builds)
 	$(PY) -m pytest tests/test_mutation.py $(ARGS)

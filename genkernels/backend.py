@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from . import triton
+
 BACKENDS = ("cpp", "triton", "reference")
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _FLOAT16_OPS = (  # whose compiled kernel takes that, too
@@ -28,6 +30,8 @@ _FLOAT16_OPS = (  # whose compiled kernel takes that, too
     "varlen_attn",
 )
 _CPU = torch.device("cpu")
+# Triton's interpreter then stands in the place of the compiled kernels.
+_is_interpreted = triton.IS_INTERPRETED
 
 _python_calls: Counter[tuple[str, str]] = Counter()
 _warned: set[tuple[str, str]] = set()
@@ -87,7 +91,7 @@ def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
         if not _has_kernel(op, dtype):
             return f"it has no kernel for {dtype}"
     if backend == "triton":
-        return "this version has no Triton kernel for it"
+        return triton.obstacle(op, device, dtype)
     return None
 
 
@@ -120,7 +124,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, handover: str | No
         RuntimeError: the requested backend cannot run it, or it would fall back and
             GENKERNELS_STRICT is set.
     """
-    is_plain = _requested is None and handover is None and device == _CPU
+    is_plain = _requested is None and handover is None and device == _CPU and not _is_interpreted
     if is_plain and _extension is not None and _has_kernel(op, dtype):
         return "cpp"  # found without asking further, which takes a microsecond
     if _requested is not None:
@@ -135,6 +139,8 @@ def select(op: str, device: torch.device, dtype: torch.dtype, handover: str | No
     if device.type == "meta" or handover is not None:  # meta has shapes only: nothing runs
         return "reference"
     preferred = "cpp" if device.type == "cpu" else "triton"
+    if _is_interpreted and _obstacle(op, "triton", device, dtype) is None:
+        preferred = "triton"
     obstacle = _obstacle(op, preferred, device, dtype)
     if obstacle is None:
         return preferred
@@ -219,7 +225,8 @@ def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
     if is_handed_over:
         obstacles["cpp"] = handover
     is_strict = _strict and handover is None and not _falls_back_freely(name)
-    able = [backend for backend, obstacle in obstacles.items() if obstacle is None]
+    order = ("triton", *BACKENDS) if _is_interpreted else BACKENDS
+    able = [backend for backend in order if obstacles[backend] is None]
     if _requested is not None and not (_requested == "cpp" and is_handed_over):
         able = [backend for backend in able if backend == _requested]
     elif is_strict:

@@ -1,4 +1,4 @@
-"""Every op on CUDA tensors, where plain PyTorch runs it as long as it has no GPU kernel."""
+"""Every op on CUDA tensors: in Triton where it has kernels there, else in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import genkernels
+from genkernels import triton
 
 DEVICE = "cuda"
 HALF = (torch.bfloat16, torch.float16)
@@ -155,20 +156,34 @@ def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
         assert_op_parity(op, plain, plain, names, *draws)
 
 
+def runs_triton(op: str, dtype: torch.dtype) -> bool:
+    return triton.obstacle(op, torch.device(DEVICE), dtype) is None
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
 def test_parity(name: str, dtype: torch.dtype) -> None:
     check(CASES[name], dtype)
-    assert genkernels.stats() == {(name.partition("-")[0], "reference"): 3}
+    op = name.partition("-")[0]
+    if runs_triton(op, dtype):
+        assert {backend for _, backend in genkernels.stats()} == {"triton"}
+    else:
+        assert genkernels.stats() == {(op, "reference"): 3}
 
 
 @each_op
 def test_says_what_runs(name: str) -> None:
     op, values = CASES[name].op, on_device(CASES[name].draw())
     explanation = genkernels.explain(name, **values)
-    assert explanation.backend == "reference"
     assert f"these are on {DEVICE}" in explanation.reasons["cpp"]
-    assert "no Triton kernel" in explanation.reasons["triton"]
+    if runs_triton(name, torch.float32):
+        assert explanation.backend == "triton"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            op(**values)
+        assert genkernels.stats() == {(f"{name}_forward", "triton"): 1}
+        return
+    assert explanation.backend == "reference"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         op(**values)
@@ -185,7 +200,8 @@ def test_says_what_runs(name: str) -> None:
 
 def test_strict() -> None:
     """It is about kernels that are missed, not about PyTorch's own op."""
-    code = CALL.replace("torch.ones(s)", f"torch.ones(s, device='{DEVICE}')")
+    made = f"torch.ones(s, device='{DEVICE}', dtype=torch.float64)"  # which Triton does not take
+    code = CALL.replace("torch.ones(s)", made)
     code = code.replace("output", "print(genkernels.linear(values[0], values[2]).size())\noutput")
     result = python(code, GENKERNELS_STRICT="1", GENKERNELS_BACKEND="")
     assert "[3, 4, 18]" in result.stdout, result.stderr

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backend, reference
+from ..reference.gru import each_backward, each_forward, gru_double_backward
 from ..reference.gru import gru_backward as reference_backward
-from ..reference.gru import gru_double_backward
 from ..reference.gru import gru_forward as reference_forward
 from .library import _library, apply, autocast, define, is_transformed, map_slices, needs_autograd
 
@@ -410,42 +410,21 @@ def _fake_backward(
     return *gradients, _rows(input, hx.size(1)) if states_grad else input.new_empty(0)
 
 
-def _each_forward(args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The arguments of a raw op of both directions as those of gru_forward of each."""
-    input, hx, *weights, hx_reverse = args[:7]
-    weights_reverse, (batch_sizes, save_gates, packed, packed_reverse) = args[7:11], args[11:]
-    return (
-        (input, hx, *weights, batch_sizes, None, False, save_gates, packed),
-        (input, hx_reverse, *weights_reverse, batch_sizes, None, True, save_gates, packed_reverse),
-    )
-
-
-def _each_backward(args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
-    """The same as those of gru_backward of each, without the states' gradients."""
-    grads, (input, hx, *weights, hx_reverse), weights_reverse = args[:4], args[4:11], args[11:15]
-    saved, (batch_sizes, *wanted) = args[15:19], args[19:]
-    sizes = (batch_sizes, None)
-    return (
-        (*grads[:2], input, hx, *weights, *saved[:2], *sizes, False, *wanted, False),
-        (*grads[2:], input, hx_reverse, *weights_reverse, *saved[2:], *sizes, True, *wanted, False),
-    )
-
-
 def _reference_bidirectional_forward(*args: Any) -> tuple[Tensor, ...]:
-    return sum((reference_forward(*each[:-1]) for each in _each_forward(args)), ())
+    return sum((reference_forward(*each[:-1]) for each in each_forward(args)), ())
 
 
 def _fake_bidirectional_forward(*args: Any) -> tuple[Tensor, ...]:
-    return sum((_fake_forward(*each) for each in _each_forward(args)), ())
+    return sum((_fake_forward(*each) for each in each_forward(args)), ())
 
 
 def _reference_bidirectional_backward(*args: Any) -> tuple[Tensor, ...]:
-    first, second = (reference_backward(*each) for each in _each_backward(args))
+    first, second = (reference_backward(*each) for each in each_backward(args))
     return *first[:6], *second[:6]
 
 
 def _fake_bidirectional_backward(*args: Any) -> tuple[Tensor, ...]:
-    first, second = (_fake_backward(*each) for each in _each_backward(args))
+    first, second = (_fake_backward(*each) for each in each_backward(args))
     return *first[:6], *second[:6]
 
 
@@ -689,7 +668,7 @@ class _BidirectionalGru(torch.autograd.Function):
         wanted = (needed[0], any(needed[2:6] + needed[7:]))
         args = (*grads, *inputs, *saved, batch_sizes, *wanted)
         if needs_autograd(*grads, *inputs):
-            first, second = (apply(_GruBackward, *each[:-1])[:6] for each in _each_backward(args))
+            first, second = (apply(_GruBackward, *each[:-1])[:6] for each in each_backward(args))
         else:
             gradients = _bidirectional_gru_backward(*args)
             first, second = gradients[:6], gradients[6:]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backend
+from .. import backend, triton
 
 _library = torch.library.Library("genkernels", "DEF")
 
@@ -16,7 +16,8 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     """Defines a raw op and returns it.
 
     The schema stands here once. The compiled extension has attached its kernel to the CPU key under
-    the same name; every other device, and a CPU without the extension, gets the reference.
+    the same name, and a Triton kernel is attached to CUDA's; every other device, and a CPU without
+    the extension, gets the reference.
     """
     name = schema.partition("(")[0]
 
@@ -26,6 +27,7 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
 
     _library.define(schema)
     _library.impl(name, run_reference, "CompositeExplicitAutograd")
+    triton.register(_library, name, run_reference)
     torch.library.register_fake(f"genkernels::{name}", fake, lib=_library)
     return getattr(torch.ops.genkernels, name).default
 

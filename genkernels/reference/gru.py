@@ -8,6 +8,7 @@ torch.nn.GRU has it.)
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -252,6 +253,27 @@ def gru_double_backward(
         None if bias_ih is None else _rzn(grad_bias[: 3 * H]),
         None if bias_hh is None else grad_bias[H:].clone(),
     ]
+
+
+def each_forward(args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The arguments of a raw op of both directions as those of gru_forward of each."""
+    input, hx, *weights, hx_reverse = args[:7]
+    weights_reverse, (batch_sizes, save_gates, packed, packed_reverse) = args[7:11], args[11:]
+    return (
+        (input, hx, *weights, batch_sizes, None, False, save_gates, packed),
+        (input, hx_reverse, *weights_reverse, batch_sizes, None, True, save_gates, packed_reverse),
+    )
+
+
+def each_backward(args: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The same as those of gru_backward of each, without the states' gradients."""
+    grads, (input, hx, *weights, hx_reverse), weights_reverse = args[:4], args[4:11], args[11:15]
+    saved, (batch_sizes, *wanted) = args[15:19], args[19:]
+    sizes = (batch_sizes, None)
+    return (
+        (*grads[:2], input, hx, *weights, *saved[:2], *sizes, False, *wanted, False),
+        (*grads[2:], input, hx_reverse, *weights_reverse, *saved[2:], *sizes, True, *wanted, False),
+    )
 
 
 def _blocks(times: range, batch: int) -> list[range]:

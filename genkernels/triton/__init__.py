@@ -1,0 +1,78 @@
+"""GPU kernels in Triton, under the same raw ops as the compiled CPU kernels.
+
+A module here has the kernels of an op, and launchers: functions with the raw ops' own signatures,
+results and saved tensors, so that one autograd formula serves every device. They are registered
+for CUDA tensors (and ROCm's, whose key that is) without importing Triton, which the first call
+does. Where TRITON_INTERPRET=1 is set when genkernels is imported, Triton's interpreter runs them on
+CPU tensors, too: that is how they are tested where there is no GPU.
+"""
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# The module of each public op, and the raw ops that a module has launchers for.
+_MODULES = {"gru": "gru", "gru_cell": "gru", "bidirectional_gru": "gru"}
+_RAW_OPS = {
+    f"{op}_{pass_}": "gru"
+    for op in ("gru", "gru_cell", "bidirectional_gru")
+    for pass_ in ("forward", "backward")
+}
+
+
+class Config(NamedTuple):
+    """A kernel as its launcher runs it: the dtypes of its tensors, which numbers it takes, its
+    constants, and the compiler's options."""
+
+    name: str
+    dtype: torch.dtype
+    kernel: Any
+    tensors: dict[str, torch.dtype]
+    numbers: list[str]
+    constants: dict[str, Any]
+    options: dict[str, int]
+
+
+def obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton cannot run an op on this device in this dtype; None if it can."""
+    if op not in _MODULES:
+        return "this version has no Triton kernel for it"
+    if device.type != "cuda" and not (IS_INTERPRETED and device.type == "cpu"):
+        return f"it runs on CUDA tensors, and these are on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'genkernels[triton]')"
+    if dtype not in DTYPES:
+        return f"it has no kernel for {dtype}"
+    return None
+
+
+def register(
+    library: torch.library.Library, raw_op: str, run_reference: Callable[..., Any]
+) -> None:
+    """Attaches the launcher of a raw op, if there is one. Other dtypes are the reference's."""
+    if raw_op not in _RAW_OPS or importlib.util.find_spec("triton") is None:
+        return
+
+    def launch(*args: Any) -> Any:
+        from .. import backend
+
+        tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        if tensor.dtype not in DTYPES:
+            return run_reference(*args)
+        backend.count(raw_op, "triton")
+        module = importlib.import_module(f".{_RAW_OPS[raw_op]}", __name__)
+        return module.KERNELS[raw_op](*args)
+
+    library.impl(raw_op, launch, "CUDA")
+    if IS_INTERPRETED:
+        with warnings.catch_warnings():  # that it takes the compiled kernel's place
+            warnings.simplefilter("ignore")
+            library.impl(raw_op, launch, "CPU", allow_override=True)
