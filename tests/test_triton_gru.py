@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from parity import assert_op_parity
 from test_gru import arguments as gru_arguments
-from test_gru import dtype_id, packed_arguments, plain_gru
+from test_gru import dtype_id, packed_arguments, plain_gru, relaid
 from torch import Tensor
 
 import genkernels
@@ -127,8 +129,57 @@ def test_nan_spreads_in_its_row_alone() -> None:
     assert output[0].isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 5, 18), (2, 0, 5, 18)], ids=str)
-def test_nothing_to_do(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("layout", ["transposed", "expanded_b", "offset", "strided"])
+def test_strides(layout: str) -> None:
+    """Biases too, which a kernel reads as they lie."""
+    check({name: relaid(value, layout) for name, value in gru_arguments(3, 6, 8, 17).items()})
+
+
+def test_reset_stops_nan() -> None:
+    values = gru_arguments(3, 3, 5, 18)
+    values["hx"].fill_(torch.nan)
+    resets = torch.zeros(3, 3, dtype=torch.bool)
+    resets[0] = True
+    output, _ = genkernels.gru(**values, resets=resets)
+    assert torch.equal(output, genkernels.gru(**{**values, "hx": torch.zeros(3, 18)})[0])
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 3, 4, 0)], ids=str)
+def test_zero_sizes(shape: tuple[int, ...]) -> None:
+    check(gru_arguments(*shape))
+
+
+@pytest.mark.parametrize("op", ["gru_forward", "gru_backward"])
+def test_raw_op_reads_within_bounds(op: str) -> None:
+    """A raw call has no check in front: each tensor cut short, or of another dtype, must raise."""
+    saved, options = (torch.zeros(3, 4, 6), torch.zeros(3, 4, 24)), (None, None, False, True)
+    full: list[Any] = [*gru_arguments(3, 4, 5, 6).values(), *options, None]
+    if op == "gru_backward":
+        full = [*saved[:1], torch.zeros(4, 6), *full[:6], *saved, *options, True, True]
+    raw = getattr(torch.ops.genkernels, op)
+    raw(*full)
+    for index, value in enumerate(full):
+        if isinstance(value, torch.Tensor):
+            for wrong in (value[..., :-1], value.half()):
+                with pytest.raises(RuntimeError, match="expected"):
+                    raw(*full[:index], wrong, *full[index + 1 :])
+
+
+@pytest.mark.parametrize("sizes", [[4, 2, 4], [3, 3, 3], [5, 4, 1], [4, 4, 1]], ids=str)
+def test_rejects_batch_sizes(sizes: list[int]) -> None:
+    """Sizes that rise, do not begin with hx's, or do not add up to input's rows."""
+    values = packed_arguments([4, 3, 3], 5, 6, torch.float32)
+    with pytest.raises(RuntimeError, match="batch_sizes"):
+        genkernels.gru(**{**values, "batch_sizes": torch.tensor(sizes)})
+
+
+def test_no_steps() -> None:
+    with pytest.raises(RuntimeError, match="sequence length"):
+        genkernels.gru(**gru_arguments(0, 3, 5, 18))
+
+
+def test_no_rows() -> None:
+    shape = (2, 0, 5, 18)
     values = gru_arguments(*shape)
     leaves = {name: value.requires_grad_() for name, value in values.items()}
     output, h_n = genkernels.gru(**leaves)

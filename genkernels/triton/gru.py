@@ -1,17 +1,15 @@
-"""The GRU in Triton: a step's product with weight_hh and its gates in one kernel, forward and
-backward. The input's projection and the weights' gradients are products of all steps at once, which
-are PyTorch's.
+"""The gated recurrent unit in Triton: one launch for each step, which forms the state's product and
+the gates, or the gates' gradients and their product. The input's projection and the gradients of
+weights are products over all steps at once, and PyTorch's.
 
-The formulas are those of genkernels.reference.gru. A step is one launch, whose programs each have
-BLOCK_B rows and BLOCK_H units: they read the whole entering state, so that a step starts where the
-one before has ended, and no atomics are needed. Nothing waits for the host, so a sequence can be
-captured in a CUDA graph; batch_sizes lies on the CPU. Products are summed in float32, those of
-float32 in full ("ieee") and not in TF32. Every H and batch is served; the second derivative is
-plain PyTorch's.
+What a launch reads of other programs an earlier launch has written, so there is no barrier and no
+atomic: results are the same in each run. Nothing waits for the device (``batch_sizes`` lies on the
+CPU), so a sequence can be captured in a CUDA graph. Every H and batch is served; float64 and the
+double backward are left to the reference. Formulas: genkernels.reference.gru.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,50 +18,39 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..reference.gru import _entering, _nrz, _rzn, _steps, _times, each_backward, each_forward
-from . import DTYPES, Config
+from ..reference.gru import (
+    _carry,
+    _entering,
+    _join,
+    _nrz,
+    _rzn,
+    _steps,
+    _times,
+    each_backward,
+    each_forward,
+)
+from . import Config
 
 
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-# Near zero the odd polynomial of least relative error, 3e-9, up to 0.6 (Lawson's algorithm), where
-# the quotient cancels.
 @triton.jit
 def _tanh(x):
-    z = x * x
-    p = -5.895156752e-3 * z + 2.079597063e-2
-    p = p * z - 5.378383000e-2
-    p = p * z + 1.333192412e-1
-    p = p * z - 3.333329800e-1
-    near = x + x * z * p
+    # Near zero the quotient has no digits left. There x times the polynomial in x^2 of least
+    # relative error, 2.5e-9 (Lawson's algorithm).
+    y = x * x
+    p = y * -5.852168679e-3 + 2.075362902e-2
+    p = p * y - 5.376870479e-2
+    p = p * y + 1.333168896e-1
+    p = p * y - 3.333328326e-1
+    p = p * y + 9.999999975e-1
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.6, near, tl.where(x < 0, -far, far))
-
-
-# What rows enter a step with: the state of the step before, of which there are `known` rows, and
-# behind those hx; zero where a row is reset.
-@triton.jit
-def _entering_state(before, hx, resets, rows, units, known, B, H, HAS_RESETS: tl.constexpr):
-    is_there = (rows < B)[:, None] & (units < H)[None, :]
-    at = rows.to(tl.int64)[:, None] * H + units[None, :]
-    is_known = (rows < known)[:, None]
-    h = tl.load(before + at, mask=is_there & is_known, other=0.0)
-    h = tl.where(is_known, h, tl.load(hx + at, mask=is_there & (rows >= known)[:, None], other=0.0))
-    if HAS_RESETS:
-        is_reset = tl.load(resets + rows, mask=rows < B, other=0)
-        h = tl.where(is_reset[:, None] != 0, 0.0, h)
-    return h
+    return tl.where(tl.abs(x) < 0.6, x * p, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
 def _forward_step(
     projected,  # [B, 3H]: W_i x + b_i
-    before,  # [known, H]
-    hx,  # [.., H]
+    hx,  # [B, H], the state before the step
     weight_hh,  # [3H, H]
     bias_hh,  # [3H]
     resets,  # [B]
@@ -71,183 +58,217 @@ def _forward_step(
     gates,  # [B, 4H]
     B,
     H,
-    known,
     HAS_BIAS: tl.constexpr,
     HAS_RESETS: tl.constexpr,
-    SAVES_GATES: tl.constexpr,
+    SAVE_GATES: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    of_r = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-    of_z = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-    of_n = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-    gate = H.to(tl.int64) * H  # elements of a gate's rows of the weight
+    # A state that is dropped is not read: 0 * NaN would spread.
+    enters = rows < B
+    if HAS_RESETS:
+        enters = enters & (tl.load(resets + rows, mask=rows < B, other=0) == 0)
+    r = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    z = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    q = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    gate = H.to(tl.int64) * H  # from one gate's rows of weight_hh to the next's
     for first in range(0, H, BLOCK_K):
-        ks = first + tl.arange(0, BLOCK_K)
-        h = _entering_state(before, hx, resets, rows, ks, known, B, H, HAS_RESETS)
-        at = weight_hh + units.to(tl.int64)[None, :] * H + ks[:, None]
-        is_weight = (units < H)[None, :] & (ks < H)[:, None]
-        w = tl.load(at, mask=is_weight, other=0.0)
-        of_r = tl.dot(h, w, of_r, input_precision=PRECISION)
-        w = tl.load(at + gate, mask=is_weight, other=0.0)
-        of_z = tl.dot(h, w, of_z, input_precision=PRECISION)
-        w = tl.load(at + 2 * gate, mask=is_weight, other=0.0)
-        of_n = tl.dot(h, w, of_n, input_precision=PRECISION)
+        k = first + tl.arange(0, BLOCK_K)
+        h = tl.load(
+            hx + rows[:, None] * H + k[None, :],
+            mask=enters[:, None] & (k < H)[None, :],
+            other=0.0,
+        )  # [BLOCK_B, BLOCK_K]
+        at = weight_hh + units.to(tl.int64)[None, :] * H + k[:, None]
+        inside = (k < H)[:, None] & (units < H)[None, :]
+        r = tl.dot(h, tl.load(at, mask=inside, other=0.0), r, input_precision="ieee")
+        z = tl.dot(h, tl.load(at + gate, mask=inside, other=0.0), z, input_precision="ieee")
+        q = tl.dot(h, tl.load(at + 2 * gate, mask=inside, other=0.0), q, input_precision="ieee")
     if HAS_BIAS:
-        of_r += tl.load(bias_hh + units, mask=units < H, other=0.0).to(tl.float32)[None, :]
-        of_z += tl.load(bias_hh + H + units, mask=units < H, other=0.0).to(tl.float32)[None, :]
-        of_n += tl.load(bias_hh + 2 * H + units, mask=units < H, other=0.0).to(tl.float32)[None, :]
-    is_there = (rows < B)[:, None] & (units < H)[None, :]
-    long_rows = rows.to(tl.int64)[:, None]
-    x = projected + long_rows * (3 * H) + units[None, :]
-    r = _sigmoid(tl.load(x, mask=is_there, other=0.0).to(tl.float32) + of_r)
-    z = _sigmoid(tl.load(x + H, mask=is_there, other=0.0).to(tl.float32) + of_z)
-    n = _tanh(tl.load(x + 2 * H, mask=is_there, other=0.0).to(tl.float32) + r * of_n)
-    h = _entering_state(before, hx, resets, rows, units, known, B, H, HAS_RESETS).to(tl.float32)
+        bias = bias_hh + units
+        r += tl.load(bias, mask=units < H, other=0.0).to(tl.float32)[None, :]
+        z += tl.load(bias + H, mask=units < H, other=0.0).to(tl.float32)[None, :]
+        q += tl.load(bias + 2 * H, mask=units < H, other=0.0).to(tl.float32)[None, :]
+    inside = (rows < B)[:, None] & (units < H)[None, :]
+    x = projected + rows[:, None] * (3 * H) + units[None, :]
+    r = tl.sigmoid(r + tl.load(x, mask=inside, other=0.0).to(tl.float32))
+    z = tl.sigmoid(z + tl.load(x + H, mask=inside, other=0.0).to(tl.float32))
+    n = _tanh(tl.load(x + 2 * H, mask=inside, other=0.0).to(tl.float32) + r * q)
+    at = rows[:, None] * H + units[None, :]
+    h = tl.load(hx + at, mask=inside & enters[:, None], other=0.0).to(tl.float32)
     dtype = output.dtype.element_ty
-    tl.store(output + long_rows * H + units[None, :], ((h - n) * z + n).to(dtype), mask=is_there)
-    if SAVES_GATES:
-        to = gates + long_rows * (4 * H) + units[None, :]
-        tl.store(to, r.to(dtype), mask=is_there)
-        tl.store(to + H, z.to(dtype), mask=is_there)
-        tl.store(to + 2 * H, n.to(dtype), mask=is_there)
-        tl.store(to + 3 * H, of_n.to(dtype), mask=is_there)
+    tl.store(output + at, ((h - n) * z + n).to(dtype), mask=inside)
+    if SAVE_GATES:
+        to = gates + rows[:, None] * (4 * H) + units[None, :]
+        tl.store(to, r.to(dtype), mask=inside)
+        tl.store(to + H, z.to(dtype), mask=inside)
+        tl.store(to + 2 * H, n.to(dtype), mask=inside)
+        tl.store(to + 3 * H, q.to(dtype), mask=inside)
 
 
-# The gradients of n, r, z and W_hn h + b_hn, and that of the state after the step, in which they
-# are linear.
-@triton.jit
-def _deltas(
-    carry, grad_output, gates, before, hx, resets, rows, units, known, B, H,
-    HAS_GRAD: tl.constexpr, HAS_RESETS: tl.constexpr,
-):  # fmt: skip
-    is_there = (rows < B)[:, None] & (units < H)[None, :]
-    long_rows = rows.to(tl.int64)[:, None]
-    dh = tl.load(carry + long_rows * H + units[None, :], mask=is_there, other=0.0)
-    if HAS_GRAD:
-        at = grad_output + long_rows * H + units[None, :]
-        dh += tl.load(at, mask=is_there, other=0.0).to(tl.float32)
-    at = gates + long_rows * (4 * H) + units[None, :]
-    r = tl.load(at, mask=is_there, other=0.0).to(tl.float32)
-    z = tl.load(at + H, mask=is_there, other=0.0).to(tl.float32)
-    n = tl.load(at + 2 * H, mask=is_there, other=0.0).to(tl.float32)
-    q = tl.load(at + 3 * H, mask=is_there, other=0.0).to(tl.float32)
-    h = _entering_state(before, hx, resets, rows, units, known, B, H, HAS_RESETS).to(tl.float32)
-    of_n = dh * (1.0 - z) * (1.0 - n * n)
-    of_r = of_n * q * r * (1.0 - r)
-    of_z = dh * (h - n) * z * (1.0 - z)
-    return of_n, of_r, of_z, of_n * r, dh, z
-
-
+# One step back. First what the step after it (in time; `known` rows) hands on: carry, of which each
+# program reads and writes its own part alone, plus the product of that step's gradients, which the
+# launch before has stored. Then this step's own gradients, of B rows. Rows behind those are done:
+# carry is then the gradient of their first state.
 @triton.jit
 def _backward_step(
-    carry,  # float32 [all, H]: the gradient that the step after hands on
-    grad_output,  # [B, H]
-    gates,  # [B, 4H]
-    before,  # [known, H]
-    hx,  # [all, H]
+    carry,  # [max(B, known), H], float32
+    later,  # [known, 4H], deltas of the step after
+    later_resets,  # [known]
     weight_hh,  # [3H, H]
-    resets,  # [B]
-    to_carry,  # float32 [all, H]
-    deltas,  # [B, 4H]: of n, r, z and W_hn h + b_hn
-    states,  # [B, H]: the gradient of the state after the step
+    grad_output,  # [B, H]
+    hx,  # [B, H], the state before the step, zero where it was reset
+    gates,  # [B, 4H]
+    deltas,  # [B, 4H]: the gradients of n, r, z and W_hn h + b_hn before their functions
+    grad_states,  # [B, H]
     B,
-    all_rows,
-    H,
     known,
-    HAS_GRAD: tl.constexpr,
+    H,
+    HAS_GRAD_OUTPUT: tl.constexpr,
     HAS_RESETS: tl.constexpr,
-    SAVES_STATES: tl.constexpr,
+    SAVE_STATES: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    rows = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     dtype = deltas.dtype.element_ty
-    passed = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-    gate = H.to(tl.int64) * H
-    for first in range(0, H, BLOCK_K):
-        ks = first + tl.arange(0, BLOCK_K)
-        _, of_r, of_z, of_q, _, _ = _deltas(
-            carry, grad_output, gates, before, hx, resets, rows, ks, known, B, H,
-            HAS_GRAD, HAS_RESETS,
-        )  # fmt: skip
-        at = weight_hh + ks.to(tl.int64)[:, None] * H + units[None, :]
-        is_weight = (ks < H)[:, None] & (units < H)[None, :]
-        w = tl.load(at, mask=is_weight, other=0.0)
-        passed = tl.dot(of_r.to(dtype), w, passed, input_precision=PRECISION)
-        w = tl.load(at + gate, mask=is_weight, other=0.0)
-        passed = tl.dot(of_z.to(dtype), w, passed, input_precision=PRECISION)
-        w = tl.load(at + 2 * gate, mask=is_weight, other=0.0)
-        passed = tl.dot(of_q.to(dtype), w, passed, input_precision=PRECISION)
-    of_n, of_r, of_z, of_q, dh, z = _deltas(
-        carry, grad_output, gates, before, hx, resets, rows, units, known, B, H,
-        HAS_GRAD, HAS_RESETS,
-    )  # fmt: skip
-    is_there = (rows < B)[:, None] & (units < H)[None, :]
-    long_rows = rows.to(tl.int64)[:, None]
-    to = deltas + long_rows * (4 * H) + units[None, :]
-    tl.store(to, of_n.to(dtype), mask=is_there)
-    tl.store(to + H, of_r.to(dtype), mask=is_there)
-    tl.store(to + 2 * H, of_z.to(dtype), mask=is_there)
-    tl.store(to + 3 * H, of_q.to(dtype), mask=is_there)
-    if SAVES_STATES:
-        tl.store(states + long_rows * H + units[None, :], dh.to(dtype), mask=is_there)
-    passed += dh * z
+    dh = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+    for first in range(0, 3 * H, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        delta = tl.load(
+            later + rows[:, None] * (4 * H) + (H + k)[None, :],
+            mask=(rows < known)[:, None] & (k < 3 * H)[None, :],
+            other=0.0,
+        )  # [BLOCK_B, BLOCK_K]
+        weight = tl.load(
+            weight_hh + k.to(tl.int64)[:, None] * H + units[None, :],
+            mask=(k < 3 * H)[:, None] & (units < H)[None, :],
+            other=0.0,
+        )  # [BLOCK_K, BLOCK_H]
+        dh = tl.dot(delta, weight, dh, input_precision="ieee")
+    carried = ((rows < B) | (rows < known))[:, None] & (units < H)[None, :]
+    at = rows[:, None] * H + units[None, :]
+    dh += tl.load(carry + at, mask=carried, other=0.0)
     if HAS_RESETS:
-        is_reset = tl.load(resets + rows, mask=rows < B, other=0)
-        passed = tl.where(is_reset[:, None] != 0, 0.0, passed)
-    # Rows that a packed sequence's step lacks wait as they are.
-    is_row = (rows < all_rows)[:, None] & (units < H)[None, :]
-    at = long_rows * H + units[None, :]
-    waiting = tl.load(carry + at, mask=is_row, other=0.0)
-    tl.store(to_carry + at, tl.where((rows < B)[:, None], passed, waiting), mask=is_row)
+        dropped = tl.load(later_resets + rows, mask=rows < known, other=0) != 0
+        dh = tl.where(dropped[:, None], 0.0, dh)
+    inside = (rows < B)[:, None] & (units < H)[None, :]
+    if HAS_GRAD_OUTPUT:
+        dh += tl.load(grad_output + at, mask=inside, other=0.0).to(tl.float32)
+    saved = gates + rows[:, None] * (4 * H) + units[None, :]
+    r = tl.load(saved, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(saved + H, mask=inside, other=0.0).to(tl.float32)
+    n = tl.load(saved + 2 * H, mask=inside, other=0.0).to(tl.float32)
+    q = tl.load(saved + 3 * H, mask=inside, other=0.0).to(tl.float32)
+    h = tl.load(hx + at, mask=inside, other=0.0).to(tl.float32)
+    of_n = dh * (1.0 - z) * (1.0 - n * n)
+    to = deltas + rows[:, None] * (4 * H) + units[None, :]
+    tl.store(to, of_n.to(dtype), mask=inside)
+    tl.store(to + H, (of_n * q * r * (1.0 - r)).to(dtype), mask=inside)
+    tl.store(to + 2 * H, (dh * (h - n) * z * (1.0 - z)).to(dtype), mask=inside)
+    tl.store(to + 3 * H, (of_n * r).to(dtype), mask=inside)
+    if SAVE_STATES:
+        tl.store(grad_states + at, dh.to(dtype), mask=inside)
+    tl.store(carry + at, tl.where((rows < B)[:, None], dh * z, dh), mask=carried)
 
 
-def config(dtype: torch.dtype, backward: bool) -> dict[str, Any]:
-    """Block sizes, warps and stages of a step, for every H, batch and architecture: what keeps
-    its sums and operands in registers on sm_80, sm_90, sm_100 and gfx942. Products of float32 have
-    no tensor cores, and the backward pass holds five tensors of a block at once: half the K."""
-    return {
-        "BLOCK_B": 16,
-        "BLOCK_H": 32,
-        "BLOCK_K": 32 if backward or dtype == torch.float32 else 64,
-        "num_warps": 4,
-        "num_stages": 2,
-    }
-
-
-_FORWARD = ("projected", "before", "hx", "weight_hh", "bias_hh", "resets", "output", "gates")
-_BACKWARD = (
-    *("carry", "grad_output", "gates", "before", "hx", "weight_hh", "resets"),
-    *("to_carry", "deltas", "states"),
-)
+# Blocks of a step by dtype, for every H and architecture: sums and operands stay in registers on
+# sm_80, sm_90, sm_100 and gfx942, even where H is no multiple of 16 and each load has an address of
+# its own: with a BLOCK_K of 64 the forward step then spills. float32 has no tensor cores.
+_CONFIGS: dict[torch.dtype, dict[str, int]] = {
+    torch.float32: {"BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
+    torch.bfloat16: {"BLOCK_B": 32, "BLOCK_H": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    torch.float16: {"BLOCK_B": 32, "BLOCK_H": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+}
 
 
 def configs() -> Iterator[Config]:
-    """Every kernel as the launchers run it, for compiling ahead of time."""
-    for dtype, has_resets in itertools.product(DTYPES, (False, True)):
-        for kernel, names in ((_forward_step, _FORWARD), (_backward_step, _BACKWARD)):
-            is_backward = kernel is _backward_step
-            dtypes = dict.fromkeys(names, dtype)
-            dtypes |= {name: torch.float32 for name in names if "carry" in name}
+    """Every kernel as the launchers run it, with all that it may read and write, for compiling
+    ahead of time."""
+    for dtype, has_resets in itertools.product(_CONFIGS, (False, True)):
+        blocks = dict(_CONFIGS[dtype])
+        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
+        for kernel, way in ((_forward_step, "forward"), (_backward_step, "backward")):
+            names = kernel.arg_names
+            numbers = [name for name in names if name in ("B", "known", "H")]
+            flags = [name for name in names if name.startswith(("HAS_", "SAVE_"))]
+            tensors = {name: dtype for name in names if name.islower() and name not in numbers}
+            if "carry" in tensors:
+                tensors["carry"] = torch.float32
             if has_resets:
-                dtypes["resets"] = torch.bool
-            numbers = ["B", "all_rows", "H", "known"] if is_backward else ["B", "H", "known"]
-            settings = config(dtype, is_backward)
-            options = {name: settings.pop(name) for name in ("num_warps", "num_stages")}
-            flags = ("HAS_GRAD", "SAVES_STATES") if is_backward else ("HAS_BIAS", "SAVES_GATES")
-            constants = settings | dict.fromkeys(flags, True)
-            constants |= {"HAS_RESETS": has_resets, "PRECISION": "ieee"}
-            name = f"gru {'backward' if is_backward else 'forward'} step"
-            name += ", resets" if has_resets else ""
-            yield Config(name, dtype, kernel, dtypes, numbers, constants, options)
+                tensors |= {name: torch.bool for name in names if "resets" in name}
+            constants = blocks | dict.fromkeys(flags, True) | {"HAS_RESETS": has_resets}
+            name = f"gru {way} step{', resets' if has_resets else ''}"
+            yield Config(name, dtype, kernel, tensors, numbers, constants, options)
+
+
+def _grid(rows: int, H: int, dtype: torch.dtype) -> tuple[int, int]:
+    blocks = _CONFIGS[dtype]
+    return triton.cdiv(rows, blocks["BLOCK_B"]), triton.cdiv(H, blocks["BLOCK_H"])
+
+
+def _check(
+    input: Tensor,
+    hx: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    batch_sizes: Tensor | None,
+    resets: Tensor | None,
+) -> None:
+    """Kernels trust what they are given: a size that does not fit would be a read out of bounds."""
+    dims = 3 if batch_sizes is None else 2
+    if input.dim() != dims or hx.dim() != 2:
+        raise RuntimeError(
+            f"genkernels.gru: expected input of {dims} dimensions and hx of 2, got "
+            f"{list(input.shape)} and {list(hx.shape)}"
+        )
+    (B, H), I = hx.shape, input.size(-1)
+    steps = len(input) if batch_sizes is None else len(batch_sizes)
+    if steps == 0:
+        raise RuntimeError("genkernels.gru: input: expected a sequence length larger than 0")
+    if (bias_ih is None) != (bias_hh is None):
+        raise RuntimeError("genkernels.gru: bias_ih, bias_hh: expected both or none")
+    if batch_sizes is None:
+        _check_like("input", input, (steps, B, I), input)
+    else:
+        sizes = batch_sizes.tolist()
+        falls = all(0 < size <= before for before, size in itertools.pairwise([B, *sizes]))
+        if not falls or sizes[0] != B or sum(sizes) != len(input) or resets is not None:
+            raise RuntimeError(
+                f"genkernels.gru: batch_sizes: expected hx's {B} first, then positive, never "
+                f"larger sizes, {len(input)} rows in all, and no resets, got {sizes}"
+            )
+    _check_like("hx", hx, (B, H), input)
+    _check_like("weight_ih", weight_ih, (3 * H, I), input)
+    _check_like("weight_hh", weight_hh, (3 * H, H), input)
+    _check_like("bias_ih", bias_ih, (3 * H,), input)
+    _check_like("bias_hh", bias_hh, (3 * H,), input)
+    _check_like("resets", resets, (steps, B), input, torch.bool)
+
+
+def _check_like(
+    name: str,
+    tensor: Tensor | None,
+    shape: Sequence[int],
+    input: Tensor,
+    dtype: torch.dtype | None = None,
+) -> None:
+    if tensor is None:
+        return
+    expected = (list(shape), dtype or input.dtype, input.device)
+    got = (list(tensor.shape), tensor.dtype, tensor.device)
+    if got != expected:
+        raise RuntimeError(
+            f"genkernels.gru: {name}: expected {' '.join(map(str, expected))}, got "
+            f"{' '.join(map(str, got))}"
+        )
 
 
 def gru_forward(
@@ -263,33 +284,41 @@ def gru_forward(
     save_gates: bool,
     packed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As the raw op of that name; `packed` is the CPU kernel's, and not read."""
-    H = hx.size(1)
+    """The raw op of that name. `packed` is for the compiled CPU kernel, and is not read."""
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    _check(input, hx, *weights, batch_sizes, resets)
+    H, dtype = hx.size(1), input.dtype
     hx, weight_hh = hx.contiguous(), weight_hh.contiguous()
-    rows = input.shape[:-1]
-    output = input.new_empty((*rows, H))
-    gates = input.new_empty((*rows, 4 * H)) if save_gates else input.new_empty(0)
-    h_n = hx.clone()
+    bias_hh = None if bias_hh is None else bias_hh.contiguous()
+    resets = None if resets is None else resets.contiguous()
+    output = input.new_empty((*input.shape[:-1], H))
+    gates = input.new_empty((*input.shape[:-1], 4 * H) if save_gates else 0)
     if output.numel() == 0:
-        return output, h_n, gates
+        return output, hx.clone(), gates
     projected = _steps(linear(input, weight_ih, bias_ih).contiguous(), batch_sizes)
     outputs = _steps(output, batch_sizes)
     saved = _steps(gates, batch_sizes) if save_gates else outputs
-    resets = None if resets is None else resets.contiguous()
-    settings = config(input.dtype, False)
-    before, known = hx, 0
-    for t in _times(len(outputs), reverse):
-        B = len(outputs[t])
-        grid = (triton.cdiv(B, settings["BLOCK_B"]), triton.cdiv(H, settings["BLOCK_H"]))
-        _forward_step[grid](
-            projected[t], before, hx, weight_hh, hx if bias_hh is None else bias_hh,
-            hx if resets is None else resets[t], outputs[t], saved[t], B, H, min(known, B),
-            HAS_BIAS=bias_hh is not None, HAS_RESETS=resets is not None, SAVES_GATES=save_gates,
-            PRECISION="ieee", **settings,
-        )  # fmt: skip
-        before, known = outputs[t], B
-        h_n[:B] = outputs[t]
-    return output, h_n, gates
+    h = hx
+    with torch.cuda.device_of(input):
+        for t in _times(len(outputs), reverse):
+            rows = len(outputs[t])
+            _forward_step[_grid(rows, H, dtype)](
+                projected[t],
+                h,
+                weight_hh,
+                weight_hh if bias_hh is None else bias_hh,
+                weight_hh if resets is None else resets[t],
+                outputs[t],
+                saved[t],
+                rows,
+                H,
+                HAS_BIAS=bias_hh is not None,
+                HAS_RESETS=resets is not None,
+                SAVE_GATES=save_gates,
+                **_CONFIGS[dtype],
+            )
+            h = _carry(outputs[t], h, t, None)
+    return output, h.clone(), gates
 
 
 def gru_backward(
@@ -310,52 +339,70 @@ def gru_backward(
     weight_grad: bool,
     states_grad: bool,
 ) -> tuple[Tensor, ...]:
-    """As the raw op of that name."""
-    H = hx.size(1)
+    """The raw op of that name."""
+    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
+    _check(input, hx, *weights, batch_sizes, resets)
+    H, dtype = hx.size(1), input.dtype
+    rows_shape = input.shape[:-1]
+    _check_like("output", output, (*rows_shape, H), input)
+    _check_like("grad_output", grad_output, (*rows_shape, H), input)
+    _check_like("grad_h_n", grad_h_n, hx.shape, input)
     if gates.numel() == 0:
-        weights = (weight_ih, weight_hh, bias_ih, bias_hh)
         gates = gru_forward(input, hx, *weights, batch_sizes, resets, reverse, True, None)[2]
-    hx, output, weight = hx.contiguous(), output.contiguous(), weight_hh.contiguous()
+    _check_like("gates", gates, (*rows_shape, 4 * H), input)
+    entering = _join(_entering(output, hx, batch_sizes, resets, reverse))  # [N, H]
+    if batch_sizes is None:
+        entering = entering.view(output.shape)
+    weight = weight_hh.contiguous()
     resets = None if resets is None else resets.contiguous()
-    outputs, saved = _steps(output, batch_sizes), _steps(gates.contiguous(), batch_sizes)
-    delta = gates.new_empty(gates.shape)
-    states = output.new_empty(output.shape if states_grad else 0)
-    deltas = _steps(delta, batch_sizes)
-    of_states = _steps(states, batch_sizes) if states_grad else deltas
-    grads = deltas if grad_output is None else _steps(grad_output.contiguous(), batch_sizes)
-    carry = torch.zeros_like(hx, dtype=torch.float32)
+    states = input.new_empty((*rows_shape, H) if states_grad else 0)
+    delta = torch.empty_like(gates, memory_format=torch.contiguous_format)
+    carry = torch.zeros_like(hx, dtype=torch.float32, memory_format=torch.contiguous_format)
     if grad_h_n is not None:
         carry.copy_(grad_h_n)
-    other = torch.empty_like(carry)
-    settings = config(input.dtype, True)
-    grid = (triton.cdiv(len(hx), settings["BLOCK_B"]), triton.cdiv(H, settings["BLOCK_H"]))
-    for t in _times(len(outputs), not reverse) if output.numel() else ():
-        B = len(outputs[t])
-        last = t + 1 if reverse else t - 1
-        before = outputs[last] if 0 <= last < len(outputs) else hx[:0]
-        _backward_step[grid](
-            carry, grads[t], saved[t], before if len(before) else hx, hx, weight,
-            hx if resets is None else resets[t], other, deltas[t], of_states[t],
-            B, len(hx), H, min(len(before), B),
-            HAS_GRAD=grad_output is not None, HAS_RESETS=resets is not None,
-            SAVES_STATES=states_grad, PRECISION="ieee", **settings,
-        )  # fmt: skip
-        carry, other = other, carry
-    delta, x = delta.view(-1, 4 * H), input.reshape(-1, input.size(-1))
+    deltas, saved = _steps(delta, batch_sizes), _steps(gates.contiguous(), batch_sizes)
+    entered = _steps(entering, batch_sizes)
+    grads = None if grad_output is None else _steps(grad_output.contiguous(), batch_sizes)
+    of_states = _steps(states, batch_sizes) if states_grad else None
+
+    def launch(t: int, rows: int, later: int, known: int) -> None:
+        _backward_step[_grid(max(rows, known), H, dtype)](
+            carry,
+            deltas[later],
+            weight if resets is None else resets[later],
+            weight,
+            entered[t] if grads is None else grads[t],
+            entered[t],
+            saved[t],
+            deltas[t],
+            entered[t] if of_states is None else of_states[t],
+            rows,
+            known,
+            H,
+            HAS_GRAD_OUTPUT=grads is not None,
+            HAS_RESETS=resets is not None,
+            SAVE_STATES=states_grad,
+            **_CONFIGS[dtype],
+        )
+
+    if output.numel() > 0:
+        with torch.cuda.device_of(input):
+            later, known = 0, 0
+            for t in _times(len(deltas), not reverse):
+                launch(t, len(deltas[t]), later, known)
+                later, known = t, len(deltas[t])
+            launch(later, 0, later, known)  # what the first step hands on to hx
+    delta, entering, x = (rows.flatten(0, -2) for rows in (delta, entering, input))
 
     def gradient(needed: bool, compute: Callable[[], Tensor]) -> Tensor:
         return compute() if needed else input.new_empty(0)
 
-    def entering() -> Tensor:
-        steps = _entering(output, hx, batch_sizes, resets, reverse)
-        return torch.cat([steps[t] for t in range(len(steps))]) if steps else hx[:0]
-
     bias_grad = weight_grad and bias_ih is not None
     return (
         gradient(input_grad, lambda: (delta[:, : 3 * H] @ _nrz(weight_ih)).view(input.shape)),
-        carry.to(hx.dtype),
+        carry.to(dtype, copy=True),
         gradient(weight_grad, lambda: _rzn(delta[:, : 3 * H].t() @ x)),
-        gradient(weight_grad, lambda: delta[:, H:].t() @ entering()),
+        gradient(weight_grad, lambda: delta[:, H:].t() @ entering),
         gradient(bias_grad, lambda: _rzn(delta[:, : 3 * H].sum(0))),
         gradient(bias_grad, lambda: delta[:, H:].sum(0)),
         states,
@@ -363,27 +410,30 @@ def gru_backward(
 
 
 def gru_cell_forward(input: Tensor, hx: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """The raw op of that name, a sequence of one step."""
     weights, (save_gates, packed) = args[:4], args[4:]
     rest: Any = (None, None, False, save_gates, packed)
     _, h, gates = gru_forward(input.unsqueeze(0), hx, *weights, *rest)
-    return h, gates.squeeze(0)
+    return h, gates.squeeze(0) if save_gates else gates
 
 
 def gru_cell_backward(grad_h: Tensor, input: Tensor, hx: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    weights, (gates, input_grad, weight_grad) = args[:4], args[4:]
-    if gates.numel() > 0:
-        gates = gates.unsqueeze(0)
-    rest: Any = (hx.unsqueeze(0), gates, None, None, False, input_grad, weight_grad, False)
+    """The raw op of that name. What stands for the output is not read."""
+    weights, (gates, *wanted) = args[:4], args[4:]
+    saved = (hx.unsqueeze(0), gates.unsqueeze(0), None, None, False)
+    rest: Any = (*saved, *wanted, False)
     gradients = gru_backward(None, grad_h, input.unsqueeze(0), hx, *weights, *rest)
-    return gradients[0].view(input.shape if input_grad else 0), *gradients[1:6]
+    return gradients[0].view(input.shape if wanted[0] else 0), *gradients[1:6]
 
 
 def bidirectional_gru_forward(*args: Any) -> tuple[Tensor, ...]:
+    """The raw op of that name, one direction after the other."""
     first, second = each_forward(args)
     return *gru_forward(*first), *gru_forward(*second)
 
 
 def bidirectional_gru_backward(*args: Any) -> tuple[Tensor, ...]:
+    """The raw op of that name, one direction after the other."""
     first, second = each_backward(args)
     return *gru_backward(*first)[:6], *gru_backward(*second)[:6]
 
