@@ -28,7 +28,7 @@ test: .venv/built .venv/installed  ## run the test suite (ARGS='-k gru')
 	$(PY) -m pytest --ignore tests/test_mutation.py $(ARGS)
 
 triton-check: .venv/built .venv/installed  ## the GPU kernels without a GPU: interpreted, and compiled for four architectures
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_gru.py $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_*.py $(ARGS)
 	$(PY) -m benchmarks.triton_table > .venv/triton.md
 	grep '^|' benchmarks/triton.md | tail -n +3 | diff - .venv/triton.md
 

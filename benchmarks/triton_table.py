@@ -8,6 +8,7 @@ NVIDIA's, LLVM for AMD's), and tensor-core instructions are counted in the PTX o
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import subprocess
 import sys
@@ -21,8 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from genkernels.triton import Config
-from genkernels.triton.gru import configs
+from genkernels.triton import MODULES, Config
 
 TABLE = Path(__file__).with_name("triton.md")
 # Shared memory that a block may have, in bytes.
@@ -37,6 +37,8 @@ TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.bool: "*i1",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
 
@@ -51,13 +53,12 @@ class Resources(NamedTuple):
 
 def compiled(config: Config, architecture: str) -> Any:
     target, _ = TARGETS[architecture]
-    signature = {name: TYPES[dtype] for name, dtype in config.tensors.items()}
-    signature |= dict.fromkeys(config.numbers, "i32")
-    order = config.kernel.arg_names
-    # Tensors start at multiples of 16 bytes, for which the launcher compiles.
-    aligned = {(order.index(name),): [["tt.divisibility", 16]] for name in config.tensors}
+    signature = {p.name: p.annotation_type or "i32" for p in config.kernel.params}
+    signature |= {name: TYPES[dtype] for name, dtype in config.tensors.items()}
     signature |= dict.fromkeys(config.constants, "constexpr")
-    signature = {name: signature[name] for name in order}
+    # Tensors start at multiples of 16 bytes, for which the launcher compiles.
+    multiples, order = {*config.tensors, *config.divisible}, config.kernel.arg_names
+    aligned = {(order.index(name),): [["tt.divisibility", 16]] for name in multiples}
     source = ASTSource(config.kernel, signature, config.constants, aligned)
     return triton.compile(source, target=target, options=config.options)
 
@@ -106,9 +107,14 @@ def faults(config: Config, architecture: str, used: Resources) -> list[str]:
     return [fault for fault, is_found in found.items() if is_found]
 
 
+def configs(architecture: str) -> Iterator[Config]:
+    for module in MODULES:
+        yield from importlib.import_module(f"genkernels.triton.{module}").configs(architecture)
+
+
 def rows(architectures: list[str]) -> Iterator[tuple[str, list[str]]]:
-    for config in configs():
-        for architecture in architectures:
+    for architecture in architectures:
+        for config in configs(architecture):
             used = resources(config, architecture)
             dtype = str(config.dtype).removeprefix("torch.")
             blocks = " x ".join(str(v) for n, v in config.constants.items() if "BLOCK" in n)

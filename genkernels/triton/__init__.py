@@ -19,31 +19,33 @@ import torch
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# The module of each public op, and the raw ops that a module has launchers for.
-_MODULES = {"gru": "gru", "gru_cell": "gru", "bidirectional_gru": "gru"}
+# The public ops of each module, and the raw ops that it has launchers for.
+_OPS = {"gru": ("gru", "gru_cell", "bidirectional_gru")}
 _RAW_OPS = {
     f"{op}_{pass_}": "gru"
     for op in ("gru", "gru_cell", "bidirectional_gru")
     for pass_ in ("forward", "backward")
 }
+MODULES = tuple(_OPS)  # each has KERNELS, its launchers by raw op, and configs(architecture)
 
 
 class Config(NamedTuple):
-    """A kernel as its launcher runs it: the dtypes of its tensors, which numbers it takes, its
-    constants, and the compiler's options."""
+    """A kernel as its launcher runs it: the dtypes of its tensors, its constants, the compiler's
+    options, and those of its other arguments, which are numbers, that are multiples of 16, for
+    which the compiler makes wider loads. None of an optional tensor is a constant."""
 
     name: str
     dtype: torch.dtype
     kernel: Any
     tensors: dict[str, torch.dtype]
-    numbers: list[str]
     constants: dict[str, Any]
     options: dict[str, int]
+    divisible: tuple[str, ...] = ()
 
 
 def obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton cannot run an op on this device in this dtype; None if it can."""
-    if op not in _MODULES:
+    if not any(op in ops for ops in _OPS.values()):
         return "this version has no Triton kernel for it"
     if device.type != "cuda" and not (IS_INTERPRETED and device.type == "cpu"):
         return f"it runs on CUDA tensors, and these are on {device.type}"

@@ -187,9 +187,9 @@ _CONFIGS: dict[torch.dtype, dict[str, int]] = {
 }
 
 
-def configs() -> Iterator[Config]:
-    """Every kernel as the launchers run it, with all that it may read and write, for compiling
-    ahead of time."""
+def configs(architecture: str) -> Iterator[Config]:
+    """Every kernel as the launchers run it there, with all that it may read and write, for
+    compiling ahead of time."""
     for dtype, has_resets in itertools.product(_CONFIGS, (False, True)):
         blocks = dict(_CONFIGS[dtype])
         options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
@@ -204,7 +204,7 @@ def configs() -> Iterator[Config]:
                 tensors |= {name: torch.bool for name in names if "resets" in name}
             constants = blocks | dict.fromkeys(flags, True) | {"HAS_RESETS": has_resets}
             name = f"gru {way} step{', resets' if has_resets else ''}"
-            yield Config(name, dtype, kernel, tensors, numbers, constants, options)
+            yield Config(name, dtype, kernel, tensors, constants, options)
 
 
 def _grid(rows: int, H: int, dtype: torch.dtype) -> tuple[int, int]:
