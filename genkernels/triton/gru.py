@@ -30,21 +30,7 @@ from ..reference.gru import (
     each_forward,
 )
 from . import Config
-
-
-@triton.jit
-def _tanh(x):
-    # Near zero the quotient has no digits left. There x times the polynomial in x^2 of least
-    # relative error, 2.5e-9 (Lawson's algorithm).
-    y = x * x
-    p = y * -5.852168679e-3 + 2.075362902e-2
-    p = p * y - 5.376870479e-2
-    p = p * y + 1.333168896e-1
-    p = p * y - 3.333328326e-1
-    p = p * y + 9.999999975e-1
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.6, x * p, tl.where(x < 0.0, -far, far))
+from .math import tanh
 
 
 @triton.jit
@@ -96,7 +82,7 @@ def _forward_step(
     x = projected + rows[:, None] * (3 * H) + units[None, :]
     r = tl.sigmoid(r + tl.load(x, mask=inside, other=0.0).to(tl.float32))
     z = tl.sigmoid(z + tl.load(x + H, mask=inside, other=0.0).to(tl.float32))
-    n = _tanh(tl.load(x + 2 * H, mask=inside, other=0.0).to(tl.float32) + r * q)
+    n = tanh(tl.load(x + 2 * H, mask=inside, other=0.0).to(tl.float32) + r * q)
     at = rows[:, None] * H + units[None, :]
     h = tl.load(hx + at, mask=inside & enters[:, None], other=0.0).to(tl.float32)
     dtype = output.dtype.element_ty
