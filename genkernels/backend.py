@@ -29,6 +29,7 @@ _FLOAT16_OPS = (  # whose compiled kernel takes that, too
     "scaled_dot_product_attention",
     "varlen_attn",
 )
+_CUDA_OPS = ("gru", "gru_cell", "bidirectional_gru")  # of the extension's own CUDA kernels
 _CPU = torch.device("cpu")
 # Triton's interpreter then stands in the place of the compiled kernels.
 _is_interpreted = triton.IS_INTERPRETED
@@ -54,6 +55,8 @@ def _one_of(variable: str, allowed: tuple[str, ...] | list[str]) -> str | None:
 
 
 _extension, _extension_error = _load_extension()
+# What its CUDA kernels are compiled for, as 900 for sm_90; nothing where it was built without.
+CUDA_ARCHITECTURES: tuple[int, ...] = tuple(getattr(_extension, "cuda_architectures", ()))
 # PyTorch's own float32 and float64 products run close to the CPU's limit where they are MKL's, and
 # MKL takes its fastest code on Intel's CPUs alone.
 MKL_IS_AT_ITS_BEST = (
@@ -84,6 +87,8 @@ def _has_kernel(op: str, dtype: torch.dtype) -> bool:
 def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run an op on this device in this dtype; None if it can."""
     if backend == "cpp":
+        if device.type == "cuda" and op in _CUDA_OPS:
+            return _cuda_obstacle(device, dtype)
         if device.type != "cpu":
             return f"it runs on CPU tensors, and these are on {device.type}"
         if _extension is None:
@@ -93,6 +98,29 @@ def _obstacle(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
     if backend == "triton":
         return triton.obstacle(op, device, dtype)
     return None
+
+
+def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if _extension is None:
+        return _extension_error
+    if not CUDA_ARCHITECTURES:
+        return "the extension was built without CUDA kernels"
+    if triton.is_installed():
+        return "its CUDA kernels are for where Triton is missing"
+    if dtype not in (*triton.DTYPES, torch.float64):
+        return f"it has no CUDA kernel for {dtype}"
+    if torch.cuda.is_available():  # fake tensors are on no GPU
+        properties = torch.cuda.get_device_properties(device)
+        architecture = 100 * properties.major + 10 * properties.minor
+        if architecture < min(CUDA_ARCHITECTURES):
+            first = f"sm_{min(CUDA_ARCHITECTURES) // 10}"
+            return f"its CUDA kernels are for {first} and later, not sm_{architecture // 10}"
+    return None
+
+
+def _order(device: torch.device) -> tuple[str, ...]:
+    """Backends, the first that can run first."""
+    return BACKENDS if device.type == "cpu" and not _is_interpreted else ("triton", *BACKENDS)
 
 
 def hands_over(op: str) -> Callable[[Callable[..., str | None]], Callable[..., str | None]]:
@@ -138,14 +166,12 @@ def select(op: str, device: torch.device, dtype: torch.dtype, handover: str | No
         return _requested
     if device.type == "meta" or handover is not None:  # meta has shapes only: nothing runs
         return "reference"
+    able = [name for name in _order(device) if _obstacle(op, name, device, dtype) is None]
+    if able[0] != "reference" or _falls_back_freely(op):
+        return able[0]
     preferred = "cpp" if device.type == "cpu" else "triton"
-    if _is_interpreted and _obstacle(op, "triton", device, dtype) is None:
-        preferred = "triton"
     obstacle = _obstacle(op, preferred, device, dtype)
-    if obstacle is None:
-        return preferred
-    if _falls_back_freely(op):
-        return "reference"
+    assert obstacle is not None
     if _strict:
         raise RuntimeError(
             f"genkernels.{op}: GENKERNELS_STRICT is set, and backend {preferred!r} cannot run: "
@@ -225,8 +251,7 @@ def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
     if is_handed_over:
         obstacles["cpp"] = handover
     is_strict = _strict and handover is None and not _falls_back_freely(name)
-    order = ("triton", *BACKENDS) if _is_interpreted else BACKENDS
-    able = [backend for backend in order if obstacles[backend] is None]
+    able = [backend for backend in _order(tensor.device) if obstacles[backend] is None]
     if _requested is not None and not (_requested == "cpp" and is_handed_over):
         able = [backend for backend in able if backend == _requested]
     elif is_strict:
@@ -235,7 +260,8 @@ def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
     reasons = {}
     for backend, obstacle in obstacles.items():
         if backend == chosen:
-            level = f" at SIMD level {simd_level()}" if backend == "cpp" else ""
+            is_compiled = backend == "cpp" and tensor.device.type == "cpu"
+            level = f" at SIMD level {simd_level()}" if is_compiled else ""
             reasons[backend] = f"runs{level}"
         elif obstacle is not None:
             reasons[backend] = obstacle

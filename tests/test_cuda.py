@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import genkernels
-from genkernels import triton
+from genkernels import backend, triton
 
 DEVICE = "cuda"
 HALF = (torch.bfloat16, torch.float16)
@@ -160,6 +160,10 @@ def runs_triton(op: str, dtype: torch.dtype) -> bool:
     return triton.obstacle(op, torch.device(DEVICE), dtype) is None
 
 
+def runs_compiled(op: str, dtype: torch.dtype) -> bool:
+    return backend._obstacle(op, "cpp", torch.device(DEVICE), dtype) is None
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
 def test_parity(name: str, dtype: torch.dtype) -> None:
@@ -167,6 +171,8 @@ def test_parity(name: str, dtype: torch.dtype) -> None:
     op = name.partition("-")[0]
     if runs_triton(op, dtype):
         assert {backend for _, backend in genkernels.stats()} == {"triton"}
+    elif runs_compiled(op, dtype):
+        assert {backend for _, backend in genkernels.stats()} == {"cpp"}
     else:
         assert genkernels.stats() == {(op, "reference"): 3}
 
@@ -175,7 +181,13 @@ def test_parity(name: str, dtype: torch.dtype) -> None:
 def test_says_what_runs(name: str) -> None:
     op, values = CASES[name].op, on_device(CASES[name].draw())
     explanation = genkernels.explain(name, **values)
-    assert f"these are on {DEVICE}" in explanation.reasons["cpp"]
+    if runs_compiled(name, torch.float32):
+        assert (explanation.backend, explanation.reasons["cpp"]) == ("cpp", "runs")
+        op(**values)
+        assert {each for each, _ in genkernels.stats()} == {"gru_gates_forward"}
+        return
+    stands = "CUDA kernels" if "gru" in name else f"these are on {DEVICE}"
+    assert stands in explanation.reasons["cpp"]
     if runs_triton(name, torch.float32):
         assert explanation.backend == "triton"
         with warnings.catch_warnings():
@@ -198,6 +210,9 @@ def test_says_what_runs(name: str) -> None:
             op(**values)
 
 
+@pytest.mark.skipif(
+    runs_compiled("gru", torch.float64), reason="a dtype without a kernel: the GRU has all here"
+)
 def test_strict() -> None:
     """It is about kernels that are missed, not about PyTorch's own op."""
     made = f"torch.ones(s, device='{DEVICE}', dtype=torch.float64)"  # which Triton does not take

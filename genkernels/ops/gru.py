@@ -1,14 +1,23 @@
 """The fused gated recurrent unit: a whole sequence (`gru`), both directions of one
 (`bidirectional_gru`), and one step (`gru_cell`)."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from .. import backend, reference
-from ..reference.gru import each_backward, each_forward, gru_double_backward
+from ..reference.gru import (
+    PLAIN,
+    Step,
+    each_backward,
+    each_forward,
+    gru_double_backward,
+    gru_gates_backward,
+    gru_gates_forward,
+)
 from ..reference.gru import gru_backward as reference_backward
 from ..reference.gru import gru_forward as reference_forward
 from .library import _library, apply, autocast, define, is_transformed, map_slices, needs_autograd
@@ -342,6 +351,12 @@ def _rows(input: Tensor, columns: int) -> Tensor:
     return input.new_empty((*input.shape[:-1], columns))
 
 
+def _fake_gates_forward(
+    projected: Tensor, recurrent: Tensor, hx: Tensor, save_gates: bool
+) -> tuple[Tensor, Tensor]:
+    return hx.new_empty(hx.shape), _rows(hx, 4 * hx.size(1)) if save_gates else hx.new_empty(0)
+
+
 def _fake_forward(
     input: Tensor,
     hx: Tensor,
@@ -410,16 +425,20 @@ def _fake_backward(
     return *gradients, _rows(input, hx.size(1)) if states_grad else input.new_empty(0)
 
 
-def _reference_bidirectional_forward(*args: Any) -> tuple[Tensor, ...]:
-    return sum((reference_forward(*each[:-1]) for each in each_forward(args)), ())
+def _reference_forward(*args: Any, step: Step = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
+    return reference_forward(*(*args[:-1], step))  # packed is for the compiled CPU kernel
+
+
+def _reference_bidirectional_forward(*args: Any, step: Step = PLAIN) -> tuple[Tensor, ...]:
+    return sum((_reference_forward(*each, step=step) for each in each_forward(args)), ())
 
 
 def _fake_bidirectional_forward(*args: Any) -> tuple[Tensor, ...]:
     return sum((_fake_forward(*each) for each in each_forward(args)), ())
 
 
-def _reference_bidirectional_backward(*args: Any) -> tuple[Tensor, ...]:
-    first, second = (reference_backward(*each) for each in each_backward(args))
+def _reference_bidirectional_backward(*args: Any, step: Step = PLAIN) -> tuple[Tensor, ...]:
+    first, second = (reference_backward(*(*each, step)) for each in each_backward(args))
     return *first[:6], *second[:6]
 
 
@@ -437,9 +456,11 @@ def _reference_cell_forward(
     bias_hh: Tensor | None,
     save_gates: bool,
     packed: Tensor | None,
+    step: Step = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-    _, h, gates = reference_forward(input.unsqueeze(0), hx, *weights, None, None, False, save_gates)
+    sequence = (input.unsqueeze(0), hx, *weights, None, None, False, save_gates)
+    _, h, gates = reference_forward(*sequence, step=step)
     return h, gates.squeeze(0)
 
 
@@ -470,13 +491,14 @@ def _reference_cell_backward(
     gates: Tensor,
     input_grad: bool,
     weight_grad: bool,
+    step: Step = PLAIN,
 ) -> tuple[Tensor, ...]:
-    step = (input.unsqueeze(0), hx, weight_ih, weight_hh, bias_ih, bias_hh)
+    sequence = (input.unsqueeze(0), hx, weight_ih, weight_hh, bias_ih, bias_hh)
     # One step enters with hx alone: what stands for the output is not read.
     gradients = reference_backward(
         None,
         grad_h,
-        *step,
+        *sequence,
         hx.unsqueeze(0),
         gates.unsqueeze(0),
         None,
@@ -485,6 +507,7 @@ def _reference_cell_backward(
         input_grad,
         weight_grad,
         False,
+        step,
     )
     return gradients[0].view(input.shape if input_grad else 0), *gradients[1:6]
 
@@ -515,11 +538,34 @@ def _fake_cell_backward(
 _library.define(
     "gru_pack(Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh) -> Tensor"
 )
+# A step without its products, which are PyTorch's: what the extension has for CUDA tensors.
+# projected: W_i x + b_i; recurrent: W_h h + b_h; deltas: the gradients of n, r, z, W_hn h + b_hn;
+# grad_hx: without what the product with W_h adds.
+_gru_gates_forward = define(
+    "gru_gates_forward(Tensor projected, Tensor recurrent, Tensor hx, bool save_gates) "
+    "-> (Tensor output, Tensor gates)",
+    gru_gates_forward,
+    _fake_gates_forward,
+)
+_gru_gates_backward = define(
+    "gru_gates_backward(Tensor grad_output, Tensor gates, Tensor hx) "
+    "-> (Tensor deltas, Tensor grad_hx)",
+    gru_gates_backward,
+    lambda _, gates, hx: (gates.new_empty(gates.shape), hx.new_empty(hx.shape)),
+)
+
+
+def _with_gates(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference, with the two ops above for what is not a product."""
+    return functools.partial(reference, step=Step(_gru_gates_forward, _gru_gates_backward))
+
+
 _gru_forward = define(
     f"gru_forward({_INPUTS}, Tensor? batch_sizes, Tensor? resets, bool reverse, bool save_gates, "
     "Tensor? packed) -> (Tensor output, Tensor h_n, Tensor gates)",
-    lambda *args: reference_forward(*args[:-1]),
+    _reference_forward,
     _fake_forward,
+    on_cuda=_with_gates(_reference_forward),
 )
 _gru_backward = define(
     f"gru_backward(Tensor? grad_output, Tensor? grad_h_n, {_INPUTS}, Tensor output, Tensor gates, "
@@ -527,6 +573,7 @@ _gru_backward = define(
     f"bool states_grad) -> ({_GRADIENTS}, Tensor grad_states)",
     reference_backward,
     _fake_backward,
+    on_cuda=_with_gates(reference_backward),
 )
 _bidirectional_gru_forward = define(
     f"bidirectional_gru_forward({_INPUTS}, {_REVERSE}, Tensor? batch_sizes, bool save_gates, "
@@ -534,6 +581,7 @@ _bidirectional_gru_forward = define(
     "Tensor output_reverse, Tensor h_n_reverse, Tensor gates_reverse)",
     _reference_bidirectional_forward,
     _fake_bidirectional_forward,
+    on_cuda=_with_gates(_reference_bidirectional_forward),
 )
 _bidirectional_gru_backward = define(
     "bidirectional_gru_backward(Tensor? grad_output, Tensor? grad_h_n, "
@@ -543,17 +591,20 @@ _bidirectional_gru_backward = define(
     f"{_GRADIENTS.replace(',', '_reverse,')}_reverse)",
     _reference_bidirectional_backward,
     _fake_bidirectional_backward,
+    on_cuda=_with_gates(_reference_bidirectional_backward),
 )
 _gru_cell_forward = define(
     f"gru_cell_forward({_INPUTS}, bool save_gates, Tensor? packed) -> (Tensor h, Tensor gates)",
     _reference_cell_forward,
     _fake_cell_forward,
+    on_cuda=_with_gates(_reference_cell_forward),
 )
 _gru_cell_backward = define(
     f"gru_cell_backward(Tensor grad_h, {_INPUTS}, Tensor gates, bool input_grad, bool weight_grad) "
     f"-> ({_GRADIENTS})",
     _reference_cell_backward,
     _fake_cell_backward,
+    on_cuda=_with_gates(_reference_cell_backward),
 )
 
 

@@ -12,12 +12,18 @@ from .. import backend, triton
 _library = torch.library.Library("genkernels", "DEF")
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    on_cuda: Callable[..., Any] | None = None,
+) -> Any:
     """Defines a raw op and returns it.
 
     The schema stands here once. The compiled extension has attached its kernel to the CPU key under
-    the same name, and a Triton kernel is attached to CUDA's; every other device, and a CPU without
-    the extension, gets the reference.
+    the same name, and a Triton kernel is attached to CUDA's, or `on_cuda`, which is made of the
+    extension's CUDA kernels, where Triton is missing and those were built; every other device, and
+    a CPU without the extension, gets the reference.
     """
     name = schema.partition("(")[0]
 
@@ -28,6 +34,8 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     _library.define(schema)
     _library.impl(name, run_reference, "CompositeExplicitAutograd")
     triton.register(_library, name, run_reference)
+    if on_cuda is not None and backend.CUDA_ARCHITECTURES and not triton.is_installed():
+        _library.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"genkernels::{name}", fake, lib=_library)
     return getattr(torch.ops.genkernels, name).default
 

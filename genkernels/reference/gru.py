@@ -8,7 +8,7 @@ torch.nn.GRU has it.)
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ def gru_cell(
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
 ) -> Tensor:
-    return _step(linear(input, weight_ih, bias_ih), hx, weight_hh, bias_hh)[0]
+    projected, recurrent = linear(input, weight_ih, bias_ih), linear(hx, weight_hh, bias_hh)
+    return gru_gates_forward(projected, recurrent, hx, False)[0]
 
 
 def gru(
@@ -44,6 +45,37 @@ def gru(
     return output, h_n
 
 
+def gru_gates_forward(
+    projected: Tensor, recurrent: Tensor, hx: Tensor, save_gates: bool
+) -> tuple[Tensor, Tensor]:
+    """A step from W_i x + b_i and W_h h + b_h on: the next state [B, H], and where they are asked
+    for r, z, n and W_hn h + b_hn [B, 4H]."""
+    x_r, x_z, x_n = projected.chunk(3, -1)
+    h_r, h_z, h_n = recurrent.chunk(3, -1)
+    r = (x_r + h_r).sigmoid()
+    z = (x_z + h_z).sigmoid()
+    n = (x_n + r * h_n).tanh()
+    gates = torch.cat([r, z, n, h_n], -1) if save_gates else hx.new_empty(0)
+    return (hx - n) * z + n, gates
+
+
+def gru_gates_backward(grad_output: Tensor, gates: Tensor, hx: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of n, r, z (before their functions) and W_hn h + b_hn [B, 4H], and that of hx
+    [B, H] without what the product adds."""
+    _, z, *_ = gates.chunk(4, -1)
+    return (grad_output.unsqueeze(1) * _slopes(gates, hx)).flatten(1), grad_output * z
+
+
+class Step(NamedTuple):
+    """What computes the gates of a step, and their gradients."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor]]
+
+
+PLAIN = Step(gru_gates_forward, gru_gates_backward)
+
+
 def gru_forward(
     input: Tensor,
     hx: Tensor,
@@ -55,6 +87,7 @@ def gru_forward(
     resets: Tensor | None,
     reverse: bool,
     save_gates: bool,
+    step: Step = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, h_n and what the backward formula needs of each step: r, z, n, W_hn h + b_hn."""
     projected = _steps(linear(input, weight_ih, bias_ih), batch_sizes)  # T of [B_t, 3H]
@@ -66,9 +99,8 @@ def gru_forward(
         entering = h[:rows]
         if resets is not None:
             entering = entering.masked_fill(resets[t].unsqueeze(1), 0)
-        outputs[t], *parts = _step(projected[t], entering, weight_hh, bias_hh)
-        if save_gates:
-            gates[t] = torch.cat(parts, -1)
+        recurrent = linear(entering, weight_hh, bias_hh)
+        outputs[t], gates[t] = step.forward(projected[t], recurrent, entering, save_gates)
         h = _carry(outputs[t], h, t, None)
     join = torch.stack if batch_sizes is None else torch.cat
     times = range(len(projected))
@@ -93,6 +125,7 @@ def gru_backward(
     input_grad: bool,
     weight_grad: bool,
     states_grad: bool,
+    step: Step = PLAIN,
 ) -> tuple[Tensor, ...]:
     """Backpropagation through time. Gradients that are not asked for have no elements.
 
@@ -102,7 +135,7 @@ def gru_backward(
     H = hx.size(1)
     if gates.numel() == 0:
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-        _, _, gates = gru_forward(input, hx, *weights, batch_sizes, resets, reverse, True)
+        _, _, gates = gru_forward(input, hx, *weights, batch_sizes, resets, reverse, True, step)
     saved = _steps(gates, batch_sizes)
     grads = None if grad_output is None else _steps(grad_output, batch_sizes)
     entering = _entering(output, hx, batch_sizes, resets, reverse)
@@ -110,10 +143,10 @@ def gru_backward(
     deltas: dict[int, Tensor] = {}
     states: dict[int, Tensor] = {}
     for t in _times(len(saved), not reverse):
-        _, z, *_ = saved[t].chunk(4, -1)
-        states[t] = dh = carry[: len(z)] if grads is None else carry[: len(z)] + grads[t]
-        deltas[t] = (dh.unsqueeze(1) * _slopes(saved[t], entering[t])).flatten(1)
-        carry = _carry(dh * z + deltas[t][:, H:] @ weight_hh, carry, t, resets)
+        passed = carry[: len(saved[t])]
+        states[t] = passed if grads is None else passed + grads[t]
+        deltas[t], passed = step.backward(states[t], saved[t], entering[t])
+        carry = _carry(passed + deltas[t][:, H:] @ weight_hh, carry, t, resets)
     delta = _join(deltas)  # [N, 4H], N the rows of all steps
     x, state = input.reshape(-1, input.size(-1)), _join(entering)
 
@@ -330,17 +363,6 @@ def _rzn(rows: Tensor) -> Tensor:
 
 def _join(steps: dict[int, Tensor]) -> Tensor:
     return torch.cat([steps[t] for t in range(len(steps))])
-
-
-def _step(
-    projected: Tensor, h: Tensor, weight_hh: Tensor, bias_hh: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x_r, x_z, x_n = projected.chunk(3, -1)
-    h_r, h_z, h_n = linear(h, weight_hh, bias_hh).chunk(3, -1)
-    r = (x_r + h_r).sigmoid()
-    z = (x_z + h_z).sigmoid()
-    n = (x_n + r * h_n).tanh()
-    return (h - n) * z + n, r, z, n, h_n
 
 
 def _steps(rows: Tensor, batch_sizes: Tensor | None) -> tuple[Tensor, ...]:

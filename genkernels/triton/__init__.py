@@ -43,13 +43,17 @@ class Config(NamedTuple):
     divisible: tuple[str, ...] = ()
 
 
+def is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton cannot run an op on this device in this dtype; None if it can."""
     if not any(op in ops for ops in _OPS.values()):
         return "this version has no Triton kernel for it"
     if device.type != "cuda" and not (IS_INTERPRETED and device.type == "cpu"):
         return f"it runs on CUDA tensors, and these are on {device.type}"
-    if importlib.util.find_spec("triton") is None:
+    if not is_installed():
         return "Triton is not installed (pip install 'genkernels[triton]')"
     if dtype not in DTYPES:
         return f"it has no kernel for {dtype}"
@@ -60,7 +64,7 @@ def register(
     library: torch.library.Library, raw_op: str, run_reference: Callable[..., Any]
 ) -> None:
     """Attaches the launcher of a raw op, if there is one. Other dtypes are the reference's."""
-    if raw_op not in _RAW_OPS or importlib.util.find_spec("triton") is None:
+    if raw_op not in _RAW_OPS or not is_installed():
         return
 
     def launch(*args: Any) -> Any:
