@@ -8,14 +8,14 @@ BASE ?=
 
 BIN := .venv/bin
 PY := $(BIN)/python
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
-CXX_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' 2>/dev/null)
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
+CXX_FILES = $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
 FIND_TORCH := from importlib import metadata, util; \
   assert tuple(map(int, metadata.version("torch").split(".")[:2])) >= (2, 10); \
   print(util.find_spec("torch").origin.rsplit("/torch/", 1)[0])
 
 .DEFAULT_GOAL := help
-.PHONY: help train test mutation bench bench-compare bench-gru bench-linear bench-attention bench-gpt bench-models convergence triton-check peers build lint format abi-check clean torch-requirement
+.PHONY: help train test mutation bench bench-compare bench-gru bench-linear bench-attention bench-gpt bench-models convergence triton-check cuda-check peers build lint format abi-check clean torch-requirement
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ triton-check: .venv/built .venv/installed  ## the GPU kernels without a GPU: int
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_*.py $(ARGS)
 	$(PY) -m benchmarks.triton_table > .venv/triton.md
 	grep '^|' benchmarks/triton.md | tail -n +3 | diff - .venv/triton.md
+
+cuda-check: .venv/dependencies  ## the CUDA kernels compiled for three architectures, without a GPU (needs nvcc)
+	$(PY) -m benchmarks.cuda_table $(ARGS)
 
 mutation: .venv/built .venv/installed  ## break the kernels line by line and see the tests fail (eleven builds)
 	$(PY) -m pytest tests/test_mutation.py $(ARGS)

@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import SetupError
 
-from build_backend import find_torch
+from build_backend import find_cuda, find_torch
 
 ROOT = Path(__file__).resolve().parent
 REMEDY = "or set GENKERNELS_SKIP_BUILD=1 to install without the compiled kernels"
@@ -46,6 +46,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
+        wants_cuda = os.environ.get("GENKERNELS_CUDA") or "auto"
+        if wants_cuda not in ("auto", "0", "1"):
+            raise SetupError(f"GENKERNELS_CUDA={wants_cuda}: expected auto, 0 or 1")
         compiler = find_compiler()
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         try:
@@ -56,11 +59,24 @@ class CMakeBuild(build_ext):
                 f"install one, name its folder in GENKERNELS_TORCH_DIR, {REMEDY}"
             ) from None
 
+        nvcc = None
+        if wants_cuda != "0":
+            try:
+                nvcc = find_cuda(torch_dir, compiler)
+            except LookupError as found:
+                if wants_cuda == "1":
+                    raise SetupError(
+                        f"GENKERNELS_CUDA=1 needs nvcc (CUDA >= 12) and a torch for CUDA: {found}"
+                    ) from None
+                self.announce(f"The CUDA kernels are left out: {found}", level=2)
+
         build_dir = ROOT / "build" / f"cmake-{sysconfig.get_config_var('SOABI')}"
         cache = build_dir / "CMakeCache.txt"
-        # CMake keeps the first compiler that it saw.
-        if cache.exists() and f"={compiler}\n" not in cache.read_text(encoding="utf-8"):
-            cache.unlink()
+        # CMake keeps the first compilers that it saw.
+        if cache.exists():
+            seen = cache.read_text(encoding="utf-8")
+            if any(f"={each}\n" not in seen for each in filter(None, (compiler, nvcc))):
+                cache.unlink()
         options = {
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_CXX_COMPILER": compiler,
@@ -70,10 +86,18 @@ class CMakeBuild(build_ext):
             "GENKERNELS_TORCH_DIR": torch_dir.as_posix(),
             "GENKERNELS_TORCH_VERSION": torch_version,
             "GENKERNELS_VERSION": self.distribution.get_version(),
+            "GENKERNELS_CUDA": "OFF",
         }
+        if nvcc is not None:
+            options |= {
+                "GENKERNELS_CUDA": "ON",
+                "CMAKE_CUDA_COMPILER": nvcc,
+                "CMAKE_CUDA_HOST_COMPILER": compiler,
+            }
         defines = [f"-D{name}={value}" for name, value in options.items()]
         # What was chosen for one build is not for the next.
-        defines += ["-UGENKERNELS_SIMD_LEVELS", *shlex.split(os.environ.get("CMAKE_ARGS", ""))]
+        defines += ["-UGENKERNELS_SIMD_LEVELS", "-UCMAKE_CUDA_ARCHITECTURES"]
+        defines += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         self.run_cmake([cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir), *defines])
         self.run_cmake([cmake, "--build", str(build_dir)])
 

@@ -2,6 +2,7 @@
 // PyTorch when the library is loaded.
 #include <pybind11/pybind11.h>
 
+#include "cuda/gru_cell.h"
 #include "dispatch.h"
 #include "ops/memory.h"
 #include "ops/stats.h"
@@ -13,6 +14,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = GENKERNELS_VERSION;
   m.attr("compiler") = GENKERNELS_COMPILER;
   m.attr("torch_version") = GENKERNELS_TORCH_VERSION;
+#if defined(GENKERNELS_CUDA)
+  py::list architectures;
+  for (const int* each = cuda::kArchitectures; *each != 0; ++each) architectures.append(*each);
+  m.attr("cuda_architectures") = architectures;
+#endif
   m.def("simd_levels", [] {
     py::list levels;
     for (const Kernels* const* level = supported_levels(); *level != nullptr; ++level) levels.append((*level)->level);

@@ -1,6 +1,7 @@
 version: str
 compiler: str
 torch_version: str
+cuda_architectures: list[int]  # of a build with CUDA kernels
 
 def built_simd_levels() -> list[str]: ...
 def simd_levels() -> list[str]: ...

@@ -50,6 +50,7 @@ def _build() -> dict[str, str]:
         "extension": extension.__file__,
         "compiler": extension.compiler,
         "torch headers": f"{extension.torch_version}, runs on torch >= 2.10",
+        "CUDA kernels": " ".join(f"sm_{a // 10}" for a in backend.CUDA_ARCHITECTURES) or "none",
         "SIMD levels built": " ".join(extension.built_simd_levels()),
         "SIMD levels usable": " ".join(backend.simd_levels()),
         "SIMD level active": str(backend.simd_level()),

@@ -1,12 +1,18 @@
 """The kernels are torch-free: what their objects contain, and a C++ program that runs them."""
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+from build_backend import find_cuda, torch_version
+from genkernels import backend
 
 pytestmark = pytest.mark.slow
 
@@ -109,4 +115,73 @@ def test_kernels_run_without_torch(build, level):
     lines = re.findall(r"^(\w+) +(\w+) ", result.stdout, re.MULTILINE)
     # Ways to share out the threads, caches, dtypes; of attention and the GRU, sizes too.
     others = [(level, op) for op in ("linear", "loss", "dropout", *["attention"] * 7)] * (6 * 2 * 2)
-    assert lines == others + [(level, "float32"), (level, "float64")] * (2 * 6 * 2)
+    gates = [("gates", name) for name in ("float32", "float64", "bfloat16") for _ in range(2)]
+    assert lines == gates + others + [(level, "float32"), (level, "float64")] * (2 * 6 * 2)
+
+
+def test_cuda_kernels_are_built_beside_a_torch_for_cuda(build):
+    if torch.version.cuda is not None or os.environ.get("GENKERNELS_CUDA"):
+        pytest.skip("torch without CUDA, and GENKERNELS_CUDA=auto: not here")
+    assert "GENKERNELS_CUDA:BOOL=OFF" in (build / "CMakeCache.txt").read_text()
+    assert backend.CUDA_ARCHITECTURES == ()
+
+
+def fake_torch(folder, cuda, has_library=True):
+    """As much of a torch as says what it was built for."""
+    (folder / "lib").mkdir()
+    (folder / "version.py").write_text(f"__version__ = '2.13.0'\ncuda: Optional[str] = {cuda!r}\n")
+    if has_library:
+        (folder / "lib" / "libtorch_cuda.so").touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("yes", "GENKERNELS_CUDA=yes: expected auto, 0 or 1"),
+        ("1", "GENKERNELS_CUDA=1 needs nvcc (CUDA >= 12) and a torch for CUDA: {} has no CUDA"),
+    ],
+)
+def test_cuda_that_cannot_be_is_one_sentence(tmp_path, value, said):
+    variables = {"GENKERNELS_CUDA": value, "GENKERNELS_TORCH_DIR": str(fake_torch(tmp_path, None))}
+    result = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1] == f"error: {said.format(tmp_path)}"
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("cuda", "has_library", "variables", "said"),
+    [
+        (None, True, {}, "{} has no CUDA"),
+        ("13.0", False, {}, "{} has no CUDA"),
+        ("13.0", True, {"CUDACXX": "no-such-nvcc"}, "CUDACXX=no-such-nvcc was not found"),
+        ("13.0", True, {"PATH": "", "CUDA_HOME": "/nonexistent"}, "nvcc was not found"),
+    ],
+)
+def test_what_cuda_lacks_is_said(monkeypatch, tmp_path, cuda, has_library, variables, said):
+    monkeypatch.delenv("CUDACXX", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LookupError, match=re.escape(said.format(tmp_path))):
+        find_cuda(fake_torch(tmp_path, cuda, has_library), "c++")
+
+
+def test_nvcc_is_that_of_torch(tmp_path):
+    nvcc = tool("nvcc")
+    told = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
+    version = re.search(r"release ([\d.]+)", told)[1]
+    torch_dir = fake_torch(tmp_path, version)
+    assert torch_version(torch_dir, "cuda") == version
+    assert find_cuda(torch_dir, tool("c++")) == nvcc
+    with pytest.raises(LookupError, match="does not take C"):
+        find_cuda(torch_dir, "no-such-compiler")
+    (torch_dir / "version.py").write_text("__version__ = '2.13.0'\ncuda = '9.2'\n")
+    with pytest.raises(LookupError, match=re.escape(f"is for CUDA 9.2, and {nvcc} is not")):
+        find_cuda(torch_dir, tool("c++"))

@@ -1,6 +1,7 @@
 // Runs the kernels without PyTorch, at every SIMD level of this CPU or at the one named as argument: the forward pass
 // against a plain loop; the GRU's gradients and attention's second ones against central differences of that loop, the
-// other gradients against plain loops too. Exit code 0 if all agree.
+// other gradients against plain loops too. What the CUDA kernels compute runs here as well, thread by thread. Exit code
+// 0 if all agree.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -12,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "cuda/gru_cell.h"
 #include "dispatch.h"
 
 namespace {
@@ -612,10 +614,110 @@ bool check_all_but_gru(const genkernels::Kernels& kernels, const Threads& thread
   return agrees;
 }
 
+// bfloat16, as which the CUDA kernels take PyTorch's.
+struct Narrow {
+  uint16_t bits;
+
+  Narrow() = default;
+  explicit Narrow(float value) {
+    uint32_t wide;
+    std::memcpy(&wide, &value, sizeof(wide));
+    bits = uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+  }
+  operator float() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof(value));
+    return value;
+  }
+};
+
+// One unit of a step, from what the products give.
+enum { kXr, kXz, kXn, kHr, kHz, kHn, kState, kInputs };
+using Unit = std::array<double, kInputs>;
+
+std::array<double, 5> plain_gates(const Unit& of) {
+  const double r = sigmoid(of[kXr] + of[kHr]), z = sigmoid(of[kXz] + of[kHz]);
+  const double n = std::tanh(of[kXn] + r * of[kHn]);
+  return {r, z, n, of[kHn], (1 - z) * n + z * of[kState]};
+}
+
+double plain_slope(Unit of, int input) {
+  constexpr double kStep = 1e-5;
+  of[input] += kStep;
+  const double above = plain_gates(of)[4];
+  of[input] -= 2 * kStep;
+  return (above - plain_gates(of)[4]) / (2 * kStep);
+}
+
+template <class S>
+double largest_error(const std::vector<S>& actual, const Values& expected) {
+  return largest_difference(Values(actual.begin(), actual.end()), expected);
+}
+
+// A step of the CUDA kernels, kWidth units at once, on seven threads.
+template <class S, int kWidth>
+bool check_gates(int64_t units, const char* name, double tolerance) {
+  constexpr int64_t kRows = 5, kDevice = 7;
+  std::mt19937 random(3);
+  const auto draw = [&](int64_t columns) {
+    std::vector<S> values;
+    for (const double value : random_values(kRows * columns, 1, random)) values.push_back(S(value));
+    return values;
+  };
+  const std::vector<S> x = draw(3 * units), from_h = draw(3 * units), h = draw(units), grad = draw(units);
+  std::vector<S> saved(4 * h.size()), output(h.size(), S(NAN)), grad_h = output, gates(4 * h.size(), S(NAN));
+  std::vector<S> deltas = gates;
+  Values next(h.size()), parts(gates.size()), slopes(gates.size()), passed(h.size());
+  for (int64_t row = 0; row < kRows; ++row)
+    for (int64_t u = 0; u < units; ++u) {
+      const auto at = [&](int64_t blocks, int64_t block) { return (row * blocks + block) * units + u; };
+      const Unit unit = {x[at(3, 0)],      x[at(3, 1)],      x[at(3, 2)], from_h[at(3, 0)],
+                         from_h[at(3, 1)], from_h[at(3, 2)], h[at(1, 0)]};
+      const auto each = plain_gates(unit);
+      const double of = grad[at(1, 0)];
+      const int inputs[] = {kXn, kXr, kXz, kHn};
+      for (int64_t gate = 0; gate < 4; ++gate) {
+        parts[at(4, gate)] = each[gate];
+        saved[at(4, gate)] = S(each[gate]);
+        slopes[at(4, gate)] = of * plain_slope(unit, inputs[gate]);
+      }
+      next[at(1, 0)] = each[4];
+      passed[at(1, 0)] = of * plain_slope(unit, kState);
+    }
+  using namespace genkernels::cuda;
+  const GatesForward<S> forward{kRows, units, x.data(), from_h.data(), h.data(), output.data(), gates.data()};
+  const GatesBackward<S> backward{kRows, units, grad.data(), saved.data(), h.data(), deltas.data(), grad_h.data()};
+  // Wide only where rows are multiples of it, and begin at such.
+  GatesForward<S> shifted = forward;
+  ++shifted.hx;
+  bool agrees = forward.takes(kWidth) && backward.takes(kWidth) && shifted.takes(kWidth) == (kWidth == 1);
+  for (int64_t thread = 0; thread < kDevice; ++thread) {
+    compute_share<kWidth>(forward, thread, kDevice);
+    compute_share<kWidth>(backward, thread, kDevice);
+  }
+  const double errors[] = {largest_error(output, next), largest_error(gates, parts), largest_error(deltas, slopes),
+                           largest_error(grad_h, passed)};
+  for (const double error : errors) agrees &= error <= tolerance;
+  // Saturated gates are exact, and NaN passes through.
+  const auto ends = gates_of<float>(-200, 200, 200, 0, 0, 0), nan = gates_of<float>(NAN, 0, 0, 0, NAN, 0);
+  agrees &= ends.r == 0 && ends.z == 1 && ends.n == 1 && std::isnan(nan.r) && std::isnan(nan.z) && std::isnan(nan.n);
+  std::printf("%-12s %s %d at once: output %.1e gates %.1e deltas %.1e state %.1e  %s\n", "gates", name, kWidth,
+              errors[0], errors[1], errors[2], errors[3], agrees ? "ok" : "WRONG");
+  return agrees;
+}
+
+template <class S>
+bool check_gates(const char* name, double tolerance) {
+  return check_gates<S, 1>(21, name, tolerance) & check_gates<S, 16 / sizeof(S)>(24, name, tolerance);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  bool found = false, agrees = true;
+  bool found = false, agrees = check_gates<float>("float32", 1e-5);
+  agrees &= check_gates<double>("float64", 1e-9);
+  agrees &= check_gates<Narrow>("bfloat16", 0.05);
   for (const genkernels::Kernels* const* level = genkernels::supported_levels(); *level != nullptr; ++level) {
     if (argc > 1 && std::strcmp(argv[1], (*level)->level) != 0) continue;
     found = true;
