@@ -689,9 +689,16 @@ bool check_gates(int64_t units, const char* name, double tolerance) {
   const GatesForward<S> forward{kRows, units, x.data(), from_h.data(), h.data(), output.data(), gates.data()};
   const GatesBackward<S> backward{kRows, units, grad.data(), saved.data(), h.data(), deltas.data(), grad_h.data()};
   // Wide only where rows are multiples of it, and begin at such.
-  GatesForward<S> shifted = forward;
-  ++shifted.hx;
-  bool agrees = forward.takes(kWidth) && backward.takes(kWidth) && shifted.takes(kWidth) == (kWidth == 1);
+  GatesForward<S> shifted = forward, ragged = forward, unsaved = forward;
+  GatesBackward<S> shifted_back = backward, ragged_back = backward;
+  ++shifted.hx, ++shifted_back.hx, ++ragged.H, ++ragged_back.H;
+  bool agrees = forward.takes(kWidth) && backward.takes(kWidth);
+  for (const bool takes :
+       {shifted.takes(kWidth), shifted_back.takes(kWidth), ragged.takes(kWidth), ragged_back.takes(kWidth)})
+    agrees &= takes == (kWidth == 1);
+  unsaved.gates = nullptr;  // which is not written to
+  compute_share<kWidth>(unsaved, 0, 1);
+  std::fill(output.begin(), output.end(), S(NAN));
   for (int64_t thread = 0; thread < kDevice; ++thread) {
     compute_share<kWidth>(forward, thread, kDevice);
     compute_share<kWidth>(backward, thread, kDevice);
