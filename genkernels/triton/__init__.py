@@ -20,10 +20,17 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The public ops of each module, and the raw ops that it has launchers for.
-_OPS = {"gru": ("gru", "gru_cell", "bidirectional_gru")}
+_OPS = {
+    "gru": ("gru", "gru_cell", "bidirectional_gru"),
+    "attention": ("scaled_dot_product_attention", "varlen_attn"),
+}
 _RAW_OPS = {
-    f"{op}_{pass_}": "gru"
-    for op in ("gru", "gru_cell", "bidirectional_gru")
+    f"{op}_{pass_}": module
+    for module, ops in (
+        ("gru", ("gru", "gru_cell", "bidirectional_gru")),
+        ("attention", ("attention", "varlen_attn")),
+    )
+    for op in ops
     for pass_ in ("forward", "backward")
 }
 MODULES = tuple(_OPS)  # each has KERNELS, its launchers by raw op, and configs(architecture)

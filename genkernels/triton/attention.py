@@ -1,17 +1,16 @@
 """Attention in Triton, forward and backward, that never holds a matrix of scores.
 
-The formulas are those of genkernels.reference.attention. A program has a block of queries (output,
-gradient of query) or of keys (gradients of key and value) and goes through what these see: first
-the tiles that are seen whole, then those at an edge of what is seen, whose scores are masked. Each
-sum belongs to one program, so there are no atomics, and results are the same from run to run; keys
-that several heads share add up their heads in the program. Exponentials are powers of 2, with the
-factor that makes them so folded into the scale, and exponents are rounded once, after the largest
-is subtracted.
+The formulas are those of genkernels.reference.attention, the kernels those of attention_kernels.
+Each sum belongs to one program, so there are no atomics, and results are the same from run to run;
+keys that several heads share add up their heads in the program. Nothing waits for the device, so a
+call can be captured in a CUDA graph: what lengths and beginnings of sequences are is not looked at,
+and those that do not fit are cut to what does. Double backward, float64 and heads of more than
+`LARGEST` elements are left to the reference.
 
-Products are summed in float32, those of float32 in full ("ieee") and not in TF32. The second
-derivative is plain PyTorch's, and so is float64.
+Products are summed in float32, those of float32 in full ("ieee") and not in TF32.
 
-Source: Dao 2023, https://arxiv.org/abs/2307.08691.
+Source: Dao 2023, https://arxiv.org/abs/2307.08691; of few queries Dao et al. 2023,
+https://pytorch.org/blog/flash-decoding/.
 """
 
 import itertools
@@ -22,451 +21,90 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..reference import attention as reference
+from ..reference import varlen_attn as varlen_reference
 from ..reference.attention import Features
 from . import DTYPES, Config
-
-_LOG2_E = tl.constexpr(math.log2(math.e))
-_LN_2 = tl.constexpr(math.log(2))
-
-
-# Which block, head and batch a program has.
-@triton.jit
-def _place(blocks, H):
-    index = tl.program_id(0)
-    of_heads = index // blocks
-    return index % blocks, (of_heads % H).to(tl.int64), (of_heads // H).to(tl.int64)
-
-
-# Where y is seen by x if x - before <= y <= x + after and y < count: of the tiles that x in
-# [start, stop) sees, the first; the first and the end of those that all x see whole; and the end.
-@triton.jit
-def _seen(
-    start, stop, count, before, after, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    first, whole, last, whole_last = 0, 0, count, count
-    if HAS_AFTER:
-        last = tl.minimum(count, stop + after)
-        whole_last = tl.minimum(count, start + after + 1)
-    if HAS_BEFORE:
-        first = tl.maximum(start - before, 0) // BLOCK
-        whole = tl.cdiv(tl.maximum(stop - 1 - before, 0), BLOCK)
-    last = tl.cdiv(tl.maximum(last, 0), BLOCK)
-    whole = tl.minimum(whole, last)
-    return first, whole, tl.maximum(tl.maximum(whole_last, 0) // BLOCK, whole), last
-
-
-# Of a head's matrix, a tile [ROWS, BLOCK] that begins at row `first` and this column; zeros beyond
-# row `count`, unless IS_WHOLE, and beyond column SIZE. Within a tile offsets have 32 bits.
-@triton.jit
-def _load_rows(
-    matrix, stride, first, count, column,
-    SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr,
-):  # fmt: skip
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    at = matrix + (first.to(tl.int64) * stride + column)
-    at += rows[:, None] * stride + columns[None, :]
-    is_row, is_column = (rows < count - first)[:, None], (column + columns < SIZE)[None, :]
-    if SIZE % BLOCK == 0 and SIZE > 0:
-        if IS_WHOLE:
-            return tl.load(at)
-        return tl.load(at, mask=is_row, other=0.0)
-    return tl.load(at, mask=is_column if IS_WHOLE else is_row & is_column, other=0.0)
-
-
-@triton.jit
-def _store_rows(
-    matrix, stride, first, count, tile, SIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    at = matrix + first.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
-    is_there = (rows < count - first)[:, None] & (columns < SIZE)[None, :]
-    tl.store(at, tile.to(matrix.dtype.element_ty), mask=is_there)
-
-
-# a b^T of two tiles of rows, which are given as they were loaded and as where they lie. A thread of
-# a GPU without tensor cores for them holds whole rows of what it multiplies: these are loaded and
-# multiplied CHUNK columns at a time.
-@triton.jit
-def _product(
-    a, b, a_matrix, a_stride, a_first, a_count, b_matrix, b_stride, b_first, b_count,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    if CHUNK >= BLOCK:
-        return tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    M: tl.constexpr = a.shape[0]
-    N: tl.constexpr = b.shape[0]
-    sums = tl.zeros((M, N), tl.float32)
-    for c in range(0, SIZE, CHUNK):
-        x = _load_rows(a_matrix, a_stride, a_first, a_count, c, SIZE, M, CHUNK, False)
-        y = _load_rows(b_matrix, b_stride, b_first, b_count, c, SIZE, N, CHUNK, False)
-        sums = tl.dot(x, tl.trans(y), sums, input_precision=PRECISION)
-    return sums
-
-
-# The tile at an edge of what is seen that comes n-th: those before the whole ones, then the others.
-@triton.jit
-def _edge(n, first, whole, whole_last):
-    before = tl.maximum(whole - first, 0)
-    return tl.where(n < before, first + n, whole_last + n - before)
-
-
-@triton.jit
-def _edges(first, whole, whole_last, last):
-    return tl.maximum(whole - first, 0) + tl.maximum(last - whole_last, 0)
-
-
-# Scores, -inf where key j takes no part for the query whose own key is `own`; [queries, keys], or
-# the other way round, as own and j lie. IS_RAW: as yet without their scale.
-@triton.jit
-def _scores(
-    products, scale, own, j, S, left, right,
-    IS_RAW: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, AT_EDGE: tl.constexpr,
-):  # fmt: skip
-    scores = products
-    if not IS_RAW:
-        scores *= scale
-    if AT_EDGE:
-        is_seen = j < S
-        if HAS_RIGHT:
-            is_seen = is_seen & (j <= own + right)
-        if HAS_LEFT:
-            is_seen = is_seen & (j >= own - left)
-        scores = tl.where(is_seen, scores, float("-inf"))
-    return scores
-
-
-@triton.jit
-def _forward(
-    query,  # [B, H, L, D]
-    key,  # [B, Hk, S, D]
-    value,  # [B, Hk, S, Dv]
-    output,  # [B, H, L, Dv]
-    near,  # float32 [B, H, L]: the statistics
-    rest,
-    query_batch, query_head, query_row,
-    key_batch, key_head, key_row,
-    value_batch, value_head, value_row,
-    output_batch, output_head, output_row,
-    H, L, S,
-    heads,  # H / Hk
-    offset,  # query i's own key is i + offset
-    left, right,  # how many keys before and behind that it sees
-    scale: tl.float32,
-    factor: tl.float32,  # that makes powers of 2 of scores
-    HEAD_SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    IS_RAW: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(L, BLOCK_L)
-    block, h, b = _place(blocks, H)
-    row = (blocks - 1 - block) * BLOCK_L  # the blocks that see most keys begin
-    query += b * query_batch + h * query_head
-    key += b * key_batch + h // heads * key_head
-    value += b * value_batch + h // heads * value_head
-    output += b * output_batch + h * output_head
-    i = row + tl.arange(0, BLOCK_L)
-    own = i + offset
-    q = _load_rows(query, query_row, row, L, 0, HEAD_SIZE, BLOCK_L, BLOCK_D, False)
-    most = tl.full((BLOCK_L,), float("-inf"), tl.float32)  # of the exponents
-    total = tl.zeros((BLOCK_L,), tl.float32)  # of the exponentials, beside the largest
-    sums = tl.zeros((BLOCK_L, BLOCK_V), tl.float32)  # of the values that they weigh
-    first, whole, whole_last, last = _seen(
-        row, tl.minimum(row + BLOCK_L, L), S, left - offset, right + offset, HAS_LEFT, HAS_RIGHT,
-        BLOCK_S,
-    )  # fmt: skip
-    for at_edge in tl.static_range(2):
-        count = _edges(first, whole, whole_last, last) if at_edge else whole_last - whole
-        for n in range(count):
-            key_of = (_edge(n, first, whole, whole_last) if at_edge else whole + n) * BLOCK_S
-            k = _load_rows(key, key_row, key_of, S, 0, HEAD_SIZE, BLOCK_S, BLOCK_D, not at_edge)
-            products = _product(
-                q, k, query, query_row, row, L, key, key_row, key_of, S, HEAD_SIZE, BLOCK_D, CHUNK,
-                PRECISION,
-            )  # fmt: skip
-            j = key_of + tl.arange(0, BLOCK_S)
-            scores = _scores(
-                products, scale, own[:, None], j[None, :], S, left, right, IS_RAW,
-                HAS_LEFT, HAS_RIGHT, at_edge,
-            )  # fmt: skip
-            now = tl.maximum(most, tl.max(scores, 1) * factor)
-            shift = tl.where(now == float("-inf"), 0.0, now)
-            weights = tl.exp2(tl.fma(scores, factor, -shift[:, None]))
-            kept = tl.exp2(most - shift)
-            most, total = now, total * kept + tl.sum(weights, 1)
-            v = _load_rows(
-                value, value_row, key_of, S, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, not at_edge
-            )
-            sums = tl.dot(weights.to(v.dtype), v, sums * kept[:, None], input_precision=PRECISION)
-    is_empty = total == 0
-    sums = sums / tl.where(is_empty, 1.0, total)[:, None]
-    _store_rows(output, output_row, row, L, sums, VALUE_SIZE, BLOCK_L, BLOCK_V)
-    # A number near the logsumexp, rounded, and the rest beside what the backward pass makes of it.
-    finite = tl.where(is_empty, 0.0, most)
-    number = finite * _LN_2
-    remainder = tl.log(tl.where(is_empty, 1.0, total)) + (finite - number * _LOG2_E) * _LN_2
-    at = (b * H + h) * L + i
-    tl.store(near + at, tl.where(is_empty, float("-inf"), number), mask=i < L)
-    tl.store(rest + at, remainder, mask=i < L)
-
-
-# Of each row, what its scores' gradients lack: the sum over the keys of the weights' gradients.
-@triton.jit
-def _backward_delta(
-    grad_output,  # [B, H, L, Dv]
-    output,  # [B, H, L, Dv]
-    grad_logsumexp,  # float32 [B, H, L]
-    delta,  # float32 [B, H, L]
-    grad_batch, grad_head, grad_row,
-    output_batch, output_head, output_row,
-    H, L,
-    VALUE_SIZE: tl.constexpr,
-    HAS_GRAD_LOGSUMEXP: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    block, h, b = _place(tl.cdiv(L, BLOCK_L), H)
-    grad_output += b * grad_batch + h * grad_head
-    output += b * output_batch + h * output_head
-    first = block * BLOCK_L
-    g = _load_rows(grad_output, grad_row, first, L, 0, VALUE_SIZE, BLOCK_L, BLOCK_V, False)
-    o = _load_rows(output, output_row, first, L, 0, VALUE_SIZE, BLOCK_L, BLOCK_V, False)
-    sums = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    i = first + tl.arange(0, BLOCK_L)
-    at = (b * H + h) * L + i
-    if HAS_GRAD_LOGSUMEXP:
-        sums -= tl.load(grad_logsumexp + at, mask=i < L, other=0.0)
-    tl.store(delta + at, sums, mask=i < L)
-
-
-# Of rows, their statistics as they are subtracted from scores, in units of log 2, and delta. Rows
-# that are not there have no weights.
-@triton.jit
-def _load_statistics(near, rest, delta, head, first, L, ROWS: tl.constexpr, IS_WHOLE: tl.constexpr):
-    i = head + first + tl.arange(0, ROWS)
-    if IS_WHOLE:
-        number, remainder, sums = tl.load(near + i), tl.load(rest + i), tl.load(delta + i)
-    else:
-        is_there = first + tl.arange(0, ROWS) < L
-        number = tl.load(near + i, mask=is_there, other=float("inf"))
-        remainder = tl.load(rest + i, mask=is_there, other=0.0)
-        sums = tl.load(delta + i, mask=is_there, other=0.0)
-    number = tl.where(number == float("-inf"), 0.0, number * _LOG2_E)
-    return number, remainder * _LOG2_E, sums
-
-
-# The exponentials of scores are [BLOCK_S, BLOCK_L] here.
-@triton.jit
-def _backward_keys(
-    query,  # [B, H, L, D]
-    key,  # [B, Hk, S, D]
-    value,  # [B, Hk, S, Dv]
-    grad_output,  # [B, H, L, Dv]
-    near,  # float32 [B, H, L]: the statistics
-    rest,
-    delta,  # float32 [B, H, L]
-    grad_key,  # [B, Hk, S, D]
-    grad_value,  # [B, Hk, S, Dv]
-    query_batch, query_head, query_row,
-    key_batch, key_head, key_row,
-    value_batch, value_head, value_row,
-    grad_batch, grad_head, grad_row,
-    grad_key_batch, grad_key_head, grad_key_row,
-    grad_value_batch, grad_value_head, grad_value_row,
-    H, L, S, heads, offset, left, right,
-    scale: tl.float32,
-    factor: tl.float32,
-    HEAD_SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    OF_KEY: tl.constexpr,
-    OF_VALUE: tl.constexpr,
-    IS_RAW: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    block, of_keys, b = _place(tl.cdiv(S, BLOCK_S), H // heads)
-    key_of = block * BLOCK_S
-    query += b * query_batch
-    key += b * key_batch + of_keys * key_head
-    value += b * value_batch + of_keys * value_head
-    grad_output += b * grad_batch
-    grad_key += b * grad_key_batch + of_keys * grad_key_head
-    grad_value += b * grad_value_batch + of_keys * grad_value_head
-    j = key_of + tl.arange(0, BLOCK_S)
-    k = _load_rows(key, key_row, key_of, S, 0, HEAD_SIZE, BLOCK_S, BLOCK_D, False)
-    v = _load_rows(value, value_row, key_of, S, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, False)
-    grad_k = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    grad_v = tl.zeros((BLOCK_S, BLOCK_V), tl.float32)
-    first, whole, whole_last, last = _seen(
-        key_of, tl.minimum(key_of + BLOCK_S, S), L, right + offset, left - offset, HAS_RIGHT,
-        HAS_LEFT, BLOCK_L,
-    )  # fmt: skip
-    for at_edge in tl.static_range(2):
-        count = _edges(first, whole, whole_last, last) if at_edge else whole_last - whole
-        for n in range(heads * count):  # one head after another, in one loop: it takes less
-            h = of_keys * heads + n // count
-            tile = n % count
-            row = (_edge(tile, first, whole, whole_last) if at_edge else whole + tile) * BLOCK_L
-            to_q, to_g = query + h * query_head, grad_output + h * grad_head
-            q = _load_rows(to_q, query_row, row, L, 0, HEAD_SIZE, BLOCK_L, BLOCK_D, not at_edge)
-            products = _product(
-                k, q, key, key_row, key_of, S, to_q, query_row, row, L, HEAD_SIZE, BLOCK_D, CHUNK,
-                PRECISION,
-            )  # fmt: skip
-            i = row + tl.arange(0, BLOCK_L)
-            scores = _scores(
-                products, scale, (i + offset)[None, :], j[:, None], S, left, right, IS_RAW,
-                HAS_LEFT, HAS_RIGHT, at_edge,
-            )  # fmt: skip
-            number, remainder, sums = _load_statistics(
-                near, rest, delta, (b * H + h) * L, row, L, BLOCK_L, not at_edge
-            )
-            exponents = tl.fma(scores, factor, -number[None, :])
-            weights = tl.exp2(exponents - remainder[None, :])
-            g = _load_rows(to_g, grad_row, row, L, 0, VALUE_SIZE, BLOCK_L, BLOCK_V, not at_edge)
-            if OF_VALUE:
-                grad_v = tl.dot(weights.to(g.dtype), g, grad_v, input_precision=PRECISION)
-            if OF_KEY:
-                of_weights = _product(
-                    v, g, value, value_row, key_of, S, to_g, grad_row, row, L, VALUE_SIZE, BLOCK_V,
-                    CHUNK, PRECISION,
-                )  # fmt: skip
-                of_scores = weights * (of_weights - sums[None, :])
-                grad_k = tl.dot(of_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
-    if OF_KEY:
-        _store_rows(grad_key, grad_key_row, key_of, S, grad_k * scale, HEAD_SIZE, BLOCK_S, BLOCK_D)
-    if OF_VALUE:
-        _store_rows(grad_value, grad_value_row, key_of, S, grad_v, VALUE_SIZE, BLOCK_S, BLOCK_V)
-
-
-@triton.jit
-def _backward_queries(
-    query,  # [B, H, L, D]
-    key,  # [B, Hk, S, D]
-    value,  # [B, Hk, S, Dv]
-    grad_output,  # [B, H, L, Dv]
-    near,  # float32 [B, H, L]: the statistics
-    rest,
-    delta,  # float32 [B, H, L]
-    grad_query,  # [B, H, L, D]
-    query_batch, query_head, query_row,
-    key_batch, key_head, key_row,
-    value_batch, value_head, value_row,
-    grad_batch, grad_head, grad_row,
-    grad_query_batch, grad_query_head, grad_query_row,
-    H, L, S, heads, offset, left, right,
-    scale: tl.float32,
-    factor: tl.float32,
-    HEAD_SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    IS_RAW: tl.constexpr,
-    HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr,
-    BLOCK_L: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(L, BLOCK_L)
-    block, h, b = _place(blocks, H)
-    row = (blocks - 1 - block) * BLOCK_L  # the blocks that see most keys begin
-    query += b * query_batch + h * query_head
-    key += b * key_batch + h // heads * key_head
-    value += b * value_batch + h // heads * value_head
-    grad_output += b * grad_batch + h * grad_head
-    grad_query += b * grad_query_batch + h * grad_query_head
-    own = row + tl.arange(0, BLOCK_L) + offset
-    q = _load_rows(query, query_row, row, L, 0, HEAD_SIZE, BLOCK_L, BLOCK_D, False)
-    g = _load_rows(grad_output, grad_row, row, L, 0, VALUE_SIZE, BLOCK_L, BLOCK_V, False)
-    number, remainder, sums = _load_statistics(
-        near, rest, delta, (b * H + h) * L, row, L, BLOCK_L, False
-    )
-    grad_q = tl.zeros((BLOCK_L, BLOCK_D), tl.float32)
-    first, whole, whole_last, last = _seen(
-        row, tl.minimum(row + BLOCK_L, L), S, left - offset, right + offset, HAS_LEFT, HAS_RIGHT,
-        BLOCK_S,
-    )  # fmt: skip
-    for at_edge in tl.static_range(2):
-        count = _edges(first, whole, whole_last, last) if at_edge else whole_last - whole
-        for n in range(count):
-            key_of = (_edge(n, first, whole, whole_last) if at_edge else whole + n) * BLOCK_S
-            k = _load_rows(key, key_row, key_of, S, 0, HEAD_SIZE, BLOCK_S, BLOCK_D, not at_edge)
-            products = _product(
-                q, k, query, query_row, row, L, key, key_row, key_of, S, HEAD_SIZE, BLOCK_D, CHUNK,
-                PRECISION,
-            )  # fmt: skip
-            j = key_of + tl.arange(0, BLOCK_S)
-            scores = _scores(
-                products, scale, own[:, None], j[None, :], S, left, right, IS_RAW,
-                HAS_LEFT, HAS_RIGHT, at_edge,
-            )  # fmt: skip
-            exponents = tl.fma(scores, factor, -number[:, None])
-            weights = tl.exp2(exponents - remainder[:, None])
-            v = _load_rows(
-                value, value_row, key_of, S, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, not at_edge
-            )
-            of_weights = _product(
-                g, v, grad_output, grad_row, row, L, value, value_row, key_of, S, VALUE_SIZE,
-                BLOCK_V, CHUNK, PRECISION,
-            )  # fmt: skip
-            of_scores = weights * (of_weights - sums[:, None])
-            grad_q = tl.dot(of_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)
-    _store_rows(grad_query, grad_query_row, row, L, grad_q * scale, HEAD_SIZE, BLOCK_L, BLOCK_D)
-
+from . import attention_kernels as kernels
 
 # The largest head size that is served.
 LARGEST = 128
+# Of at most this many queries that share a key head, keys are shared out, SPLIT to a program. Not
+# by the batch: a sequence's output does not depend on what else is in it.
+DECODE_ROWS, SPLIT = 16, 512
+
+
+def _tile(
+    kernel: Any, architecture: str, dtype: torch.dtype, is_large: bool, is_plain: bool
+) -> tuple[int, int, int]:
+    """Rows and keys of a tile, and the warps that share it.
+
+    A warp has 16 rows of what is summed (32 on AMD's), which are keys in the kernel that sums over
+    queries: with more warps than rows take, several would multiply the same. Sums and operands stay
+    in registers. Where these do not hold the sums of two products (of more than 64 elements, or
+    beside what computes more than products), that kernel has tiles of 32 queries, and on sm_80,
+    which holds operands in registers too, of 64 keys; there, with more than 64 elements, the others
+    have 64 rows, and where more than products is computed two warps for each 16.
+    """
+    is_sm_80, is_amd = architecture == "sm_80", architecture.startswith("gfx")
+    is_wide = dtype == torch.float32
+    if kernel in (kernels.backward_rows, kernels.merge):
+        return 64, 64, 4
+    if kernel is kernels.decode:
+        return DECODE_ROWS, 64, 8 if is_wide and not is_amd else 4
+    warps = 4 if is_amd else 8
+    if kernel is kernels.backward_mask:
+        return 64, 64, warps
+    if is_wide:
+        # With 4 or 8 warps Triton 3.7 makes TF32 of some "ieee" products of float32 there.
+        if architecture == "sm_100" and not is_plain:
+            return 32 if kernel is kernels.backward_keys else 64, 64, 16
+        return 64, 64, warps
+    if kernel is kernels.backward_keys:
+        is_tight = is_large or not (is_plain or is_amd)
+        if is_sm_80:
+            return (32, 64, 4) if is_tight else (32, 128, 8)
+        return 32 if is_tight and not (architecture == "sm_100" and is_plain) else 64, 128, warps
+    if is_sm_80 and is_large:
+        return 64, 64, 4 if is_plain else 8
+    return 128, 64, warps
 
 
 def config(
-    kernel: Any, architecture: str, dtype: torch.dtype, D: int, Dv: int
+    kernel: Any, architecture: str, dtype: torch.dtype, D: int, Dv: int, is_plain: bool = True
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Constants and the compiler's options, for every batch, length and number of heads.
+    """Constants and the compiler's options, for every batch, length and number of heads. Plain is
+    what adds nothing to scores and drops none.
 
-    They are what keeps sums and operands in registers. On sm_80 a program takes at most 99 KB of
-    shared memory, which is what the smaller GPUs of its kind have. gfx942 has twice as many
-    registers, but not for loads ahead of time. Told how many there are, the compiler does not
-    rather spill a few of them for a second program beside the first. Fused are those operations
-    alone that say so: the backward pass sees the forward pass's very exponents.
+    On sm_80 a program takes at most 99 KB of shared memory, which is what the smaller GPUs of its
+    kind have. gfx942 has twice as many registers, but not for loads ahead of time. Told how many
+    there are, the compiler does not rather spill a few of them for a second program beside the
+    first. Fused are those operations alone that say so: the backward pass sees the forward pass's
+    very exponents.
     """
+    rows, keys, warps = _tile(kernel, architecture, dtype, max(D, Dv) > 64, is_plain)
     is_amd, is_wide = architecture.startswith("gfx"), dtype == torch.float32
-    is_small = is_amd or is_wide or (architecture == "sm_80" and max(D, Dv) > 64)
+    is_tight = architecture == "sm_80" and kernel is kernels.backward_queries and not is_plain
     constants = {
         "HEAD_SIZE": D,
         "VALUE_SIZE": Dv,
-        "BLOCK_L": 128 if kernel is _forward and not is_small else 64,
-        "BLOCK_S": 64,
+        "SPLIT": SPLIT,
+        "BLOCK": 16,
+        "BLOCK_L": rows,
+        "BLOCK_S": keys,  # a multiple of 64: dropout's numbers come in as many
         "BLOCK_D": max(32, triton.next_power_of_2(D)),
         "BLOCK_V": max(32, triton.next_power_of_2(Dv)),
         "CHUNK": 16 if is_wide else LARGEST,
         "PRECISION": "ieee",
     }
-    warps = 4 if is_amd or kernel is _backward_delta else 16 if is_wide else 8
     options = {
         "num_warps": warps,
-        "num_stages": 1 if is_amd or is_wide else 2,
+        "num_stages": 1 if is_amd or is_wide or is_tight else 2,
         "enable_fp_fusion": False,
     }
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     return constants, options if is_amd else options | {"maxnreg": min(255, 2048 // warps)}
 
 
@@ -478,131 +116,314 @@ def _architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def _parts(kernel: Any, dtype: torch.dtype) -> list[dict[str, bool]]:
-    """The launches of a kernel: with float32 the gradients of key and value have one each, since
-    both sums, and what a thread multiplies, are more than its registers hold."""
-    if kernel is not _backward_keys:
+def _parts(
+    kernel: Any, architecture: str, dtype: torch.dtype, D: int, is_plain: bool
+) -> list[dict[str, bool]]:
+    """The launches of a kernel. Where both sums, and what else there is, are more than a thread's
+    registers hold, the gradients of key and value have one each: one product more beside four."""
+    if kernel is not kernels.backward_keys:
         return [{}]
-    is_wide = dtype == torch.float32
     both = {"OF_KEY": True, "OF_VALUE": True}
-    return [both | {"OF_VALUE": False}, both | {"OF_KEY": False}] if is_wide else [both]
+    is_tight = architecture == "sm_80" or (architecture == "sm_90" and D > 64)
+    if dtype == torch.float32 or (is_tight and not is_plain):
+        return [both | {"OF_VALUE": False}, both | {"OF_KEY": False}]
+    return [both]
 
 
-def configs(architecture: str) -> Iterator[Config]:
-    """Every kernel as the launchers run it there, for compiling ahead of time."""
-    types = dict.fromkeys(("near", "rest", "delta", "grad_logsumexp"), torch.float32)
-    for dtype, D, kernel in itertools.product(DTYPES, (32, 64, 128), _NAMES):
-        constants, options = config(kernel, architecture, dtype, D, D)
-        constants |= {"IS_RAW": True, "HAS_LEFT": False, "HAS_GRAD_LOGSUMEXP": True}
-        for part, causal in itertools.product(_parts(kernel, dtype), (False, True)):
-            if kernel is _backward_delta and causal:
-                continue
-            given = constants | part | {"HAS_RIGHT": causal}
-            given = {name: given[name] for name in kernel.arg_names if name in given}
-            names = [name for name in kernel.arg_names if name not in given]
-            tensors = {name: types.get(name, dtype) for name in names if name in _TENSORS}
-            numbers = [name for name in names if name not in tensors]
-            name = f"attention {_name_of(kernel, part)}, D {D}" + (", causal" if causal else "")
-            yield Config(name, dtype, kernel, tensors, numbers, given, options)
+def _launch(
+    kernel: Any,
+    arguments: dict[str, Any],
+    groups: int,
+    rows: int,
+    block: str = "BLOCK_L",
+    cu_seq: Tensor | None = None,
+) -> None:
+    """Runs a kernel with those of the arguments that it names, for each block of so many rows, and
+    for each batch and head."""
+    query, value, is_plain = (arguments[name] for name in ("query", "value", "is_plain"))
+    architecture, dtype = _architecture(query.device), query.dtype
+    D, Dv = query.size(3), value.size(3)
+    constants, options = config(kernel, architecture, dtype, D, Dv, is_plain)
+    parts = _parts(kernel, architecture, dtype, max(D, Dv), is_plain)
+    places, blocks = None, rows
+    if block in constants:
+        blocks = triton.cdiv(rows, constants[block])
+        if cu_seq is not None:
+            places = _places(cu_seq, rows, constants[block])
+            blocks = len(places)
+    for part in parts if groups * blocks else ():
+        given = arguments | {"blocks": blocks, "places": places} | constants | part
+        with torch.cuda.device_of(query):
+            kernel[(groups * blocks,)](
+                **{name: given[name] for name in kernel.arg_names}, **options
+            )
 
 
-_NAMES = {
-    _forward: "forward",
-    _backward_delta: "backward, delta",
-    _backward_keys: "backward",
-    _backward_queries: "backward, query",
-}
-_TENSORS = {
-    *("query", "key", "value", "output", "near", "rest", "delta", "grad_output"),
-    *("grad_logsumexp", "grad_query", "grad_key", "grad_value"),
-}
-
-
-def _name_of(kernel: Any, part: dict[str, bool]) -> str:
-    of = [name[3:].lower() for name, is_formed in part.items() if is_formed]
-    return ", ".join([_NAMES[kernel], " and ".join(of)]) if of else _NAMES[kernel]
-
-
-def _launch(kernel: Any, arguments: dict[str, Any]) -> None:
-    """Runs a kernel with those of the arguments that it names."""
-    query, key, value = (arguments[name] for name in ("query", "key", "value"))
-    architecture = _architecture(query.device)
-    constants, options = config(kernel, architecture, query.dtype, query.size(3), value.size(3))
-    if kernel is _backward_keys:
-        programs = key.size(0) * key.size(1) * triton.cdiv(key.size(2), constants["BLOCK_S"])
-    else:
-        programs = query.size(0) * query.size(1) * triton.cdiv(query.size(2), constants["BLOCK_L"])
-    for part in _parts(kernel, query.dtype) if programs else ():
-        given = arguments | constants | part
-        kernel[(programs,)](**{name: given[name] for name in kernel.arg_names}, **options)
+def _places(cu_seq: Tensor, rows: int, block: int) -> Tensor:
+    """The sequence of each block, and where in it the block begins: int32 [blocks, 2], as many as
+    there can be. Those that are not there begin behind the last sequence's end."""
+    counts = (cu_seq.diff() + (block - 1)) // block
+    ends = counts.cumsum(0)
+    index = torch.arange(rows // block + len(counts), device=cu_seq.device)
+    sequence = torch.searchsorted(ends, index, right=True).clamp_(max=len(counts) - 1)
+    first = (index - (ends - counts)[sequence]) * block
+    return torch.stack([sequence, first], 1).to(torch.int32)
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:
     """Those of [B, H, rows, columns], named as the kernels name them."""
     return {
-        f"{name}_{dimension}": stride
+        f"{name}_{dimension}": 0 if tensor.size(n) == 1 else tensor.stride(n)
         for name, tensor in tensors.items()
-        for dimension, stride in zip(("batch", "head", "row"), tensor.stride()[:3], strict=True)
+        for n, dimension in enumerate(("batch", "head", "row"))
     }
 
 
-def _with_rows(tensor: Tensor) -> Tensor:
-    """With contiguous rows, so near each other that offsets within a tile have 32 bits."""
-    is_fit = tensor.stride(3) == 1 and tensor.stride(2) < 2**23
-    return tensor if is_fit else tensor.contiguous()
+def _padded(columns: int) -> int:
+    return max(16, (columns + 15) // 16 * 16)
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """[B, H, rows, columns], if need be copied, with zeros behind each row: what the kernels are
+    given can be read 16 bytes at a time, as the compiler sees by strides that are multiples of 16,
+    and its rows are so near each other that offsets within a tile have 32 bits. The copy takes less
+    than it gains: a product reads each row many times."""
+    *strides, one = tensor.stride()
+    *sizes, columns = tensor.shape
+    if (
+        one == 1
+        and columns == _padded(columns)
+        and all(stride % 16 == 0 or n == 1 for stride, n in zip(strides, sizes, strict=True))
+        and strides[2] < 2**23
+        and tensor.data_ptr() % 16 == 0
+    ):
+        return tensor
+    rows = _new_rows(tensor, _padded(columns))
+    rows[..., :columns] = tensor
+    rows[..., columns:] = 0
+    return rows
+
+
+def _copy_back(written: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    for rows, result in zip(written, results, strict=True):
+        if rows is not result:
+            result.copy_(rows[..., : result.size(3)])
+
+
+def _as_padded(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Results as the kernels write them."""
+    sizes = [_padded(tensor.size(3)) for tensor in tensors]
+    return [
+        tensor if tensor.size(3) == size else _new_rows(tensor, size)
+        for tensor, size in zip(tensors, sizes, strict=True)
+    ]
 
 
 def _arguments(
-    query: Tensor, key: Tensor, value: Tensor, causal: int, scale: float, left: int, right: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    causal: int,
+    scale: float,
+    features: Features,
+    cu_seqs: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> dict[str, Any]:
-    """What all kernels of a call are given."""
-    query, key, value = (_with_rows(t) for t in (query, key, value))
-    L, S = query.size(2), key.size(2)
+    """What all kernels of a call are given, of [B, H, L, D], [B, Hk, S, D] and [B, Hk, S, Dv]."""
+    query, key, value = map(_aligned, (query, key, value))
+    (B, H, L, _), S = query.shape, key.size(2)
+    lengths, slopes, left, right, softcap = features
     if causal:
         right = 0  # a window that ends at the own key
     reach = L + S  # a wider window has no edge
-    is_raw = scale > 0  # then the largest product has the largest score
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
+    if attn_mask is not None:
+        if attn_mask.size(3) != 1 and attn_mask.stride(3) != 1:
+            attn_mask = attn_mask.contiguous()
+        mask_strides = attn_mask.expand(B, H, L, S).stride()
+    # Then the largest product has the largest score.
+    has_bias = attn_mask is not None and attn_mask.dtype != torch.bool
+    is_raw = scale > 0 and not softcap and not has_bias and slopes is None
     return {
-        **{"query": query, "key": key, "value": value, "H": query.size(1), "L": L, "S": S},
+        "is_plain": _is_plain(attn_mask, seed, features),
+        **{"query": query, "key": key, "value": value, "attn_mask": attn_mask, "seed": seed},
+        **{"key_lengths": lengths, "alibi_slopes": slopes},
+        **dict(zip(("cu_seq_q", "cu_seq_k"), cu_seqs, strict=True)),
+        **{"B": B, "H": H, "Hk": key.size(1), "L": L, "S": S},
         **_strides(query=query, key=key, value=value),
-        "heads": query.size(1) // max(1, key.size(1)),
-        "offset": 0 if causal == 1 else S - L,
+        **dict(zip(("mask_batch", "mask_head", "mask_row", "MASK_KEY"), mask_strides, strict=True)),
+        "slopes_batch": 0 if slopes is None or len(slopes) == 1 else slopes.stride(0),
+        "slopes_head": 0 if slopes is None else slopes.stride(1),
+        "heads": H // max(1, key.size(1)),
         "left": min(left, reach),
         "right": min(right, reach),
         "scale": scale,
+        "inner": scale / softcap if softcap else scale,
+        "softcap": softcap,
         "factor": math.log2(math.e) * (scale if is_raw else 1.0),
+        "threshold": min(int(dropout_p * 2**32), 2**32 - 1),
+        "keep": 0.0 if dropout_p == 1 else 1 / (1 - dropout_p),
         "IS_RAW": is_raw,
+        "IS_UPPER_LEFT": causal == 1,
+        "HAS_SOFTCAP": softcap > 0,
         "HAS_LEFT": left >= 0,
         "HAS_RIGHT": right >= 0,
     }
 
 
-def _is_left(query: Tensor, value: Tensor, is_plain: bool) -> bool:
+def _largest(architecture: str, dtype: torch.dtype, is_plain: bool) -> int:
+    """The largest head size that is served. 16 warps, which float32 there needs for what is not
+    plain, have too few registers for the gradient of larger keys."""
+    is_tight = architecture == "sm_100" and dtype == torch.float32 and not is_plain
+    return 64 if is_tight else LARGEST
+
+
+def _is_left(op: str, query: Tensor, value: Tensor, is_plain: bool = True) -> bool:
     """Whether a call is left to the reference, which is said."""
-    largest = max(query.size(3), value.size(3))
-    if largest > LARGEST:
-        obstacle = f"heads have at most {LARGEST} elements, and these {largest}"
-    elif not is_plain:
-        obstacle = "there are no masks, windows, dropout and softcap"
-    else:
+    size = max(query.size(-1), value.size(-1))
+    largest = _largest(_architecture(query.device), query.dtype, is_plain)
+    if size <= largest:
         return False
     warnings.warn(
-        "genkernels.scaled_dot_product_attention runs the plain PyTorch reference: "
-        f"in the Triton kernel {obstacle}",
+        f"genkernels.{op} runs the plain PyTorch reference: in the Triton kernel heads have at "
+        f"most {largest} elements, and these {size}",
         stacklevel=2,
     )
     return True
 
 
-def _copy(results: Sequence[Tensor], given: Sequence[Tensor]) -> None:
-    for result, tensor in zip(results, given, strict=True):
-        result.copy_(tensor)
+def _is_plain(attn_mask: Tensor | None, seed: Tensor | None, features: Features) -> bool:
+    """Whether nothing is added to scores, and no weight dropped."""
+    is_given = attn_mask is not None or seed is not None or features.alibi_slopes is not None
+    return not is_given and not features.softcap
 
 
 def _new_rows(like: Tensor, columns: int) -> Tensor:
     """[B, H, rows, columns] that lies in memory as [B, rows, H, columns]."""
     B, H, rows, _ = like.shape
     return like.new_empty((B, rows, H, columns)).transpose(1, 2)
+
+
+def _forward(arguments: dict[str, Any], output: Tensor, statistics: Tensor) -> None:
+    """Writes [B, H, L, Dv] and [2, B, H, L]."""
+    near, rest = statistics
+    [written] = _as_padded([output])
+    B, H, L, S, heads = (arguments[name] for name in ("B", "H", "L", "S", "heads"))
+    arguments |= {"output": written, "near": near, "rest": rest, **_strides(output=written)}
+    is_batch = arguments["seed"] is None and arguments["cu_seq_q"] is None
+    if is_batch and 0 < L * heads <= DECODE_ROWS and S > SPLIT and H > 0:
+        _decode(arguments)
+    else:
+        _launch(kernels.forward, arguments, B * H, L, cu_seq=arguments["cu_seq_q"])
+    _copy_back([written], [output])
+
+
+def _decode(arguments: dict[str, Any]) -> None:
+    query, value = arguments["query"], arguments["value"]
+    B, H, Hk, L, S = (arguments[name] for name in ("B", "H", "Hk", "L", "S"))
+    rows, splits = L * H // Hk, triton.cdiv(S, SPLIT)
+    query = _aligned(query.reshape(B, Hk, rows, query.size(3)))
+    sums = query.new_empty((splits, B, Hk, rows, value.size(3)), dtype=torch.float32)
+    most, total = query.new_empty((2, *sums.shape[:-1]), dtype=torch.float32)
+    arguments |= {"query": query, "rows": rows, "splits": splits, **_strides(query=query)}
+    arguments |= {"sums": sums, "most": most, "total": total}
+    _launch(kernels.decode, arguments, B * Hk * splits, 1, "")
+    _launch(kernels.merge, arguments, B * H, L, "")
+
+
+def _backward(
+    arguments: dict[str, Any],
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    output: Tensor,
+    statistics: Tensor,
+    grads: tuple[Tensor, ...],
+    grad_mask: Tensor | None = None,
+) -> None:
+    """Writes the gradients of query, key, value, [B, H, rows, columns], and mask."""
+    grad_output, output = _aligned(grad_output), _aligned(output)
+    written = _as_padded(grads)
+    near, rest = statistics.contiguous()
+    B, H, Hk, L, S = (arguments[name] for name in ("B", "H", "Hk", "L", "S"))
+    arguments |= {
+        **{"grad_output": grad_output, "output": output, "near": near, "rest": rest},
+        "grad_logsumexp": None if grad_logsumexp is None else grad_logsumexp.contiguous(),
+        "shift": torch.empty_like(near),
+        # Of 16 bits the logsumexp is one number, the rounding of which is as large as the weights'
+        # own beyond scores of some 30,000.
+        "remainder": torch.empty_like(near) if grad_output.dtype == torch.float32 else None,
+        "delta": torch.empty_like(near),
+        **dict(zip(("grad_query", "grad_key", "grad_value"), written, strict=True)),
+        **_strides(grad=grad_output, output=output),
+        **_strides(grad_query=written[0], grad_key=written[1], grad_value=written[2]),
+    }
+    cu_seq_q, cu_seq_k = arguments["cu_seq_q"], arguments["cu_seq_k"]
+    _launch(kernels.backward_rows, arguments, B * H, L)
+    _launch(kernels.backward_keys, arguments, B * Hk, S, "BLOCK_S", cu_seq_k)
+    _launch(kernels.backward_queries, arguments, B * H, L, cu_seq=cu_seq_q)
+    _copy_back(written, grads)
+    if grad_mask is None:
+        return
+    batches, mask_heads, rows, keys = grad_mask.shape
+    shared = {"batches": B // max(1, batches), "shared_heads": H // max(1, mask_heads)}
+    sizes = {"mask_heads": mask_heads, "mask_rows": rows, "mask_keys": keys}
+    arguments |= {"grad_mask": grad_mask, **shared, **sizes}
+    columns = triton.cdiv(keys, 64)
+    _launch(kernels.backward_mask, arguments, batches * mask_heads * columns, rows)
+
+
+def _check(op: str, *are_fit: bool) -> None:
+    """Kernels trust what they are given: a size that does not fit would be a read out of bounds.
+    Which it is, the public op says."""
+    if not all(are_fit):
+        raise RuntimeError(f"genkernels.{op}: the arguments' shapes, dtypes or devices do not fit")
+
+
+def _check_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    causal: int,
+    features: Features,
+) -> None:
+    op, device, dtype = "scaled_dot_product_attention", query.device, query.dtype
+    _check(op, query.dim() == key.dim() == value.dim() == 4)
+    (B, H, L, D), (Bk, Hk, S, Dk) = query.shape, key.shape
+    _check(
+        op,
+        (Bk, Dk) == (B, D) and value.shape[:3] == key.shape[:3],
+        Hk == H or (Hk != 0 and H % Hk == 0),
+        all(t.dtype == dtype and t.device == device for t in (key, value)),
+        causal in (0, 1, 2) and (seed is not None) == (dropout_p > 0) and 0 <= dropout_p <= 1,
+        min(features.window_left, features.window_right) >= -1,
+        0 <= features.softcap < math.inf,
+    )
+    if attn_mask is not None:
+        scores = zip(attn_mask.shape, (B, H, L, S), strict=False)
+        _check(
+            op,
+            attn_mask.dim() == 4 and all(size in (1, whole) for size, whole in scores),
+            attn_mask.dtype in (torch.bool, torch.float32, dtype) and attn_mask.device == device,
+        )
+    for tensor, of, shapes in (
+        (seed, torch.int64, [(1,)]),
+        (features.key_lengths, torch.int64, [(B,)]),
+        (features.alibi_slopes, torch.float32, [(1, H), (B, H)]),
+    ):
+        if tensor is not None:
+            fits = tensor.dtype == of and tuple(tensor.shape) in shapes
+            _check(op, fits, tensor.device == device)
+
+
+def _check_like(op: str, tensor: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
+    if tensor is not None:
+        fits = (tensor.dtype, tensor.device) == (like.dtype, like.device)
+        _check(op, fits, tuple(tensor.shape) == shape)
 
 
 def attention_forward(
@@ -616,19 +437,16 @@ def attention_forward(
     scale: float,
     *features: Any,
 ) -> tuple[Tensor, Tensor]:
-    """As the raw op of that name."""
+    """The raw op of that name."""
+    given = Features(*features)
+    _check_attention(query, key, value, attn_mask, seed, dropout_p, causal, given)
+    tensors = (query, key, value, attn_mask, seed)
     output = _new_rows(query, value.size(3))
+    if _is_left("scaled_dot_product_attention", query, value, _is_plain(attn_mask, seed, given)):
+        results = reference.attention_forward(*tensors, dropout_p, causal, scale, *features)
+        return output.copy_(results[0]), results[1]
     statistics = query.new_empty((2, *query.shape[:3]), dtype=torch.float32)
-    is_plain = attn_mask is None and seed is None and Features(*features) == Features()
-    if _is_left(query, value, is_plain):
-        tensors = (query, key, value, attn_mask, seed)
-        given = reference.attention_forward(*tensors, dropout_p, causal, scale, *features)
-        _copy((output, statistics), given)
-        return output, statistics
-    arguments = _arguments(query, key, value, causal, scale, -1, -1)
-    near, rest = statistics
-    results = {"output": output, "near": near, "rest": rest, **_strides(output=output)}
-    _launch(_forward, arguments | results)
+    _forward(_arguments(*tensors, dropout_p, causal, scale, given), output, statistics)
     return output, statistics
 
 
@@ -653,33 +471,35 @@ def attention_backward(
     softcap: float = 0.0,
     side_by_side: int = 0,
 ) -> tuple[Tensor, ...]:
-    """As the raw op of that name."""
-    results, grads = _new_gradients((query, key, value), side_by_side)
+    """The raw op of that name."""
+    op = "scaled_dot_product_attention"
     features = Features(key_lengths, alibi_slopes, window_left, window_right, softcap)
-    is_plain = attn_mask is None and seed is None and features == Features()
-    if _is_left(query, value, is_plain):
-        tensors = (query, key, value, attn_mask, seed, output, statistics)
-        settings: Any = (dropout_p, causal, scale, needs_mask, *features)
-        *given, grad_mask = reference.attention_backward(
-            grad_output, grad_logsumexp, *tensors, *settings
+    _check_attention(query, key, value, attn_mask, seed, dropout_p, causal, features)
+    shape = (*query.shape[:3], value.size(3))
+    _check_like(op, grad_output, shape, query)
+    _check_like(op, output, shape, query)
+    _check(op, tuple(statistics.shape) == (2, *shape[:3]), statistics.dtype == torch.float32)
+    _check_like(op, grad_logsumexp, shape[:3], statistics)
+    is_bias = attn_mask is not None and attn_mask.dtype != torch.bool
+    is_alike = all(t.shape == value.shape for t in (query, key, value)[3 - side_by_side :])
+    _check(op, is_bias or not needs_mask, side_by_side in (0, 2, 3) and is_alike)
+    results, grads = _new_gradients((query, key, value), side_by_side)
+    tensors = (query, key, value, attn_mask, seed)
+    if _is_left(op, query, value, _is_plain(attn_mask, seed, features)):
+        settings: Any = (output, statistics, dropout_p, causal, scale, needs_mask)
+        given = reference.attention_backward(
+            grad_output, grad_logsumexp, *tensors, *settings, *features
         )
-        _copy(grads, given)
-        return *results, grad_mask
-    arguments = _arguments(query, key, value, causal, scale, -1, -1)
-    grad_output, output = _with_rows(grad_output), _with_rows(output)
-    near, rest = statistics.contiguous()
-    arguments |= {
-        **{"grad_output": grad_output, "output": output, "near": near, "rest": rest},
-        "grad_logsumexp": near if grad_logsumexp is None else grad_logsumexp.contiguous(),
-        "HAS_GRAD_LOGSUMEXP": grad_logsumexp is not None,
-        "delta": torch.empty_like(near),
-        **dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True)),
-        **_strides(grad=grad_output, output=output),
-        **_strides(grad_query=grads[0], grad_key=grads[1], grad_value=grads[2]),
-    }
-    for kernel in (_backward_delta, _backward_keys, _backward_queries):
-        _launch(kernel, arguments)
-    return *results, query.new_empty(0)
+        for grad, tensor in zip(grads, given[:3], strict=True):
+            grad.copy_(tensor)
+        return *results, given[3]
+    grad_mask = None
+    if needs_mask and attn_mask is not None:
+        grad_mask = attn_mask.new_empty(attn_mask.shape)
+    arguments = _arguments(*tensors, dropout_p, causal, scale, features)
+    saved = (grad_output, grad_logsumexp, output, statistics)
+    _backward(arguments, *saved, tuple(grads), grad_mask)
+    return *results, query.new_empty(0) if grad_mask is None else grad_mask
 
 
 def _new_gradients(
@@ -695,6 +515,218 @@ def _new_gradients(
     return [*grads, packed, *empty], [*grads, *packed.transpose(1, 3).unbind(2)]
 
 
+def _check_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> None:
+    op, device = "varlen_attn", query.device
+    _check(op, query.dim() == key.dim() == value.dim() == 3)
+    (_, H, D), (_, Hk, Dk) = query.shape, key.shape
+    cu_seqs = (cu_seq_q, cu_seq_k)
+    _check(
+        op,
+        Dk == D and value.shape[:2] == key.shape[:2] and (Hk == H or (Hk != 0 and H % Hk == 0)),
+        all(t.dtype == query.dtype and t.device == device for t in (key, value)),
+        all(t.dtype in (torch.int32, torch.int64) and t.device == device for t in cu_seqs),
+        cu_seq_q.dim() == 1 and cu_seq_q.shape == cu_seq_k.shape and len(cu_seq_q) > 0,
+        min(window_left, window_right) >= -1,
+    )
+
+
+def _begins(cu_seq: Tensor, rows: int) -> Tensor:
+    """cu_seq in int64, if need be made to rise from 0 to the number of rows."""
+    begins = cu_seq.to(torch.int64).clamp(0, rows).cummax(0).values
+    begins[:1] = 0
+    begins[1:][-1:] = rows
+    return begins
+
+
+def _as_batch(*tensors: Tensor) -> Iterator[Tensor]:
+    """[T, H, D] as [1, H, T, D]."""
+    return (tensor.transpose(0, 1).unsqueeze(0) for tensor in tensors)
+
+
+def _varlen_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> dict[str, Any]:
+    features = Features(window_left=window_left, window_right=window_right)
+    cu_seqs = (_begins(cu_seq_q, len(query)), _begins(cu_seq_k, len(key)))
+    q, k, v = _as_batch(query, key, value)
+    return _arguments(q, k, v, None, None, 0.0, 0, scale, features, cu_seqs)
+
+
+def varlen_attn_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The raw op of that name."""
+    args: Any = (query, key, value, cu_seq_q, cu_seq_k, window_left, window_right, scale)
+    _check_varlen(*args)
+    if _is_left("varlen_attn", query, value):
+        return varlen_reference.varlen_attn_forward(*args)
+    T, H, _ = query.shape
+    output = query.new_empty((T, H, value.size(2)))
+    statistics = query.new_empty((2, H, T), dtype=torch.float32)
+    if len(cu_seq_q) > 1:
+        _forward(_varlen_arguments(*args), next(_as_batch(output)), statistics.unsqueeze(1))
+    return output, statistics
+
+
+def varlen_attn_backward(
+    grad_output: Tensor,
+    grad_logsumexp: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    output: Tensor,
+    statistics: Tensor,
+    window_left: int,
+    window_right: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """The raw op of that name."""
+    op = "varlen_attn"
+    args: Any = (query, key, value, cu_seq_q, cu_seq_k, window_left, window_right, scale)
+    _check_varlen(*args)
+    shape = (*query.shape[:2], value.size(2))
+    _check_like(op, grad_output, shape, query)
+    _check_like(op, output, shape, query)
+    _check(op, tuple(statistics.shape) == (2, *shape[1::-1]), statistics.dtype == torch.float32)
+    _check_like(op, grad_logsumexp, shape[1::-1], statistics)
+    if _is_left(op, query, value):
+        saved: Any = (*args[:5], output, statistics, *args[5:])
+        return varlen_reference.varlen_attn_backward(grad_output, grad_logsumexp, *saved)
+    grads = tuple(t.new_empty(t.shape) for t in (query, key, value))
+    if len(cu_seq_q) > 1:
+        grad_output, output = _as_batch(grad_output, output)
+        grad_logsumexp = None if grad_logsumexp is None else grad_logsumexp.unsqueeze(0)
+        of_rows = (grad_output, grad_logsumexp, output, statistics.unsqueeze(1))
+        _backward(_varlen_arguments(*args), *of_rows, tuple(_as_batch(*grads)))
+    return grads
+
+
+def configs(architecture: str) -> Iterator[Config]:
+    """Every kernel as the launchers run it there, for compiling ahead of time: by head size, causal
+    and not; with every feature at once; and of sequences."""
+    per_size = (
+        kernels.forward,
+        kernels.backward_rows,
+        kernels.backward_keys,
+        kernels.backward_queries,
+    )
+    for dtype, D, kernel in itertools.product(DTYPES, (32, 64, 128), per_size):
+        for causal in (False, True) if kernel is not kernels.backward_rows else (False,):
+            note = ", causal" if causal else ""
+            yield from _configs(kernel, architecture, dtype, D, note, HAS_RIGHT=causal)
+    every = {"HAS_SOFTCAP": True, "HAS_LEFT": True, "HAS_RIGHT": True, "IS_RAW": False}
+    features = ("attn_mask", "seed", "key_lengths", "alibi_slopes")
+    few = (torch.float32, torch.bfloat16)
+    others = (kernels.decode, kernels.merge, kernels.backward_mask)
+    for dtype, D, kernel in itertools.product(few, (64, 128), (*per_size, *others)):
+        if kernel in others:
+            yield from _configs(kernel, architecture, dtype, D, "")
+        is_served = _largest(architecture, dtype, False) >= D
+        if is_served and kernel not in (kernels.backward_rows, kernels.merge):
+            yield from _configs(
+                kernel, architecture, dtype, D, ", every feature", *features, **every
+            )
+    sequences = ("cu_seq_q", "cu_seq_k", "places")
+    for dtype, kernel in itertools.product(few, (per_size[0], *per_size[2:])):
+        yield from _configs(kernel, architecture, dtype, 128, ", sequences", *sequences)
+        yield from _configs(kernel, architecture, dtype, 112, "")
+
+
+_OF_ROWS = ("shift", "remainder", "delta")
+_TENSORS = {
+    "forward": ("query", "key", "value", "output", "near", "rest"),
+    "decode": ("query", "key", "value", "sums", "most", "total"),
+    "merge": ("sums", "most", "total", "output", "near", "rest"),
+    "backward_rows": ("grad_output", "output", "grad_logsumexp", "near", "rest", *_OF_ROWS),
+}
+_BACKWARD = ("query", "key", "value", "grad_output", *_OF_ROWS)
+_TYPES = {
+    **dict.fromkeys(("near", "rest", "grad_logsumexp", *_OF_ROWS), torch.float32),
+    **dict.fromkeys(("sums", "most", "total", "alibi_slopes"), torch.float32),
+    **dict.fromkeys(("seed", "key_lengths", "cu_seq_q", "cu_seq_k"), torch.int64),
+    "places": torch.int32,
+}
+_OPTIONAL = (
+    *("attn_mask", "seed", "key_lengths", "alibi_slopes", "cu_seq_q", "cu_seq_k", "places"),
+    *("grad_logsumexp", "remainder"),
+)
+
+
+def _configs(
+    kernel: Any,
+    architecture: str,
+    dtype: torch.dtype,
+    D: int,
+    note: str,
+    *given: str,
+    **flags: bool,
+) -> Iterator[Config]:
+    name, names = kernel.__name__, kernel.arg_names
+    is_plain = "attn_mask" not in given and kernel is not kernels.backward_mask
+    constants, options = config(kernel, architecture, dtype, D, D, is_plain)
+    constants |= {
+        flag: flags.get(flag, flag in ("IS_RAW", "IS_UPPER_LEFT"))
+        for flag in ("IS_RAW", "IS_UPPER_LEFT", "HAS_SOFTCAP", "HAS_LEFT", "HAS_RIGHT")
+        if flag in names
+    }
+    own = {"backward_mask": ("grad_mask", "attn_mask"), "backward_queries": ("grad_query",)}
+    tensors = _TENSORS.get(name) or (
+        *_BACKWARD, *own.get(name, ("grad_key", "grad_value"))
+    )  # fmt: skip
+    if dtype != torch.float32:
+        tensors = tuple(n for n in tensors if n != "remainder")
+    tensors = tuple(n for n in names if n in (*tensors, *given))
+    constants |= {n: None for n in names if n in _OPTIONAL and n not in tensors}
+    if "MASK_KEY" in names:
+        constants["MASK_KEY"] = int("attn_mask" in tensors)
+    if name == "backward_mask":
+        constants["IS_RAW"] = False
+    strides = tuple(n for n in names if n.rpartition("_")[2] in ("batch", "head", "row"))
+    for part in _parts(kernel, architecture, dtype, D, is_plain):
+        of = " and ".join(n.removeprefix("OF_").lower() for n, on in part.items() if on)
+        title = name.replace("_", " ") + (f", {of}" if part and not all(part.values()) else "")
+        yield Config(
+            f"attention {title}, D {D}{note}",
+            dtype,
+            kernel,
+            {n: _TYPES.get(n, dtype) for n in tensors},
+            constants | part,
+            options,
+            strides,
+        )
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
-    launcher.__name__: launcher for launcher in (attention_forward, attention_backward)
+    launcher.__name__: launcher
+    for launcher in (
+        attention_forward,
+        attention_backward,
+        varlen_attn_forward,
+        varlen_attn_backward,
+    )
 }
