@@ -2,134 +2,129 @@
 `python -m benchmarks.triton_table`.
 
 Registers, spills and shared memory are what the compilers report for each architecture (ptxas for
-NVIDIA's, LLVM for AMD's), and tensor-core instructions are counted in the PTX or the assembly.
+NVIDIA's, LLVM for AMD's); the occupancy that these leave is an estimate. Tensor-core instructions
+are those of each innermost loop of the machine code (`benchmarks.triton_compiled`).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
+import os
 import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from benchmarks.triton_compiled import (
+    ARCHITECTURES,
+    Resources,
+    is_tensor_core,
+    occupancy,
+    resources,
+)
 from genkernels.triton import MODULES, Config
 
 TABLE = Path(__file__).with_name("triton.md")
-# Shared memory that a block may have, in bytes.
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), 163 << 10),
-    "sm_90": (GPUTarget("cuda", 90, 32), 227 << 10),
-    "sm_100": (GPUTarget("cuda", 100, 32), 227 << 10),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 << 10),
-}
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.bool: "*i1",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-TENSOR_CORES = ("mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma")
+SMALLEST = 64  # of attention's tiles, unless a reason is given
+T = TypeVar("T")
 
 
-class Resources(NamedTuple):
-    registers: int
-    spills: int  # bytes of a thread's stack; of AMD's, registers
-    shared: int  # bytes
-    tensor_cores: dict[str, int]  # instructions
-    uses_tf32: bool
-
-
-def compiled(config: Config, architecture: str) -> Any:
-    target, _ = TARGETS[architecture]
-    signature = {p.name: p.annotation_type or "i32" for p in config.kernel.params}
-    signature |= {name: TYPES[dtype] for name, dtype in config.tensors.items()}
-    signature |= dict.fromkeys(config.constants, "constexpr")
-    # Tensors start at multiples of 16 bytes, for which the launcher compiles.
-    multiples, order = {*config.tensors, *config.divisible}, config.kernel.arg_names
-    aligned = {(order.index(name),): [["tt.divisibility", 16]] for name in multiples}
-    source = ASTSource(config.kernel, signature, config.constants, aligned)
-    return triton.compile(source, target=target, options=config.options)
-
-
-def resources(config: Config, architecture: str) -> Resources:
-    result = compiled(config, architecture)
-    shared = result.metadata.shared
-    if "amdgcn" in result.asm:
-        text = result.asm["amdgcn"]
-        registers, spills = (
-            _number(rf"{n}: *(\d+)", text) for n in ("vgpr_count", "vgpr_spill_count")
-        )
-    else:
-        text = result.asm["ptx"]
-        usage = _usage(result.asm["cubin"])
-        registers, spills = (_number(rf"{name}:(\d+)", usage) for name in ("REG", "STACK"))
-    counts = {name: text.count(name) for name in TENSOR_CORES if name in text}
-    return Resources(registers, spills, shared, counts, "tf32" in text)
-
-
-def _usage(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        arguments = [str(tool), "-res-usage", file.name]
-        return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    assert found is not None, f"the compiler's output lacks {pattern}"
-    return int(found[1])
+@cache
+def configs(architecture: str) -> list[Config]:
+    modules = [
+        importlib.import_module(f"genkernels.triton.{module}") for module in (*MODULES, "attention")
+    ]
+    return [config for module in modules for config in module.configs(architecture)]
 
 
 def faults(config: Config, architecture: str, used: Resources) -> list[str]:
     """What a shipped configuration must not do."""
-    _, most_shared = TARGETS[architecture]
-    is_wide = config.dtype == torch.float32
+    most_shared = ARCHITECTURES[architecture].most_shared
+    is_wide, per_loop = config.dtype == torch.float32, used.tensor_cores
+    needs_tensor_cores = config.has_products and not is_wide
+    tile = [config.constants.get(name, SMALLEST) for name in ("BLOCK_L", "BLOCK_S")]
+    is_small = config.has_products and min(tile) < SMALLEST and config.constants["HEAD_SIZE"] <= 128
     found = {
         f"spills {used.spills}": used.spills > 0,
         f"takes {used.shared} bytes of shared memory, of {most_shared}": used.shared > most_shared,
-        "has no tensor-core instruction": not is_wide and not used.tensor_cores,
+        "has a loop without tensor-core instructions": needs_tensor_cores and 0 in per_loop,
+        "has no tensor-core instruction in a loop": needs_tensor_cores and not any(per_loop),
         "multiplies float32 in TF32": is_wide and used.uses_tf32,
+        f"has a tile {tile}, and no reason for one so small": is_small and not config.reason,
     }
     return [fault for fault, is_found in found.items() if is_found]
 
 
-def configs(architecture: str) -> Iterator[Config]:
-    for module in MODULES:
-        yield from importlib.import_module(f"genkernels.triton.{module}").configs(architecture)
+def _row(config: Config, architecture: str, cells: Iterable[Any]) -> str:
+    blocks = " x ".join(str(v) for n, v in config.constants.items() if "BLOCK" in n)
+    tile = f"{blocks} ({config.reason})" if config.reason else blocks
+    dtype = str(config.dtype).removeprefix("torch.")
+    warps = config.options["num_warps"]
+    return f"| {' | '.join(map(str, (config.name, dtype, architecture, tile, warps, *cells)))} |"
 
 
-def rows(architectures: list[str]) -> Iterator[tuple[str, list[str]]]:
-    for architecture in architectures:
-        for config in configs(architecture):
-            used = resources(config, architecture)
-            dtype = str(config.dtype).removeprefix("torch.")
-            blocks = " x ".join(str(v) for n, v in config.constants.items() if "BLOCK" in n)
-            cores = ", ".join(f"{count} {name}" for name, count in used.tensor_cores.items())
-            cells = (
-                config.name, dtype, architecture, blocks, config.options["num_warps"],
-                used.registers, used.spills, used.shared, cores,
-            )  # fmt: skip
-            yield f"| {' | '.join(map(str, cells))} |", faults(config, architecture, used)
+def compiled_row(architecture: str, position: int) -> tuple[str, list[str]]:
+    config = configs(architecture)[position]
+    try:
+        used = resources(config, architecture)
+    except Exception as error:  # of any of the compilers: the others go on
+        message = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        return _row(config, architecture, ["-"] * 5), [f"does not compile: {message}"]
+    warps, most = occupancy(architecture, used)
+    cores = [name for loop in used.loops for name in loop if is_tensor_core(name)]
+    kinds = sorted({re.split(r"\.|_f32_", name)[0] for name in cores})
+    per_loop = " + ".join(map(str, used.tensor_cores)) if cores else ""
+    numbers = (used.registers, used.spills, used.shared, f"{warps}/{most}")
+    cells = (*numbers, " ".join([per_loop, *kinds]))
+    return _row(config, architecture, cells), faults(config, architecture, used)
+
+
+def rows(
+    architectures: list[str], dtypes: Iterable[torch.dtype] | None = None, jobs: int = 1
+) -> Iterator[tuple[str, list[str]]]:
+    """Lines of the table, with their faults, in its order."""
+    work = [
+        (architecture, position)
+        for architecture in architectures
+        for position, config in enumerate(configs(architecture))
+        if dtypes is None or config.dtype in dtypes
+    ]
+    return in_processes(compiled_row, work, jobs)
+
+
+def in_processes(
+    function: Callable[..., T], work: list[tuple[Any, ...]], jobs: int | None
+) -> Iterator[T]:
+    """The function's results in the order of its arguments; compilers take one core each."""
+    jobs = jobs or len(os.sched_getaffinity(0))
+    if jobs == 1:
+        yield from itertools.starmap(function, work)
+        return
+    # Not forked: PyTorch's threads do not come along.
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        yield from pool.map(function, *zip(*work, strict=True))
 
 
 HEAD = (
     "| kernel | dtype | architecture | blocks | warps | registers | spills | shared bytes | "
-    "tensor-core instructions |\n|---|---|---|---|---|---|---|---|---|"
+    "occupancy (estimate) | tensor-core instructions |\n|---|---|---|---|---|---|---|---|---|---|"
 )
+LEGEND = """Compiled ahead of time by Triton {version}; not run on a GPU.
+
+Registers are a thread's, shared bytes a block's. Occupancy is how many warps a multiprocessor has
+at a time, of the most that it may have, estimated of registers, shared and tensor memory.
+Tensor-core instructions are those of each innermost loop of the machine code, which calls mma.sync
+HMMA, wgmma HGMMA and tcgen05.mma UTCHMMA.
+"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,18 +136,19 @@ def main(argv: list[str] | None = None) -> int:
         "--save", action="store_true", help="write benchmarks/triton.md (default: print only)"
     )
     parser.add_argument(
-        "--only", choices=TARGETS, action="append", help="an architecture (default: all)"
+        "--only", choices=ARCHITECTURES, action="append", help="an architecture (default: all)"
     )
+    parser.add_argument("--jobs", type=int, help="processes (default: one for each core)")
     arguments = parser.parse_args(argv)
     if arguments.save and arguments.only:
         parser.error("--save: expected without --only, which leaves rows out")
     lines, wrong = [], []
-    for line, found in rows(arguments.only or list(TARGETS)):
+    for line, found in rows(arguments.only or list(ARCHITECTURES), jobs=arguments.jobs):
         print(line, flush=True)
         lines.append(line)
         wrong += [f"{line}: {fault}" for fault in found]
     if arguments.save:
-        title = f"Compiled ahead of time by Triton {triton.__version__}; not run on a GPU.\n"
+        title = LEGEND.format(version=triton.__version__)
         TABLE.write_text("\n".join([title, HEAD, *lines, ""]), encoding="utf-8")
     for fault in wrong:
         print(fault, file=sys.stderr)

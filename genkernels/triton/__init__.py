@@ -39,7 +39,8 @@ MODULES = tuple(_OPS)  # each has KERNELS, its launchers by raw op, and configs(
 class Config(NamedTuple):
     """A kernel as its launcher runs it: the dtypes of its tensors, its constants, the compiler's
     options, and those of its other arguments, which are numbers, that are multiples of 16, for
-    which the compiler makes wider loads. None of an optional tensor is a constant."""
+    which the compiler makes wider loads. None of an optional tensor is a constant. Whether it
+    multiplies matrices, and why its tiles are small, if they are, is asked of what is compiled."""
 
     name: str
     dtype: torch.dtype
@@ -48,6 +49,8 @@ class Config(NamedTuple):
     constants: dict[str, Any]
     options: dict[str, int]
     divisible: tuple[str, ...] = ()
+    has_products: bool = True
+    reason: str = ""
 
 
 def is_installed() -> bool:
