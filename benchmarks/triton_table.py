@@ -14,12 +14,11 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 import triton
@@ -35,13 +34,13 @@ from genkernels.triton import MODULES, Config
 
 TABLE = Path(__file__).with_name("triton.md")
 SMALLEST = 64  # of attention's tiles, unless a reason is given
-T = TypeVar("T")
+Row = Callable[[str, int], tuple[str, list[str]]]  # of an architecture's config by its position
 
 
 @cache
 def configs(architecture: str) -> list[Config]:
     modules = [
-        importlib.import_module(f"genkernels.triton.{module}") for module in (*MODULES, "attention")
+        importlib.import_module(f"genkernels.triton.{module}") for module in MODULES
     ]
     return [config for module in modules for config in module.configs(architecture)]
 
@@ -64,76 +63,81 @@ def faults(config: Config, architecture: str, used: Resources) -> list[str]:
     return [fault for fault, is_found in found.items() if is_found]
 
 
-def _row(config: Config, architecture: str, cells: Iterable[Any]) -> str:
-    blocks = " x ".join(str(v) for n, v in config.constants.items() if "BLOCK" in n)
-    tile = f"{blocks} ({config.reason})" if config.reason else blocks
-    dtype = str(config.dtype).removeprefix("torch.")
-    warps = config.options["num_warps"]
-    return f"| {' | '.join(map(str, (config.name, dtype, architecture, tile, warps, *cells)))} |"
-
-
 def compiled_row(architecture: str, position: int) -> tuple[str, list[str]]:
     config = configs(architecture)[position]
-    try:
-        used = resources(config, architecture)
-    except Exception as error:  # of any of the compilers: the others go on
-        message = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        return _row(config, architecture, ["-"] * 5), [f"does not compile: {message}"]
+    used = resources(config, architecture)
     warps, most = occupancy(architecture, used)
     cores = [name for loop in used.loops for name in loop if is_tensor_core(name)]
     kinds = sorted({re.split(r"\.|_f32_", name)[0] for name in cores})
     per_loop = " + ".join(map(str, used.tensor_cores)) if cores else ""
     numbers = (used.registers, used.spills, used.shared, f"{warps}/{most}")
-    cells = (*numbers, " ".join([per_loop, *kinds]))
-    return _row(config, architecture, cells), faults(config, architecture, used)
+    blocks = " x ".join(str(v) for n, v in config.constants.items() if "BLOCK" in n)
+    cells = (
+        config.name,
+        str(config.dtype).removeprefix("torch."),
+        architecture,
+        f"{blocks} ({config.reason})" if config.reason else blocks,
+        used.warps,
+        *numbers,
+        " ".join([per_loop, *kinds]),
+    )
+    return f"| {' | '.join(map(str, cells))} |", faults(config, architecture, used)
+
+
+def _row_or_fault(row: Row, architecture: str, position: int) -> tuple[str, list[str]]:
+    """A row whose kernel does not compile is wrong, and the others go on."""
+    try:
+        return row(architecture, position)
+    except Exception as error:
+        config = configs(architecture)[position]
+        message = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        dtype = str(config.dtype).removeprefix("torch.")
+        return f"| {config.name} | {dtype} | {architecture} |", [f"does not compile: {message}"]
 
 
 def rows(
-    architectures: list[str], dtypes: Iterable[torch.dtype] | None = None, jobs: int = 1
+    row: Row,
+    architectures: list[str],
+    is_wanted: Callable[[Config], bool] = lambda config: True,
+    jobs: int | None = None,
 ) -> Iterator[tuple[str, list[str]]]:
-    """Lines of the table, with their faults, in its order."""
+    """Lines of a table, with their faults, in its order. Compilers take one core each: there are
+    as many processes as cores, or `jobs`."""
     work = [
         (architecture, position)
         for architecture in architectures
         for position, config in enumerate(configs(architecture))
-        if dtypes is None or config.dtype in dtypes
+        if is_wanted(config)
     ]
-    return in_processes(compiled_row, work, jobs)
-
-
-def in_processes(
-    function: Callable[..., T], work: list[tuple[Any, ...]], jobs: int | None
-) -> Iterator[T]:
-    """The function's results in the order of its arguments; compilers take one core each."""
     jobs = jobs or len(os.sched_getaffinity(0))
     if jobs == 1:
-        yield from itertools.starmap(function, work)
+        yield from itertools.starmap(partial(_row_or_fault, row), work)
         return
     # Not forked: PyTorch's threads do not come along.
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
-        yield from pool.map(function, *zip(*work, strict=True))
+        yield from pool.map(partial(_row_or_fault, row), *zip(*work, strict=True))
 
 
-HEAD = (
-    "| kernel | dtype | architecture | blocks | warps | registers | spills | shared bytes | "
-    "occupancy (estimate) | tensor-core instructions |\n|---|---|---|---|---|---|---|---|---|---|"
-)
-LEGEND = """Compiled ahead of time by Triton {version}; not run on a GPU.
+TOP = f"""Compiled ahead of time by Triton {triton.__version__}; not run on a GPU.
 
 Registers are a thread's, shared bytes a block's. Occupancy is how many warps a multiprocessor has
 at a time, of the most that it may have, estimated of registers, shared and tensor memory.
 Tensor-core instructions are those of each innermost loop of the machine code, which calls mma.sync
 HMMA, wgmma HGMMA and tcgen05.mma UTCHMMA.
+
+| kernel | dtype | architecture | blocks | warps | registers | spills | shared bytes | \
+occupancy (estimate) | tensor-core instructions |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.triton_table",
-        description="Compile every Triton kernel for every architecture and print what it takes.",
-    )
+def run(
+    module: str, row: Row, table: Path, top: str, description: str, argv: list[str] | None
+) -> int:
+    """A command that prints a table and says what is wrong with its rows."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{module}", description=description)
     parser.add_argument(
-        "--save", action="store_true", help="write benchmarks/triton.md (default: print only)"
+        "--save", action="store_true", help=f"write benchmarks/{table.name} (default: print only)"
     )
     parser.add_argument(
         "--only", choices=ARCHITECTURES, action="append", help="an architecture (default: all)"
@@ -143,16 +147,20 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.save and arguments.only:
         parser.error("--save: expected without --only, which leaves rows out")
     lines, wrong = [], []
-    for line, found in rows(arguments.only or list(ARCHITECTURES), jobs=arguments.jobs):
+    for line, found in rows(row, arguments.only or list(ARCHITECTURES), jobs=arguments.jobs):
         print(line, flush=True)
         lines.append(line)
         wrong += [f"{line}: {fault}" for fault in found]
     if arguments.save:
-        title = LEGEND.format(version=triton.__version__)
-        TABLE.write_text("\n".join([title, HEAD, *lines, ""]), encoding="utf-8")
+        table.write_text("\n".join([top + lines[0], *lines[1:], ""]), encoding="utf-8")
     for fault in wrong:
         print(fault, file=sys.stderr)
     return bool(wrong)
+
+
+def main(argv: list[str] | None = None) -> int:
+    description = "Compile every Triton kernel for every architecture and print what it takes."
+    return run("triton_table", compiled_row, TABLE, TOP, description, argv)
 
 
 if __name__ == "__main__":

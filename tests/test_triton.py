@@ -19,31 +19,60 @@ pytest.importorskip("triton", reason="triton: not installed (pip install 'genker
 if triton.IS_INTERPRETED:
     pytest.skip("TRITON_INTERPRET=1: set, and what is interpreted is not compiled", True)
 
-from benchmarks import triton_compiled, triton_table
+from benchmarks import triton_compiled, triton_roofline, triton_table
 from benchmarks.triton_compiled import ARCHITECTURES, Resources
 
 ROOT = Path(__file__).parents[1]
 
 
-def table() -> list[str]:
-    return triton_table.TABLE.read_text(encoding="utf-8").splitlines()
+def lines(table: Path, *cells: str) -> list[str]:
+    """The table's lines that have all of these cells."""
+    text = table.read_text(encoding="utf-8").splitlines()
+    return [line for line in text if all(f"| {cell} |" in line for cell in cells)]
+
+
+GPUS = {name: gpu.name for name, gpu in triton_roofline.GPUS.items()}
+
+
+@pytest.mark.parametrize(
+    ("table", "places"),
+    [(triton_table.TABLE, {n: n for n in ARCHITECTURES}), (triton_roofline.TABLE, GPUS)],
+    ids=["triton", "roofline"],
+)
+def test_tables_have_every_configuration(table: Path, places: dict[str, str]) -> None:
+    expected = [
+        f"| {config.name} | {str(config.dtype).removeprefix('torch.')} | {place} |"
+        for architecture, place in places.items()
+        for config in triton_table.configs(architecture)
+    ]
+    found = [line for place in places.values() for line in lines(table, place)]
+    assert [" | ".join(line.split(" | ")[:3]) + " |" for line in found] == expected
 
 
 def test_table_of_sm_90() -> None:
     """The committed figures in bfloat16, compiled again; `make triton-check` compiles for all."""
-    lines, faults = zip(*triton_table.rows(["sm_90"], [torch.bfloat16], jobs=None), strict=True)
-    assert [line for line in table() if "| bfloat16 | sm_90 |" in line] == list(lines)
+    rows = triton_table.rows(
+        triton_table.compiled_row, ["sm_90"], lambda config: config.dtype == torch.bfloat16
+    )
+    found, faults = zip(*rows, strict=True)
+    assert lines(triton_table.TABLE, "bfloat16", "sm_90") == list(found)
     assert not any(faults)
 
 
-def test_table_has_every_configuration() -> None:
-    expected = [
-        [config.name, str(config.dtype).removeprefix("torch."), name]
-        for name in ARCHITECTURES
-        for config in triton_table.configs(name)
+def test_roofline_of_sm_90() -> None:
+    """Attention's in bfloat16 with heads of 64, compiled again, and the textbook's."""
+    names = [f"attention {kernel}, D 64" for kernel in ("forward", "backward, query")]
+    rows = triton_table.rows(
+        triton_roofline.estimated_row,
+        ["sm_90"],
+        lambda config: config.dtype == torch.bfloat16 and config.name in names,
+        jobs=1,
+    )
+    found = [line for line, _ in rows]
+    assert found == [
+        line for name in names for line in lines(triton_roofline.TABLE, name, "bfloat16", "H100")
     ]
-    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in table()]
-    assert [row for row in rows if row[2:] and row[2] in ARCHITECTURES] == expected
+    assert len(found) == 2
 
 
 @pytest.mark.slow
@@ -108,8 +137,8 @@ def test_what_does_not_compile_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> No
     config = next(iter(triton_table.configs("sm_80")))
     broken = config._replace(options=config.options | {"num_warps": 3})
     monkeypatch.setattr(triton_table, "configs", lambda architecture: [broken])
-    [(line, [fault])] = triton_table.rows(["sm_80"])
-    assert line.startswith(f"| {config.name} | float32 | sm_80 |")
+    [(line, [fault])] = triton_table.rows(triton_table.compiled_row, ["sm_80"], jobs=1)
+    assert line == f"| {config.name} | float32 | sm_80 |"
     assert fault == "does not compile: num_warps must be a power of 2"
 
 
@@ -198,3 +227,44 @@ _kernel:
 """
     inner = {"v_mfma_f32_32x32x8_bf16": 1, "s_cbranch_execz": 1, "v_exp_f32_e32": 1}
     assert triton_compiled.amd_loops(text) == [Counter({**inner, "s_cbranch_scc1": 1})]
+
+
+def test_issue_share() -> None:
+    # A tile of 128 x 64 with heads of 64 is 2 x 2 x 128 x 64 x 64 flops, 512 cycles of an H100's
+    # multiprocessor; 8 warps are 2 of each scheduler.
+    of_loop = 2 * 2 * 128 * 64 * 64
+    loop = Counter({"HGMMA.64x64x16.F32.BF16": 8, "FFMA": 100, "MUFU.EX2": 28})
+    used = Resources(128, 0, 0, 0, 8, False, [Counter(loop, FFMA=200), loop])
+    share = triton_roofline.issue_share
+    assert share("sm_90", used, of_loop) == 512 / (512 + 2 * 128)
+    twice = used._replace(loops=[Counter(loop) + Counter({"HGMMA.64x64x16.F32.BF16": 8})])
+    assert share("sm_90", twice, of_loop) == 512 / (1024 + 2 * 128)
+    loop = Counter({"HMMA.16816.F32": 64, "FFMA": 128})
+    assert share("sm_80", used._replace(loops=[loop]), of_loop) == 1024 / (1024 + 2 * 128)
+    loop = Counter({"UTCHMMA": 8, "FFMA": 128})
+    assert share("sm_100", used._replace(loops=[loop]), of_loop) == 256 / (256 + 2 * 128)
+    loop = Counter({"v_mfma_f32_32x32x8_bf16": 32, "v_exp_f32_e32": 128})
+    used = used._replace(warps=4, loops=[loop])
+    assert share("gfx942", used, of_loop) == 1024 / (1024 + 4 * 128)
+
+
+def test_work_of_attention() -> None:
+    """Against FLOPs and bytes counted by hand: B 2, 16 heads, 4096 queries and keys."""
+    each = {
+        (c.name, c.dtype): triton_roofline.work(c)
+        for c in triton_table.configs("sm_90")
+        if c.name.startswith("attention") and "D 64" in c.name
+    }
+    rows = 2 * 16 * 4096
+    forward = each["attention forward, D 64", torch.bfloat16]
+    assert forward.flops == 4 * rows * 4096 * 64
+    assert forward.bytes == 4 * rows * 64 * 2 + 2 * rows * 4
+    assert each["attention forward, D 64, causal", torch.bfloat16].flops == forward.flops / 2
+    backward = [
+        work
+        for (name, dtype), work in each.items()
+        if dtype == torch.bfloat16 and "backward" in name and "causal" not in name
+    ]
+    assert sum(work.flops for work in backward) == 3.5 * forward.flops
+    delta = each["attention backward, delta, D 64", torch.float16]
+    assert delta.bytes == 2 * rows * 64 * 2 + 2 * rows * 4
