@@ -57,6 +57,15 @@ def is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def architecture(device: torch.device) -> str:
+    """The one of those that kernels are compiled for ahead of time that a device is taken for; what
+    is interpreted runs as on the first."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
 def obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton cannot run an op on this device in this dtype; None if it can."""
     if not any(op in ops for ops in _OPS.values()):

@@ -27,6 +27,7 @@ from ..reference import attention as reference
 from ..reference import varlen_attn as varlen_reference
 from ..reference.attention import Features
 from . import DTYPES, Config
+from . import architecture as architecture_of
 from . import attention_kernels as kernels
 
 # The largest head size that is served.
@@ -108,14 +109,6 @@ def config(
     return constants, options if is_amd else options | {"maxnreg": min(255, 2048 // warps)}
 
 
-def _architecture(device: torch.device) -> str:
-    """That of `config`; what is interpreted runs as on the first."""
-    if torch.version.hip is not None:
-        return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
-
-
 def _parts(
     kernel: Any, architecture: str, dtype: torch.dtype, D: int, is_plain: bool
 ) -> list[dict[str, bool]]:
@@ -141,7 +134,7 @@ def _launch(
     """Runs a kernel with those of the arguments that it names, for each block of so many rows, and
     for each batch and head."""
     query, value, is_plain = (arguments[name] for name in ("query", "value", "is_plain"))
-    architecture, dtype = _architecture(query.device), query.dtype
+    architecture, dtype = architecture_of(query.device), query.dtype
     D, Dv = query.size(3), value.size(3)
     constants, options = config(kernel, architecture, dtype, D, Dv, is_plain)
     parts = _parts(kernel, architecture, dtype, max(D, Dv), is_plain)
@@ -283,7 +276,7 @@ def _largest(architecture: str, dtype: torch.dtype, is_plain: bool) -> int:
 def _is_left(op: str, query: Tensor, value: Tensor, is_plain: bool = True) -> bool:
     """Whether a call is left to the reference, which is said."""
     size = max(query.size(-1), value.size(-1))
-    largest = _largest(_architecture(query.device), query.dtype, is_plain)
+    largest = _largest(architecture_of(query.device), query.dtype, is_plain)
     if size <= largest:
         return False
     warnings.warn(

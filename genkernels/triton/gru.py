@@ -29,8 +29,236 @@ from ..reference.gru import (
     each_backward,
     each_forward,
 )
-from . import Config
+from . import DTYPES, Config, architecture
 from .math import tanh
+
+
+# r, z, n and the state after a step, of the input's part, the state's and the state before.
+@triton.jit
+def _step(x_r, x_z, x_n, r, z, q, h):
+    r = tl.sigmoid(r + x_r.to(tl.float32))
+    z = tl.sigmoid(z + x_z.to(tl.float32))
+    n = tanh(x_n.to(tl.float32) + r * q)
+    return r, z, n, (h.to(tl.float32) - n) * z + n
+
+
+# The gradients of n, r, z and W_hn h + b_hn before their functions, of that of the state after.
+@triton.jit
+def _step_back(dh, r, z, n, q, h):
+    r, z, n, q = r.to(tl.float32), z.to(tl.float32), n.to(tl.float32), q.to(tl.float32)
+    of_n = dh * (1.0 - z) * (1.0 - n * n)
+    of_z = dh * (h.to(tl.float32) - n) * z * (1.0 - z)
+    return of_n, of_n * q * r * (1.0 - r), of_z, of_n * r
+
+
+# The kernels of a sequence hold H units as a tuple of tiles of BLOCK_H, and weight_hh as one of
+# tiles [BLOCK_H, BLOCK_H]: those of rows i and columns k stand at i * (tiles of H) + k, where i
+# counts through the gates. Offsets within a program's rows of a step have 32 bits.
+@triton.jit
+def _load_weight(weight_hh, H: tl.constexpr, BLOCK_H: tl.constexpr, TRANSPOSED: tl.constexpr):
+    units = tl.arange(0, BLOCK_H)
+    COUNT: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    tiles: tl.tuple = ()
+    for i in tl.static_range(3 * COUNT):
+        for k in tl.static_range(COUNT):
+            row, column = i % COUNT * BLOCK_H + units, k * BLOCK_H + units
+            if TRANSPOSED:
+                at, inside = row[None, :] * H + column[:, None], (row < H)[None, :]
+                inside = inside & (column < H)[:, None]
+            else:
+                at, inside = row[:, None] * H + column[None, :], (row < H)[:, None]
+                inside = inside & (column < H)[None, :]
+            tiles += (tl.load(weight_hh + i // COUNT * H * H + at, mask=inside, other=0.0),)
+    return tiles
+
+
+# The tiles of rows [PARTS * H], which begin at `start`, part by part.
+@triton.jit
+def _load_rows(
+    start, is_row, H: tl.constexpr, PARTS: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    rows, columns = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_H)
+    tiles: tl.tuple = ()
+    for part in tl.static_range(PARTS):
+        for first in tl.static_range(0, H, BLOCK_H):
+            at = rows[:, None] * (PARTS * H) + (part * H + first + columns)[None, :]
+            inside = is_row[:, None] & (first + columns < H)[None, :]
+            tiles += (tl.load(start + at, mask=inside, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def _store_rows(
+    start, tile, is_row, part: tl.constexpr, index: tl.constexpr, H: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    units = index * BLOCK_H + tl.arange(0, BLOCK_H)
+    at = tl.arange(0, BLOCK_B)[:, None] * (PARTS * H) + (part * H + units)[None, :]
+    inside = is_row[:, None] & (units < H)[None, :]
+    tl.store(start + at, tile.to(start.dtype.element_ty), mask=inside)
+
+
+# All steps of BLOCK_B rows. What a step reads of the input is loaded before its product, so that it
+# is there when that is done.
+@triton.jit(do_not_specialize=["T", "B"])
+def _forward_sequence(
+    projected,  # [T, B, 3H]: W_i x + b_i
+    hx,  # [B, H]
+    weight_hh,  # [3H, H]
+    bias_hh,  # [3H]
+    resets,  # [T, B]
+    output,  # [T, B, H]
+    gates,  # [T, B, 4H]
+    T,
+    B,
+    H: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
+    SAVE_GATES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    COUNT: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    dtype = output.dtype.element_ty
+    rows, units = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_H)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_B
+    is_row = rows < B - first
+    states = _load_rows(hx + first * H, is_row, H, 1, BLOCK_B, BLOCK_H)
+    weight = _load_weight(weight_hh, H, BLOCK_H, True)
+    row = tl.cast(T - 1, tl.int64) * B + first if REVERSE else first
+    for _ in range(T):
+        x = _load_rows(projected + row * (3 * H), is_row, H, 3, BLOCK_B, BLOCK_H)
+        if HAS_RESETS:
+            is_dropped = (tl.load(resets + row + rows, mask=is_row, other=0) != 0)[:, None]
+        sums: tl.tuple = ()
+        entering: tl.tuple = ()
+        for i in tl.static_range(3 * COUNT):
+            bias = tl.zeros((BLOCK_H,), tl.float32)
+            if HAS_BIAS:
+                unit = i % COUNT * BLOCK_H + units
+                at = bias_hh + i // COUNT * H + unit
+                bias = tl.load(at, mask=unit < H, other=0.0).to(tl.float32)
+            sums += (tl.broadcast_to(bias[None, :], (BLOCK_B, BLOCK_H)),)
+        for k in tl.static_range(COUNT):
+            h = states[k]
+            if HAS_RESETS:  # not a product, since 0 * NaN would spread
+                h = tl.where(is_dropped, 0.0, h).to(dtype)
+            entering += (h,)
+            added: tl.tuple = ()
+            for i in tl.static_range(3 * COUNT):
+                added += (tl.dot(h, weight[i * COUNT + k], sums[i], input_precision="ieee"),)
+            sums = added
+        states = ()
+        for k in tl.static_range(COUNT):
+            q = sums[2 * COUNT + k]
+            r, z, n, h = _step(
+                x[k], x[COUNT + k], x[2 * COUNT + k], sums[k], sums[COUNT + k], q, entering[k]
+            )
+            states += (h.to(dtype),)
+            _store_rows(output + row * H, h, is_row, 0, k, H, 1, BLOCK_B, BLOCK_H)
+            if SAVE_GATES:
+                to = gates + row * (4 * H)
+                _store_rows(to, r, is_row, 0, k, H, 4, BLOCK_B, BLOCK_H)
+                _store_rows(to, z, is_row, 1, k, H, 4, BLOCK_B, BLOCK_H)
+                _store_rows(to, n, is_row, 2, k, H, 4, BLOCK_B, BLOCK_H)
+                _store_rows(to, q, is_row, 3, k, H, 4, BLOCK_B, BLOCK_H)
+        row = row - B if REVERSE else row + B
+
+
+# What a step back reads, part by part: r, z, n, W_hn h + b_hn, the state before and the gradient of
+# the state after.
+@triton.jit
+def _load_step(
+    gates, hx, grad_output, row, is_row, H: tl.constexpr, HAS_GRAD_OUTPUT: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    tiles = _load_rows(gates + row * (4 * H), is_row, H, 4, BLOCK_B, BLOCK_H)
+    tiles += _load_rows(hx + row * H, is_row, H, 1, BLOCK_B, BLOCK_H)
+    if HAS_GRAD_OUTPUT:
+        tiles += _load_rows(grad_output + row * H, is_row, H, 1, BLOCK_B, BLOCK_H)
+    return tiles
+
+
+# The way back, with the state's gradient in registers. AHEAD: what a step reads is loaded before
+# the product of the step after it. Gradients are rounded right before their product: one such tile
+# at a time then lies in shared memory.
+@triton.jit(do_not_specialize=["T", "B"])
+def _backward_sequence(
+    carry,  # float32 [B, H]: the gradient of the last state, and then of the first
+    weight_hh,  # [3H, H]
+    resets,  # [T, B]
+    grad_output,  # [T, B, H]
+    hx,  # [T, B, H], the state before each step, zero where it was reset
+    gates,  # [T, B, 4H]
+    deltas,  # [T, B, 4H]: the gradients of n, r, z and W_hn h + b_hn before their functions
+    grad_states,  # [T, B, H]
+    T,
+    B,
+    H: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_GRAD_OUTPUT: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
+    SAVE_STATES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    COUNT: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    rows = tl.arange(0, BLOCK_B)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_B
+    is_row = rows < B - first
+    dh = _load_rows(carry + first * H, is_row, H, 1, BLOCK_B, BLOCK_H)
+    weight = _load_weight(weight_hh, H, BLOCK_H, False)
+    row = first if REVERSE else tl.cast(T - 1, tl.int64) * B + first
+    if AHEAD:
+        read = _load_step(gates, hx, grad_output, row, is_row, H, HAS_GRAD_OUTPUT, BLOCK_B, BLOCK_H)
+    for step in range(T):
+        if not AHEAD:
+            read = _load_step(
+                gates, hx, grad_output, row, is_row, H, HAS_GRAD_OUTPUT, BLOCK_B, BLOCK_H
+            )
+        to = deltas + row * (4 * H)
+        sums: tl.tuple = ()
+        gradients: tl.tuple = ()
+        for k in tl.static_range(COUNT):
+            own = dh[k]
+            if HAS_GRAD_OUTPUT:
+                own += read[5 * COUNT + k].to(tl.float32)
+            if SAVE_STATES:
+                _store_rows(grad_states + row * H, own, is_row, 0, k, H, 1, BLOCK_B, BLOCK_H)
+            z = read[COUNT + k].to(tl.float32)
+            of_n, of_r, of_z, of_q = _step_back(
+                own, read[k], z, read[2 * COUNT + k], read[3 * COUNT + k], read[4 * COUNT + k]
+            )
+            _store_rows(to, of_n, is_row, 0, k, H, 4, BLOCK_B, BLOCK_H)
+            sums += (own * z,)
+            gradients += (of_r, of_z, of_q)
+        if HAS_RESETS:
+            is_dropped = (tl.load(resets + row + rows, mask=is_row, other=0) != 0)[:, None]
+        before = row + B if REVERSE else row - B
+        row = tl.where(step + 1 < T, before, row)
+        if AHEAD:
+            read = _load_step(
+                gates, hx, grad_output, row, is_row, H, HAS_GRAD_OUTPUT, BLOCK_B, BLOCK_H
+            )
+        for k in tl.static_range(COUNT):
+            for gate in tl.static_range(3):
+                delta = gradients[3 * k + gate].to(deltas.dtype.element_ty)
+                added: tl.tuple = ()
+                for j in tl.static_range(COUNT):
+                    part = weight[(gate * COUNT + k) * COUNT + j]
+                    added += (tl.dot(delta, part, sums[j], input_precision="ieee"),)
+                sums = added
+                _store_rows(to, delta, is_row, 1 + gate, k, H, 4, BLOCK_B, BLOCK_H)
+        dh = sums
+        if HAS_RESETS:
+            dh = ()
+            for k in tl.static_range(COUNT):
+                dh += (tl.where(is_dropped, 0.0, sums[k]),)
+    for k in tl.static_range(COUNT):
+        _store_rows(carry + first * H, dh[k], is_row, 0, k, H, 1, BLOCK_B, BLOCK_H)
 
 
 @triton.jit
@@ -80,13 +308,18 @@ def _forward_step(
         q += tl.load(bias + 2 * H, mask=units < H, other=0.0).to(tl.float32)[None, :]
     inside = (rows < B)[:, None] & (units < H)[None, :]
     x = projected + rows[:, None] * (3 * H) + units[None, :]
-    r = tl.sigmoid(r + tl.load(x, mask=inside, other=0.0).to(tl.float32))
-    z = tl.sigmoid(z + tl.load(x + H, mask=inside, other=0.0).to(tl.float32))
-    n = tanh(tl.load(x + 2 * H, mask=inside, other=0.0).to(tl.float32) + r * q)
     at = rows[:, None] * H + units[None, :]
-    h = tl.load(hx + at, mask=inside & enters[:, None], other=0.0).to(tl.float32)
+    r, z, n, h = _step(
+        tl.load(x, mask=inside, other=0.0),
+        tl.load(x + H, mask=inside, other=0.0),
+        tl.load(x + 2 * H, mask=inside, other=0.0),
+        r,
+        z,
+        q,
+        tl.load(hx + at, mask=inside & enters[:, None], other=0.0),
+    )
     dtype = output.dtype.element_ty
-    tl.store(output + at, ((h - n) * z + n).to(dtype), mask=inside)
+    tl.store(output + at, h.to(dtype), mask=inside)
     if SAVE_GATES:
         to = gates + rows[:, None] * (4 * H) + units[None, :]
         tl.store(to, r.to(dtype), mask=inside)
@@ -147,17 +380,20 @@ def _backward_step(
     if HAS_GRAD_OUTPUT:
         dh += tl.load(grad_output + at, mask=inside, other=0.0).to(tl.float32)
     saved = gates + rows[:, None] * (4 * H) + units[None, :]
-    r = tl.load(saved, mask=inside, other=0.0).to(tl.float32)
     z = tl.load(saved + H, mask=inside, other=0.0).to(tl.float32)
-    n = tl.load(saved + 2 * H, mask=inside, other=0.0).to(tl.float32)
-    q = tl.load(saved + 3 * H, mask=inside, other=0.0).to(tl.float32)
-    h = tl.load(hx + at, mask=inside, other=0.0).to(tl.float32)
-    of_n = dh * (1.0 - z) * (1.0 - n * n)
+    of_n, of_r, of_z, of_q = _step_back(
+        dh,
+        tl.load(saved, mask=inside, other=0.0),
+        z,
+        tl.load(saved + 2 * H, mask=inside, other=0.0),
+        tl.load(saved + 3 * H, mask=inside, other=0.0),
+        tl.load(hx + at, mask=inside, other=0.0),
+    )
     to = deltas + rows[:, None] * (4 * H) + units[None, :]
     tl.store(to, of_n.to(dtype), mask=inside)
-    tl.store(to + H, (of_n * q * r * (1.0 - r)).to(dtype), mask=inside)
-    tl.store(to + 2 * H, (dh * (h - n) * z * (1.0 - z)).to(dtype), mask=inside)
-    tl.store(to + 3 * H, (of_n * r).to(dtype), mask=inside)
+    tl.store(to + H, of_r.to(dtype), mask=inside)
+    tl.store(to + 2 * H, of_z.to(dtype), mask=inside)
+    tl.store(to + 3 * H, of_q.to(dtype), mask=inside)
     if SAVE_STATES:
         tl.store(grad_states + at, dh.to(dtype), mask=inside)
     tl.store(carry + at, tl.where((rows < B)[:, None], dh * z, dh), mask=carried)
@@ -166,35 +402,86 @@ def _backward_step(
 # Blocks of a step by dtype, for every H and architecture: sums and operands stay in registers on
 # sm_80, sm_90, sm_100 and gfx942, even where H is no multiple of 16 and each load has an address of
 # its own: with a BLOCK_K of 64 the forward step then spills. float32 has no tensor cores.
-_CONFIGS: dict[torch.dtype, dict[str, int]] = {
+_STEPS: dict[torch.dtype, dict[str, int]] = {
     torch.float32: {"BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
     torch.bfloat16: {"BLOCK_B": 32, "BLOCK_H": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
     torch.float16: {"BLOCK_B": 32, "BLOCK_H": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
 }
+# The largest H of which a program holds weight_hh, in float32 and in 16 bits.
+_LARGEST = {"sm_80": (64, 128), "sm_90": (128, 192), "sm_100": (128, 192), "gfx942": (128, 192)}
+
+
+def resident_limit(architecture: str, dtype: torch.dtype) -> int:
+    """The largest H for which one launch does all steps, each program with the whole of weight_hh.
+
+    NVIDIA's have it in shared memory: 6 H^2 bytes in 16 bits and 12 H^2 in float32, of the 227 KB
+    of sm_90 and sm_100, and of the 99 KB that smaller GPUs have which are taken for sm_80. gfx942
+    has it in registers, 512 KB of them.
+    """
+    return _LARGEST[architecture][dtype != torch.float32]
+
+
+def _sequence(kernel: Any, architecture: str, dtype: torch.dtype, H: int) -> dict[str, int]:
+    """Constants and options of a kernel of a sequence, for every batch and number of steps.
+
+    A tile's columns are those of one tensor-core instruction for each warp, 8 or 16 of them, so
+    that no warp holds what another one has. Less than a block of H is idle. Fewer rows would leave
+    tensor cores idle, more would leave more multiprocessors idle, of which a batch of 1024 rows
+    keeps 64 busy. Where there is no such instruction, a weight that is read serves 4 rows.
+    """
+    is_amd, is_wide = architecture.startswith("gfx"), dtype == torch.float32
+    block = 16 if H <= 16 else 32 if H <= 96 else 64
+    given = {
+        "H": H,
+        "BLOCK_B": 4 if is_wide and not is_amd else 16,
+        "BLOCK_H": block,
+        "num_warps": block // (16 if is_amd else 8),
+        "num_stages": 1,
+    }
+    if kernel is _backward_sequence:
+        given["AHEAD"] = block < 64  # with more, it would be too much to hold
+    # Told how many registers there are, the compiler does not rather spill a few for a second
+    # program, for which shared memory has no room.
+    return given | {"maxnreg": 255} if is_wide and not is_amd else given
 
 
 def configs(architecture: str) -> Iterator[Config]:
     """Every kernel as the launchers run it there, with all that it may read and write, for
     compiling ahead of time."""
-    for dtype, has_resets in itertools.product(_CONFIGS, (False, True)):
-        blocks = dict(_CONFIGS[dtype])
-        options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-        for kernel, way in ((_forward_step, "forward"), (_backward_step, "backward")):
-            names = kernel.arg_names
-            numbers = [name for name in names if name in ("B", "known", "H")]
-            flags = [name for name in names if name.startswith(("HAS_", "SAVE_"))]
-            tensors = {name: dtype for name in names if name.islower() and name not in numbers}
-            if "carry" in tensors:
-                tensors["carry"] = torch.float32
-            if has_resets:
-                tensors |= {name: torch.bool for name in names if "resets" in name}
-            constants = blocks | dict.fromkeys(flags, True) | {"HAS_RESETS": has_resets}
-            name = f"gru {way} step{', resets' if has_resets else ''}"
-            yield Config(name, dtype, kernel, tensors, constants, options)
+    for dtype in DTYPES:
+        largest = resident_limit(architecture, dtype)
+        for H, has_resets in itertools.product((64, largest - 1, largest), (False, True)):
+            for kernel, way in ((_forward_sequence, "forward"), (_backward_sequence, "backward")):
+                given = _sequence(kernel, architecture, dtype, H) | {"REVERSE": False}
+                yield _config(kernel, f"gru {way}, H {H}", dtype, has_resets, given)
+        for has_resets in (False, True):
+            for kernel, way in ((_forward_step, "forward"), (_backward_step, "backward")):
+                yield _config(kernel, f"gru {way} step", dtype, has_resets, _STEPS[dtype])
+
+
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+def _config(
+    kernel: Any, name: str, dtype: torch.dtype, has_resets: bool, given: dict[str, int]
+) -> Config:
+    names = [n for n in kernel.arg_names if n not in given]
+    numbers = {"T", "B", "H", "known"}
+    flags = [n for n in names if n.startswith(("HAS_", "SAVE_"))]
+    tensors = {n: dtype for n in names if n not in numbers and n not in flags}
+    if "carry" in tensors:
+        tensors["carry"] = torch.float32
+    if has_resets:
+        tensors |= {n: torch.bool for n in names if "resets" in n and n not in flags}
+        name += ", resets"
+    options = {n: value for n, value in given.items() if n in _OPTIONS}
+    constants: dict[str, Any] = {n: value for n, value in given.items() if n not in options}
+    constants |= dict.fromkeys(flags, True) | {"HAS_RESETS": has_resets}
+    return Config(name, dtype, kernel, tensors, constants, options)
 
 
 def _grid(rows: int, H: int, dtype: torch.dtype) -> tuple[int, int]:
-    blocks = _CONFIGS[dtype]
+    blocks = _STEPS[dtype]
     return triton.cdiv(rows, blocks["BLOCK_B"]), triton.cdiv(H, blocks["BLOCK_H"])
 
 
@@ -257,6 +544,89 @@ def _check_like(
         )
 
 
+def _is_resident(hx: Tensor, batch_sizes: Tensor | None) -> bool:
+    """Whether one launch does all steps, or each step has its own."""
+    limit = resident_limit(architecture(hx.device), hx.dtype)
+    return batch_sizes is None and hx.size(1) <= limit
+
+
+def _run_sequence(
+    kernel: Any, tensors: Sequence[Tensor], output: Tensor, flags: dict[str, bool], reverse: bool
+) -> None:
+    T, B, H = output.shape
+    given = _sequence(kernel, architecture(output.device), output.dtype, H)
+    kernel[triton.cdiv(B, given["BLOCK_B"]),](*tensors, T, B, REVERSE=reverse, **flags, **given)
+
+
+def _run_forward_steps(
+    tensors: Sequence[Tensor], sizes: Tensor | None, flags: dict[str, bool], reverse: bool
+) -> Tensor:
+    projected, h, weight_hh, bias_hh, resets, *results = tensors
+    rows_of, (outputs, gates) = _steps(projected, sizes), (_steps(t, sizes) for t in results)
+    H, dtype = h.size(1), h.dtype
+    for t in _times(len(outputs), reverse):
+        rows = len(outputs[t])
+        _forward_step[_grid(rows, H, dtype)](
+            rows_of[t],
+            h,
+            weight_hh,
+            bias_hh,
+            resets[t],
+            outputs[t],
+            gates[t],
+            rows,
+            H,
+            **flags,
+            **_STEPS[dtype],
+        )
+        h = _carry(outputs[t], h, t, None)
+    return h
+
+
+def _run_backward_steps(
+    tensors: Sequence[Tensor], sizes: Tensor | None, flags: dict[str, bool], reverse: bool
+) -> None:
+    carry, weight_hh, resets, *of_steps = tensors
+    grads, states, gates, deltas, grad_states = (_steps(t, sizes) for t in of_steps)
+    H, dtype = weight_hh.size(1), weight_hh.dtype
+
+    def launch(t: int, rows: int, later: int, known: int) -> None:
+        _backward_step[_grid(max(rows, known), H, dtype)](
+            carry,
+            deltas[later],
+            resets[later],
+            weight_hh,
+            grads[t],
+            states[t],
+            gates[t],
+            deltas[t],
+            grad_states[t],
+            rows,
+            known,
+            H,
+            **flags,
+            **_STEPS[dtype],
+        )
+
+    later, known = 0, 0
+    for t in _times(len(deltas), not reverse):
+        launch(t, len(deltas[t]), later, known)
+        later, known = t, len(deltas[t])
+    launch(later, 0, later, known)  # what the first step hands on to hx
+
+
+def _states_before(
+    output: Tensor, hx: Tensor, batch_sizes: Tensor | None, resets: Tensor | None, reverse: bool
+) -> Tensor:
+    """The states that the rows of each step start from, as output; a few operations for all steps
+    where these are of one length."""
+    if batch_sizes is not None:
+        return _join(_entering(output, hx, batch_sizes, resets, reverse))
+    first = hx.unsqueeze(0)
+    states = torch.cat([output[1:], first] if reverse else [first, output[:-1]])
+    return states if resets is None else states.masked_fill(resets.unsqueeze(2), 0)
+
+
 def gru_forward(
     input: Tensor,
     hx: Tensor,
@@ -273,7 +643,7 @@ def gru_forward(
     """The raw op of that name. `packed` is for the compiled CPU kernel, and is not read."""
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     _check(input, hx, *weights, batch_sizes, resets)
-    H, dtype = hx.size(1), input.dtype
+    H = hx.size(1)
     hx, weight_hh = hx.contiguous(), weight_hh.contiguous()
     bias_hh = None if bias_hh is None else bias_hh.contiguous()
     resets = None if resets is None else resets.contiguous()
@@ -281,29 +651,26 @@ def gru_forward(
     gates = input.new_empty((*input.shape[:-1], 4 * H) if save_gates else 0)
     if output.numel() == 0:
         return output, hx.clone(), gates
-    projected = _steps(linear(input, weight_ih, bias_ih).contiguous(), batch_sizes)
-    outputs = _steps(output, batch_sizes)
-    saved = _steps(gates, batch_sizes) if save_gates else outputs
-    h = hx
+    flags = {
+        "HAS_BIAS": bias_hh is not None,
+        "HAS_RESETS": resets is not None,
+        "SAVE_GATES": save_gates,
+    }
+    tensors = (  # what there is none of is not touched
+        linear(input, weight_ih, bias_ih).contiguous(),
+        hx,
+        weight_hh,
+        weight_hh if bias_hh is None else bias_hh,
+        output if resets is None else resets,
+        output,
+        gates if save_gates else output,
+    )
     with torch.cuda.device_of(input):
-        for t in _times(len(outputs), reverse):
-            rows = len(outputs[t])
-            _forward_step[_grid(rows, H, dtype)](
-                projected[t],
-                h,
-                weight_hh,
-                weight_hh if bias_hh is None else bias_hh,
-                weight_hh if resets is None else resets[t],
-                outputs[t],
-                saved[t],
-                rows,
-                H,
-                HAS_BIAS=bias_hh is not None,
-                HAS_RESETS=resets is not None,
-                SAVE_GATES=save_gates,
-                **_CONFIGS[dtype],
-            )
-            h = _carry(outputs[t], h, t, None)
+        if _is_resident(hx, batch_sizes):
+            _run_sequence(_forward_sequence, tensors, output, flags, reverse)
+            h = output[0 if reverse else -1]
+        else:
+            h = _run_forward_steps(tensors, batch_sizes, flags, reverse)
     return output, h.clone(), gates
 
 
@@ -336,48 +703,33 @@ def gru_backward(
     if gates.numel() == 0:
         gates = gru_forward(input, hx, *weights, batch_sizes, resets, reverse, True, None)[2]
     _check_like("gates", gates, (*rows_shape, 4 * H), input)
-    entering = _join(_entering(output, hx, batch_sizes, resets, reverse))  # [N, H]
-    if batch_sizes is None:
-        entering = entering.view(output.shape)
-    weight = weight_hh.contiguous()
-    resets = None if resets is None else resets.contiguous()
+    entering = _states_before(output, hx, batch_sizes, resets, reverse)
+    gates = gates.contiguous()
     states = input.new_empty((*rows_shape, H) if states_grad else 0)
-    delta = torch.empty_like(gates, memory_format=torch.contiguous_format)
+    delta = torch.empty_like(gates)
     carry = torch.zeros_like(hx, dtype=torch.float32, memory_format=torch.contiguous_format)
     if grad_h_n is not None:
         carry.copy_(grad_h_n)
-    deltas, saved = _steps(delta, batch_sizes), _steps(gates.contiguous(), batch_sizes)
-    entered = _steps(entering, batch_sizes)
-    grads = None if grad_output is None else _steps(grad_output.contiguous(), batch_sizes)
-    of_states = _steps(states, batch_sizes) if states_grad else None
-
-    def launch(t: int, rows: int, later: int, known: int) -> None:
-        _backward_step[_grid(max(rows, known), H, dtype)](
-            carry,
-            deltas[later],
-            weight if resets is None else resets[later],
-            weight,
-            entered[t] if grads is None else grads[t],
-            entered[t],
-            saved[t],
-            deltas[t],
-            entered[t] if of_states is None else of_states[t],
-            rows,
-            known,
-            H,
-            HAS_GRAD_OUTPUT=grads is not None,
-            HAS_RESETS=resets is not None,
-            SAVE_STATES=states_grad,
-            **_CONFIGS[dtype],
-        )
-
-    if output.numel() > 0:
-        with torch.cuda.device_of(input):
-            later, known = 0, 0
-            for t in _times(len(deltas), not reverse):
-                launch(t, len(deltas[t]), later, known)
-                later, known = t, len(deltas[t])
-            launch(later, 0, later, known)  # what the first step hands on to hx
+    flags = {
+        "HAS_GRAD_OUTPUT": grad_output is not None,
+        "HAS_RESETS": resets is not None,
+        "SAVE_STATES": states_grad,
+    }
+    tensors = (
+        carry,
+        weight_hh.contiguous(),
+        delta if resets is None else resets.contiguous(),
+        delta if grad_output is None else grad_output.contiguous(),
+        entering,
+        gates,
+        delta,
+        states if states_grad else delta,
+    )
+    with torch.cuda.device_of(input):
+        if output.numel() > 0 and _is_resident(hx, batch_sizes):
+            _run_sequence(_backward_sequence, tensors, output, flags, reverse)
+        elif output.numel() > 0:
+            _run_backward_steps(tensors, batch_sizes, flags, reverse)
     delta, entering, x = (rows.flatten(0, -2) for rows in (delta, entering, input))
 
     def gradient(needed: bool, compute: Callable[[], Tensor]) -> Tensor:
