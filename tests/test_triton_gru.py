@@ -22,28 +22,53 @@ pytestmark = pytest.mark.skipif(
 # The interpreter multiplies bfloat16's bit patterns.
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=dtype_id)
 OUTPUTS = ("output", "h_n")
-# T, B, I, H: at the edges of blocks of 16 rows, 32 units, 32 and 64 products.
+# T, B, I, H: at the edges of tiles of 16 rows, of which float32 has a quarter, and of 16, 32 and 64
+# units.
 SHAPES = [
     (1, 1, 1, 1),
-    (2, 2, 3, 2),
-    (3, 3, 2, 7),
-    (2, 15, 5, 16),
-    (2, 16, 7, 17),
-    (3, 17, 16, 15),
-    (2, 1, 4, 31),
-    (3, 2, 3, 32),
-    (2, 3, 1, 33),
+    (3, 15, 2, 15),
+    (2, 16, 5, 16),
+    (2, 17, 1, 17),
+    (4, 1, 4, 31),
+    (2, 2, 3, 32),
+    (2, 33, 1, 33),
+    (2, 4, 3, 48),
     (2, 5, 2, 63),
-    (2, 7, 3, 64),
-    (2, 33, 3, 65),
+    (1, 3, 3, 64),
+    (2, 2, 3, 65),
+    (1, 3, 2, 100),
+    (2, 2, 3, 127),
+    (1, 1, 3, 128),
 ]
+# At the edges of blocks of 16 and 32 rows, 32 units, 32 and 64 products.
+STEP_SHAPES = [(1, 1, 1, 1), (2, 16, 3, 31), (1, 17, 2, 32), (2, 33, 3, 33), (2, 3, 2, 65)]
 
 
 @pytest.fixture(autouse=True)
 def triton_only():
     genkernels.stats(reset=True)
     yield
-    assert {backend for _, backend in genkernels.stats(reset=True)} == {"triton"}
+    calls = genkernels.stats(reset=True)
+    if ("gru_backward", "triton") in calls:
+        calls.pop(("gru_backward", "reference"), None)  # the double backward
+    assert {backend for _, backend in calls} == {"triton"}
+
+
+@pytest.fixture(params=["sequence", "steps"])
+def launches(request, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One launch for all steps, where sizes are as on sm_90, or one for each."""
+    launch_by(request.param, monkeypatch)
+    return request.param
+
+
+def launch_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genkernels.triton import gru as kernels
+
+    monkeypatch.setattr(kernels, "architecture", lambda _: "sm_90")
+    if way == "steps":
+        monkeypatch.setattr(kernels, "resident_limit", lambda *_: 0)
+    other = "_forward_step" if way == "sequence" else "_forward_sequence"
+    monkeypatch.setattr(kernels, other, None)
 
 
 def check(*draws, **options) -> None:
@@ -57,27 +82,63 @@ def check(*draws, **options) -> None:
 
 @each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_parity(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    check(*(gru_arguments(*shape, dtype, seed=seed) for seed in range(2)))
+def test_parity(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch) -> None:
+    launch_by("sequence", monkeypatch)
+    T, B, I, H = shape
+    rows = -(-B // 4) if dtype == torch.float32 else B
+    check(*(gru_arguments(T, rows, I, H, dtype, seed=seed) for seed in range(2 if H < 15 else 1)))
 
 
 @each_dtype
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_without_biases(reverse: bool, dtype: torch.dtype) -> None:
-    check(gru_arguments(3, 5, 4, 18, dtype, bias=False), reverse=reverse)
+@pytest.mark.parametrize("shape", STEP_SHAPES, ids=str)
+def test_parity_of_steps(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch) -> None:
+    launch_by("steps", monkeypatch)
+    check(*(gru_arguments(*shape, dtype, seed=seed) for seed in range(2 if shape[3] < 15 else 1)))
+
+
+@pytest.mark.slow
+@each_dtype
+@pytest.mark.parametrize("H", [1, 15, 16, 17, 31, 33, 48, 63, 64, 65, 96, 97, 128, 129, 191, 192])
+@pytest.mark.parametrize("B", [1, 4, 15, 16, 17, 33])
+def test_every_size(B: int, H: int, dtype: torch.dtype) -> None:
+    resets = torch.rand(3, B, generator=torch.Generator().manual_seed(0)) < 0.4
+    check(gru_arguments(3, B, 2, H, dtype), resets=resets, reverse=bool(B % 2))
 
 
 @each_dtype
+def test_both_ways_of_launching_agree(dtype: torch.dtype, monkeypatch) -> None:
+    resets = torch.rand(3, 3, generator=torch.Generator().manual_seed(0)) < 0.4
+
+    def by(way: str) -> Any:
+        def run(**values: Tensor) -> tuple[Tensor, ...]:
+            with monkeypatch.context() as patch:
+                launch_by(way, patch)
+                return tuple(genkernels.gru(**values, resets=resets))
+
+        return run
+
+    def exact(**values: Tensor) -> tuple[Tensor, ...]:
+        return plain_gru(**values, resets=resets)
+
+    draw = gru_arguments(3, 3, 4, 33, dtype)
+    assert_op_parity(by("sequence"), by("steps"), exact, OUTPUTS, draw)
+
+
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-def test_resets(reverse: bool, dtype: torch.dtype) -> None:
-    resets = torch.rand(4, 17, generator=torch.Generator().manual_seed(0)) < 0.4
-    check(gru_arguments(4, 17, 3, 33, dtype), resets=resets, reverse=reverse)
+def test_without_biases(reverse: bool, launches: str) -> None:
+    check(gru_arguments(2, 3, 4, 5, bias=False), reverse=reverse)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+def test_resets(reverse: bool, launches: str) -> None:
+    resets = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.4
+    check(gru_arguments(4, 5, 3, 18), resets=resets, reverse=reverse)
 
 
 @each_dtype
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_packed(reverse: bool, dtype: torch.dtype) -> None:
-    values = packed_arguments([18, 17, 17, 3, 1], 4, 20, dtype)
+    values = packed_arguments([17, 16, 16, 1], 4, 20, dtype)
     sizes = values.pop("batch_sizes")
     check(values, batch_sizes=sizes, reverse=reverse)
 
@@ -95,7 +156,24 @@ def test_cell(dtype: torch.dtype) -> None:
     )
 
 
-def test_saved_and_recomputed_gates_give_the_same() -> None:
+@pytest.mark.parametrize("loss", ["output", "h_n"])
+def test_double_backward(loss: str, launches: str) -> None:
+    """Which needs the states' gradients; of the last state alone, there is none of the output."""
+
+    def gradients(op: Any) -> Any:
+        def run(**leaves: Tensor) -> tuple[Tensor, ...]:
+            result = dict(zip(OUTPUTS, op(**leaves), strict=True))[loss].sin().sum()
+            return torch.autograd.grad(result, tuple(leaves.values()), create_graph=True)
+
+        return run
+
+    draw = gru_arguments(2, 2, 3, 5)
+    names = tuple(f"grad of {name}" for name in draw)
+    plain = gradients(plain_gru)
+    assert_op_parity(gradients(genkernels.gru), plain, plain, names, draw)
+
+
+def test_saved_and_recomputed_gates_give_the_same(launches: str) -> None:
     values = gru_arguments(4, 3, 5, 18)
     gradients = []
     for recompute in (False, True):
@@ -118,7 +196,7 @@ def test_both_directions() -> None:
         torch.testing.assert_close(actual.grad, expected.grad)
 
 
-def test_nan_spreads_in_its_row_alone() -> None:
+def test_nan_spreads_in_its_row_alone(launches: str) -> None:
     values = gru_arguments(3, 4, 5, 18)
     values["input"][1, 2, 0] = torch.nan
     output, h_n = genkernels.gru(**values)
@@ -130,12 +208,12 @@ def test_nan_spreads_in_its_row_alone() -> None:
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded_b", "offset", "strided"])
-def test_strides(layout: str) -> None:
+def test_strides(layout: str, launches: str) -> None:
     """Biases too, which a kernel reads as they lie."""
-    check({name: relaid(value, layout) for name, value in gru_arguments(3, 6, 8, 17).items()})
+    check({name: relaid(value, layout) for name, value in gru_arguments(2, 3, 8, 5).items()})
 
 
-def test_reset_stops_nan() -> None:
+def test_reset_stops_nan(launches: str) -> None:
     values = gru_arguments(3, 3, 5, 18)
     values["hx"].fill_(torch.nan)
     resets = torch.zeros(3, 3, dtype=torch.bool)
@@ -145,7 +223,7 @@ def test_reset_stops_nan() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 3, 4, 0)], ids=str)
-def test_zero_sizes(shape: tuple[int, ...]) -> None:
+def test_zero_sizes(shape: tuple[int, ...], launches: str) -> None:
     check(gru_arguments(*shape))
 
 

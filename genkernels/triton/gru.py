@@ -261,7 +261,7 @@ def _backward_sequence(
         _store_rows(carry + first * H, dh[k], is_row, 0, k, H, 1, BLOCK_B, BLOCK_H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _forward_step(
     projected,  # [B, 3H]: W_i x + b_i
     hx,  # [B, H], the state before the step
@@ -288,7 +288,7 @@ def _forward_step(
     r = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
     z = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
     q = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-    gate = H.to(tl.int64) * H  # from one gate's rows of weight_hh to the next's
+    gate = tl.cast(H, tl.int64) * H  # from one gate's rows of weight_hh to the next's
     for first in range(0, H, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         h = tl.load(
@@ -332,7 +332,7 @@ def _forward_step(
 # program reads and writes its own part alone, plus the product of that step's gradients, which the
 # launch before has stored. Then this step's own gradients, of B rows. Rows behind those are done:
 # carry is then the gradient of their first state.
-@triton.jit
+@triton.jit(do_not_specialize=["B", "known"])
 def _backward_step(
     carry,  # [max(B, known), H], float32
     later,  # [known, 4H], deltas of the step after
@@ -399,14 +399,6 @@ def _backward_step(
     tl.store(carry + at, tl.where((rows < B)[:, None], dh * z, dh), mask=carried)
 
 
-# Blocks of a step by dtype, for every H and architecture: sums and operands stay in registers on
-# sm_80, sm_90, sm_100 and gfx942, even where H is no multiple of 16 and each load has an address of
-# its own: with a BLOCK_K of 64 the forward step then spills. float32 has no tensor cores.
-_STEPS: dict[torch.dtype, dict[str, int]] = {
-    torch.float32: {"BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2},
-    torch.bfloat16: {"BLOCK_B": 32, "BLOCK_H": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-    torch.float16: {"BLOCK_B": 32, "BLOCK_H": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-}
 # The largest H of which a program holds weight_hh, in float32 and in 16 bits.
 _LARGEST = {"sm_80": (64, 128), "sm_90": (128, 192), "sm_100": (128, 192), "gfx942": (128, 192)}
 
@@ -430,7 +422,8 @@ def _sequence(kernel: Any, architecture: str, dtype: torch.dtype, H: int) -> dic
     keeps 64 busy. Where there is no such instruction, a weight that is read serves 4 rows.
     """
     is_amd, is_wide = architecture.startswith("gfx"), dtype == torch.float32
-    block = 16 if H <= 16 else 32 if H <= 96 else 64
+    middle = 64 if is_amd else 96
+    block = 16 if H <= 16 else 32 if middle >= H else 64
     given = {
         "H": H,
         "BLOCK_B": 4 if is_wide and not is_amd else 16,
@@ -440,9 +433,29 @@ def _sequence(kernel: Any, architecture: str, dtype: torch.dtype, H: int) -> dic
     }
     if kernel is _backward_sequence:
         given["AHEAD"] = block < 64  # with more, it would be too much to hold
-    # Told how many registers there are, the compiler does not rather spill a few for a second
-    # program, for which shared memory has no room.
-    return given | {"maxnreg": 255} if is_wide and not is_amd else given
+    # Told how many registers there are, the compiler does not rather spill a few for one more
+    # program beside this; with the largest tiles, it holds more than there are.
+    is_told = not is_amd and (is_wide or block < 64)
+    return given | {"maxnreg": 255} if is_told else given
+
+
+def _step_of(architecture: str, dtype: torch.dtype, H: int) -> dict[str, int]:
+    """Constants and options of the kernels of a step, for every batch.
+
+    64 rows are what the tensor cores of sm_90 and sm_100 multiply at once. Where a batch has fewer,
+    the rest costs them idle work and no reading, and a step is bound by reading: a program of
+    _forward_step reads 192 H bytes of weights and 128 H of states for 12288 H operations, 38 for
+    each byte, where the L2 cache of an H100 feeds about 180. Twice the rows halve the reading of
+    weights for each row. A multiple of 16 is H for which Triton makes wide loads; else each load
+    has an address of its own, and with a BLOCK_K of 64 they would spill. float32 has no tensor
+    cores on NVIDIA's.
+    """
+    if dtype == torch.float32:
+        blocks = {"BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_K": 32, "num_stages": 2}
+    else:
+        rows, columns = (64 if architecture in ("sm_90", "sm_100") else 32), (32, 64)[H % 16 == 0]
+        blocks = {"BLOCK_B": rows, "BLOCK_H": 32, "BLOCK_K": columns, "num_stages": 3}
+    return blocks | {"num_warps": 4}
 
 
 def configs(architecture: str) -> Iterator[Config]:
@@ -450,39 +463,29 @@ def configs(architecture: str) -> Iterator[Config]:
     compiling ahead of time."""
     for dtype in DTYPES:
         largest = resident_limit(architecture, dtype)
-        for H, has_resets in itertools.product((64, largest - 1, largest), (False, True)):
+        for H in sorted({64, min(128, largest), largest - 1}):  # and one that is no multiple of 2
             for kernel, way in ((_forward_sequence, "forward"), (_backward_sequence, "backward")):
                 given = _sequence(kernel, architecture, dtype, H) | {"REVERSE": False}
-                yield _config(kernel, f"gru {way}, H {H}", dtype, has_resets, given)
-        for has_resets in (False, True):
+                yield _config(kernel, f"gru {way}, H {H}", dtype, given)
+        for H in (256, 257):
             for kernel, way in ((_forward_step, "forward"), (_backward_step, "backward")):
-                yield _config(kernel, f"gru {way} step", dtype, has_resets, _STEPS[dtype])
+                given = _step_of(architecture, dtype, H)
+                config = _config(kernel, f"gru {way} step, H {H}", dtype, given)
+                yield config._replace(divisible=("H",) if H % 16 == 0 else ())
 
 
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def _config(
-    kernel: Any, name: str, dtype: torch.dtype, has_resets: bool, given: dict[str, int]
-) -> Config:
+def _config(kernel: Any, name: str, dtype: torch.dtype, given: dict[str, int]) -> Config:
     names = [n for n in kernel.arg_names if n not in given]
-    numbers = {"T", "B", "H", "known"}
     flags = [n for n in names if n.startswith(("HAS_", "SAVE_"))]
-    tensors = {n: dtype for n in names if n not in numbers and n not in flags}
-    if "carry" in tensors:
-        tensors["carry"] = torch.float32
-    if has_resets:
-        tensors |= {n: torch.bool for n in names if "resets" in n and n not in flags}
-        name += ", resets"
+    tensors = {n: dtype for n in names if n not in ("T", "B", "H", "known", *flags)}
+    for part, of_part in (("carry", torch.float32), ("resets", torch.bool)):
+        tensors |= {n: of_part for n in tensors if part in n}
     options = {n: value for n, value in given.items() if n in _OPTIONS}
     constants: dict[str, Any] = {n: value for n, value in given.items() if n not in options}
-    constants |= dict.fromkeys(flags, True) | {"HAS_RESETS": has_resets}
-    return Config(name, dtype, kernel, tensors, constants, options)
-
-
-def _grid(rows: int, H: int, dtype: torch.dtype) -> tuple[int, int]:
-    blocks = _STEPS[dtype]
-    return triton.cdiv(rows, blocks["BLOCK_B"]), triton.cdiv(H, blocks["BLOCK_H"])
+    return Config(name, dtype, kernel, tensors, constants | dict.fromkeys(flags, True), options)
 
 
 def _check(
@@ -563,10 +566,12 @@ def _run_forward_steps(
 ) -> Tensor:
     projected, h, weight_hh, bias_hh, resets, *results = tensors
     rows_of, (outputs, gates) = _steps(projected, sizes), (_steps(t, sizes) for t in results)
-    H, dtype = h.size(1), h.dtype
+    H = h.size(1)
+    given = _step_of(architecture(h.device), h.dtype, H)
     for t in _times(len(outputs), reverse):
         rows = len(outputs[t])
-        _forward_step[_grid(rows, H, dtype)](
+        grid = triton.cdiv(rows, given["BLOCK_B"]), triton.cdiv(H, given["BLOCK_H"])
+        _forward_step[grid](
             rows_of[t],
             h,
             weight_hh,
@@ -577,7 +582,7 @@ def _run_forward_steps(
             rows,
             H,
             **flags,
-            **_STEPS[dtype],
+            **given,
         )
         h = _carry(outputs[t], h, t, None)
     return h
@@ -588,10 +593,12 @@ def _run_backward_steps(
 ) -> None:
     carry, weight_hh, resets, *of_steps = tensors
     grads, states, gates, deltas, grad_states = (_steps(t, sizes) for t in of_steps)
-    H, dtype = weight_hh.size(1), weight_hh.dtype
+    H = weight_hh.size(1)
+    given = _step_of(architecture(weight_hh.device), weight_hh.dtype, H)
 
     def launch(t: int, rows: int, later: int, known: int) -> None:
-        _backward_step[_grid(max(rows, known), H, dtype)](
+        blocks = triton.cdiv(max(rows, known), given["BLOCK_B"])
+        _backward_step[blocks, triton.cdiv(H, given["BLOCK_H"])](
             carry,
             deltas[later],
             resets[later],
@@ -605,7 +612,7 @@ def _run_backward_steps(
             known,
             H,
             **flags,
-            **_STEPS[dtype],
+            **given,
         )
 
     later, known = 0, 0
