@@ -1,11 +1,17 @@
-"""The gated recurrent unit in Triton: one launch for each step, which forms the state's product and
-the gates, or the gates' gradients and their product. The input's projection and the gradients of
-weights are products over all steps at once, and PyTorch's.
+"""The gated recurrent unit in Triton.
 
-What a launch reads of other programs an earlier launch has written, so there is no barrier and no
-atomic: results are the same in each run. Nothing waits for the device (``batch_sizes`` lies on the
-CPU), so a sequence can be captured in a CUDA graph. Every H and batch is served; float64 and the
-double backward are left to the reference. Formulas: genkernels.reference.gru.
+Where a program can hold weight_hh (`resident_limit` says where), one launch does all steps, forward
+or back, of 16 rows of the batch in each program, or of 4 in float32 on NVIDIA's GPUs. Else, and for
+packed sequences, each step has a launch, which forms the state's product and the gates, or the
+gates' gradients and their product. The input's projection and the gradients of weights are products
+over all steps at once, and PyTorch's.
+
+What a program reads of others' an earlier launch has written: there is no atomic and no barrier
+between programs, and results are the same in each run. Nothing waits for the device
+(``batch_sizes`` lies on the CPU), so a sequence can be captured in a CUDA graph. Every H and batch
+is served, and neither a kernel nor its blocks depend on the batch: with few rows, most of a GPU has
+no program of a sequence to run. float64 and the double backward are left to the reference.
+Formulas: genkernels.reference.gru.
 """
 
 import itertools
@@ -445,10 +451,11 @@ def _step_of(architecture: str, dtype: torch.dtype, H: int) -> dict[str, int]:
     64 rows are what the tensor cores of sm_90 and sm_100 multiply at once. Where a batch has fewer,
     the rest costs them idle work and no reading, and a step is bound by reading: a program of
     _forward_step reads 192 H bytes of weights and 128 H of states for 12288 H operations, 38 for
-    each byte, where the L2 cache of an H100 feeds about 180. Twice the rows halve the reading of
-    weights for each row. A multiple of 16 is H for which Triton makes wide loads; else each load
-    has an address of its own, and with a BLOCK_K of 64 they would spill. float32 has no tensor
-    cores on NVIDIA's.
+    each byte, where an H100's tensor cores do 295 for each byte of its memory, by their published
+    peaks. Twice the rows halve the reading of weights for each row.
+
+    Where H is a multiple of 16, Triton makes wide loads; else each load has an address of its own,
+    and with a BLOCK_K of 64 they would spill. float32 has no tensor cores on NVIDIA's.
     """
     if dtype == torch.float32:
         blocks = {"BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_K": 32, "num_stages": 2}
