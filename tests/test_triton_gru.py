@@ -31,17 +31,17 @@ SHAPES = [
     (2, 17, 1, 17),
     (4, 1, 4, 31),
     (2, 2, 3, 32),
-    (2, 33, 1, 33),
+    (1, 33, 1, 33),
     (2, 4, 3, 48),
     (2, 5, 2, 63),
     (1, 3, 3, 64),
     (2, 2, 3, 65),
     (1, 3, 2, 100),
-    (2, 2, 3, 127),
+    (1, 2, 3, 127),
     (1, 1, 3, 128),
 ]
 # At the edges of blocks of 16 and 32 rows, 32 units, 32 and 64 products.
-STEP_SHAPES = [(1, 1, 1, 1), (2, 16, 3, 31), (1, 17, 2, 32), (2, 33, 3, 33), (2, 3, 2, 65)]
+STEP_SHAPES = [(1, 1, 1, 1), (2, 16, 3, 31), (1, 17, 2, 32), (1, 33, 3, 33), (2, 3, 2, 65)]
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +98,11 @@ def test_parity_of_steps(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch
 
 @pytest.mark.slow
 @each_dtype
-@pytest.mark.parametrize("H", [1, 15, 16, 17, 31, 33, 48, 63, 64, 65, 96, 97, 128, 129, 191, 192])
-@pytest.mark.parametrize("B", [1, 4, 15, 16, 17, 33])
+@pytest.mark.parametrize(
+    ("B", "H"),
+    [(B, 33) for B in (1, 4, 15, 16, 17, 33)]
+    + [(5, H) for H in (1, 15, 16, 17, 31, 32, 48, 63, 64, 65, 96, 97, 128, 129, 191, 192, 193)],
+)
 def test_every_size(B: int, H: int, dtype: torch.dtype) -> None:
     resets = torch.rand(3, B, generator=torch.Generator().manual_seed(0)) < 0.4
     check(gru_arguments(3, B, 2, H, dtype), resets=resets, reverse=bool(B % 2))
@@ -132,7 +135,7 @@ def test_without_biases(reverse: bool, launches: str) -> None:
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 def test_resets(reverse: bool, launches: str) -> None:
     resets = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.4
-    check(gru_arguments(4, 5, 3, 18), resets=resets, reverse=reverse)
+    check(gru_arguments(4, 5, 3, 5), resets=resets, reverse=reverse)
 
 
 @each_dtype
@@ -145,7 +148,7 @@ def test_packed(reverse: bool, dtype: torch.dtype) -> None:
 
 @each_dtype
 def test_cell(dtype: torch.dtype) -> None:
-    values = gru_arguments(1, 17, 5, 34, dtype)
+    values = gru_arguments(1, 5, 5, 34, dtype)
     values["input"] = values["input"][0]
     assert_op_parity(
         lambda **v: (genkernels.gru_cell(**v),),
@@ -185,13 +188,14 @@ def test_saved_and_recomputed_gates_give_the_same(launches: str) -> None:
 
 
 def test_both_directions() -> None:
-    module, twin = (cls(5, 18, 2, bidirectional=True) for cls in (genkernels.nn.GRU, torch.nn.GRU))
+    module, twin = (cls(3, 5, 2, bidirectional=True) for cls in (genkernels.nn.GRU, torch.nn.GRU))
     twin.load_state_dict(module.state_dict())
-    input = torch.randn(4, 3, 5)
-    for actual, expected in zip(module(input), twin(input), strict=True):
+    input = torch.randn(3, 2, 3)
+    results = module(input), twin(input)
+    for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
-    module(input)[0].square().sum().backward()
-    twin(input)[0].square().sum().backward()
+    for output, _ in results:
+        output.square().sum().backward()
     for actual, expected in zip(module.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad)
 
