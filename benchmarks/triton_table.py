@@ -39,9 +39,7 @@ Row = Callable[[str, int], tuple[str, list[str]]]  # of an architecture's config
 
 @cache
 def configs(architecture: str) -> list[Config]:
-    modules = [
-        importlib.import_module(f"genkernels.triton.{module}") for module in MODULES
-    ]
+    modules = [importlib.import_module(f"genkernels.triton.{module}") for module in MODULES]
     return [config for module in modules for config in module.configs(architecture)]
 
 

@@ -11,10 +11,11 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -57,15 +58,6 @@ def is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def architecture(device: torch.device) -> str:
-    """The one of those that kernels are compiled for ahead of time that a device is taken for; what
-    is interpreted runs as on the first."""
-    if torch.version.hip is not None:
-        return "gfx942"
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
-
-
 def obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton cannot run an op on this device in this dtype; None if it can."""
     if not any(op in ops for ops in _OPS.values()):
@@ -77,6 +69,34 @@ def obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"it has no kernel for {dtype}"
     return None
+
+
+def architecture_of(device: torch.device) -> str:
+    """Whose configurations a kernel takes there; what is interpreted runs as on the first."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def check_like(
+    op: str,
+    name: str,
+    tensor: Tensor | None,
+    shape: Sequence[int],
+    input: Tensor,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Kernels trust what they are given: a size that does not fit would be a read out of bounds."""
+    if tensor is None:
+        return
+    expected = (list(shape), dtype or input.dtype, input.device)
+    got = (list(tensor.shape), tensor.dtype, tensor.device)
+    if got != expected:
+        raise RuntimeError(
+            f"genkernels.{op}: {name}: expected {' '.join(map(str, expected))}, got "
+            f"{' '.join(map(str, got))}"
+        )
 
 
 def register(

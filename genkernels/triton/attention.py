@@ -26,8 +26,7 @@ from torch import Tensor
 from ..reference import attention as reference
 from ..reference import varlen_attn as varlen_reference
 from ..reference.attention import Features
-from . import DTYPES, Config
-from . import architecture as architecture_of
+from . import DTYPES, Config, architecture_of
 from . import attention_kernels as kernels
 
 # The largest head size that is served.

@@ -35,7 +35,7 @@ from ..reference.gru import (
     each_backward,
     each_forward,
 )
-from . import DTYPES, Config, architecture
+from . import DTYPES, Config, architecture_of, check_like
 from .math import tanh
 
 
@@ -519,7 +519,7 @@ def _check(
     if (bias_ih is None) != (bias_hh is None):
         raise RuntimeError("genkernels.gru: bias_ih, bias_hh: expected both or none")
     if batch_sizes is None:
-        _check_like("input", input, (steps, B, I), input)
+        check_like("gru", "input", input, (steps, B, I), input)
     else:
         sizes = batch_sizes.tolist()
         falls = all(0 < size <= before for before, size in itertools.pairwise([B, *sizes]))
@@ -528,35 +528,17 @@ def _check(
                 f"genkernels.gru: batch_sizes: expected hx's {B} first, then positive, never "
                 f"larger sizes, {len(input)} rows in all, and no resets, got {sizes}"
             )
-    _check_like("hx", hx, (B, H), input)
-    _check_like("weight_ih", weight_ih, (3 * H, I), input)
-    _check_like("weight_hh", weight_hh, (3 * H, H), input)
-    _check_like("bias_ih", bias_ih, (3 * H,), input)
-    _check_like("bias_hh", bias_hh, (3 * H,), input)
-    _check_like("resets", resets, (steps, B), input, torch.bool)
-
-
-def _check_like(
-    name: str,
-    tensor: Tensor | None,
-    shape: Sequence[int],
-    input: Tensor,
-    dtype: torch.dtype | None = None,
-) -> None:
-    if tensor is None:
-        return
-    expected = (list(shape), dtype or input.dtype, input.device)
-    got = (list(tensor.shape), tensor.dtype, tensor.device)
-    if got != expected:
-        raise RuntimeError(
-            f"genkernels.gru: {name}: expected {' '.join(map(str, expected))}, got "
-            f"{' '.join(map(str, got))}"
-        )
+    check_like("gru", "hx", hx, (B, H), input)
+    check_like("gru", "weight_ih", weight_ih, (3 * H, I), input)
+    check_like("gru", "weight_hh", weight_hh, (3 * H, H), input)
+    check_like("gru", "bias_ih", bias_ih, (3 * H,), input)
+    check_like("gru", "bias_hh", bias_hh, (3 * H,), input)
+    check_like("gru", "resets", resets, (steps, B), input, torch.bool)
 
 
 def _is_resident(hx: Tensor, batch_sizes: Tensor | None) -> bool:
     """Whether one launch does all steps, or each step has its own."""
-    limit = resident_limit(architecture(hx.device), hx.dtype)
+    limit = resident_limit(architecture_of(hx.device), hx.dtype)
     return batch_sizes is None and hx.size(1) <= limit
 
 
@@ -711,12 +693,12 @@ def gru_backward(
     _check(input, hx, *weights, batch_sizes, resets)
     H, dtype = hx.size(1), input.dtype
     rows_shape = input.shape[:-1]
-    _check_like("output", output, (*rows_shape, H), input)
-    _check_like("grad_output", grad_output, (*rows_shape, H), input)
-    _check_like("grad_h_n", grad_h_n, hx.shape, input)
+    check_like("gru", "output", output, (*rows_shape, H), input)
+    check_like("gru", "grad_output", grad_output, (*rows_shape, H), input)
+    check_like("gru", "grad_h_n", grad_h_n, hx.shape, input)
     if gates.numel() == 0:
         gates = gru_forward(input, hx, *weights, batch_sizes, resets, reverse, True, None)[2]
-    _check_like("gates", gates, (*rows_shape, 4 * H), input)
+    check_like("gru", "gates", gates, (*rows_shape, 4 * H), input)
     entering = _states_before(output, hx, batch_sizes, resets, reverse)
     gates = gates.contiguous()
     states = input.new_empty((*rows_shape, H) if states_grad else 0)
