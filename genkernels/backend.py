@@ -134,9 +134,16 @@ def hands_over(op: str) -> Callable[[Callable[..., str | None]], Callable[..., s
     return register
 
 
-def _is_handed_over(device: torch.device, handover: str | None) -> bool:
-    """Whether the compiled kernel is there, and leaves these arguments to PyTorch's own op."""
-    return handover is not None and device.type == "cpu" and _extension is not None
+def prefers_compiled(device: torch.device) -> bool:
+    """Whether tensors there go to the compiled kernels, which alone hand over what they are no
+    faster at."""
+    return device.type == "cpu" and not _is_interpreted and _requested != "triton"
+
+
+def _is_handed_over(op: str, backend: str, device: torch.device, handover: str | None) -> bool:
+    """Whether the backend has a kernel there, and leaves these arguments to PyTorch's own op."""
+    is_there = backend != "reference" and _obstacle(op, backend, device, torch.float32) is None
+    return handover is not None and is_there
 
 
 def _falls_back_freely(op: str) -> bool:
@@ -157,7 +164,7 @@ def select(op: str, device: torch.device, dtype: torch.dtype, handover: str | No
         return "cpp"  # found without asking further, which takes a microsecond
     if _requested is not None:
         obstacle = _obstacle(op, _requested, device, dtype)
-        if _requested == "cpp" and _is_handed_over(device, handover):
+        if _is_handed_over(op, _requested, device, handover):
             return "reference"
         if obstacle is not None:
             raise RuntimeError(
@@ -247,12 +254,11 @@ def explain(op: str | Any, *args: Any, **kwargs: Any) -> Explanation:
     obstacles = {
         backend: _obstacle(name, backend, tensor.device, cast.dtype) for backend in BACKENDS
     }
-    is_handed_over = _is_handed_over(tensor.device, handover)
-    if is_handed_over:
-        obstacles["cpp"] = handover
+    handed_over = {b for b in BACKENDS if _is_handed_over(name, b, tensor.device, handover)}
+    obstacles |= dict.fromkeys(handed_over, handover)
     is_strict = _strict and handover is None and not _falls_back_freely(name)
     able = [backend for backend in _order(tensor.device) if obstacles[backend] is None]
-    if _requested is not None and not (_requested == "cpp" and is_handed_over):
+    if _requested is not None and _requested not in handed_over:
         able = [backend for backend in able if backend == _requested]
     elif is_strict:
         able = [backend for backend in able if backend != "reference"]

@@ -19,8 +19,8 @@ from .library import (
 
 REDUCTIONS = ("none", "mean", "sum")
 
-# Fewer rows, or fewer products of elements, are as fast with logits in memory: the kernel packs its
-# weight at each call.
+# Fewer rows, or fewer products of elements, are as fast with logits in memory: the compiled kernel
+# packs its weight at each call.
 LEAST_ROWS = 256
 LEAST_PRODUCTS = 2**24
 
@@ -51,16 +51,18 @@ def linear_cross_entropy(
     signature of torch 2.13's ``F.linear_cross_entropy`` but for its options.
 
     The compiled kernel never holds more logits than those of 256 rows, of 512 where linear_weight
-    is large. With the reductions "mean"
-    and "sum" it forms the gradients while the logits are at hand, so that the backward pass
-    computes nothing; with "none" the backward pass computes the logits again. Nothing is formed
-    that no argument's ``requires_grad`` asks for. Fewer than 256 rows or 2^24 products of elements,
-    class probabilities as target, a linear_weight of more than two dimensions and torch.func
-    transforms are handed over to the plain PyTorch expression; ``explain`` says so.
+    is large. With the reductions "mean" and "sum" it forms the gradients while the logits are at
+    hand, so that the backward pass computes nothing; with "none" the backward pass computes the
+    logits again. The Triton kernels hold no logits, but a part of their gradients: 256 MiB, or as
+    many bytes as input has; those of float16 are formed in the backward pass with every reduction,
+    since they depend on the loss's scale. Nothing is formed that no argument's ``requires_grad``
+    asks for. Class probabilities as target, a linear_weight of more than two dimensions and
+    torch.func transforms are handed over to the plain PyTorch expression, and from the compiled
+    kernel fewer than 256 rows or 2^24 products of elements, too; ``explain`` says so.
 
     Args:
-        input: [N, K] or [K]. float32, bfloat16 or float64 in the compiled CPU kernel; bfloat16 is
-            summed in float32.
+        input: [N, K] or [K]. float32, bfloat16 or float64 in the compiled CPU kernel, float32,
+            bfloat16 or float16 in the Triton kernels; what is narrower is summed in float32.
         linear_weight: [V, K].
         target: int64 [N] (or []), each in [0, V) or ignore_index.
         linear_bias: [V]. Default None.
@@ -78,7 +80,8 @@ def linear_cross_entropy(
 
     Raises:
         RuntimeError: a shape, dtype or device that does not fit.
-        IndexError: a target that is neither a class nor ignore_index.
+        IndexError: a target that is neither a class nor ignore_index. The Triton kernels, for which
+            a look would wait for the device, make its loss and gradients NaN instead.
         ValueError: an unknown reduction, or a label_smoothing outside [0, 1].
     """
     if reduction not in REDUCTIONS:
@@ -92,6 +95,8 @@ def linear_cross_entropy(
     chosen = backend.select("linear_cross_entropy", input.device, autocast_dtype(input), handover)
     if chosen == "reference":
         backend.count("linear_cross_entropy", "reference")
+        if weight is not None and not is_autocast_enabled(input.device.type):
+            tensors = (*tensors[:4], weight.to(input.dtype))
         arguments: tuple[Any, ...] = (*tensors, *settings)
         return reference.linear_cross_entropy(*arguments)
     return _loss_and_prediction(tensors, settings, predicts=False)[0]
@@ -140,16 +145,17 @@ def _handover(
         return f"linear_weight has {linear_weight.dim()} dimensions"
     if linear_weight.size(0) == 0:
         return "there are no classes"
+    if needs_autograd(weight):
+        return "the gradient of the classes' weight is asked for"
     rows, products = target.numel(), target.numel() * linear_weight.numel()
-    if rows < LEAST_ROWS or products < LEAST_PRODUCTS:
+    is_small = rows < LEAST_ROWS or products < LEAST_PRODUCTS
+    if is_small and backend.prefers_compiled(input.device):
         return described(
             lambda: (
                 f"there are {rows} rows and {products} products of elements, and below "
                 f"{LEAST_ROWS} and {LEAST_PRODUCTS} PyTorch's own is as fast"
             )
         )
-    if needs_autograd(weight):
-        return "the gradient of the classes' weight is asked for"
     return None
 
 
@@ -157,7 +163,7 @@ backend.hands_over("linear_log_prob")(_handover)
 
 
 def _sum_dtype(input: Tensor) -> torch.dtype:
-    return torch.float32 if input.dtype == torch.bfloat16 else input.dtype
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
 
 
 def _loss_and_prediction(
@@ -260,7 +266,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
         tensors, settings, needs = args[:5], args[5:9], args[9:]
-        if settings[0] == "none":  # the gradients' factors are not known yet
+        if not _forms_gradients(tensors[0], settings[0]):
             needs = (False, False, False)
         return _pass(*tensors, None, *settings, *needs)
 
@@ -282,7 +288,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         reduction = ctx.settings[0]
         if torch.is_grad_enabled():
             gradients = _differentiable_gradients(tensors, grad_loss, ctx.settings, ctx.needs)
-        elif reduction == "none":
+        elif not _forms_gradients(tensors[0], reduction):
             _, _, *gradients = _pass(
                 *tensors, grad_loss, reduction, *ctx.settings[1:3], False, *ctx.needs
             )
@@ -297,9 +303,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return input, linear_weight, None, linear_bias, *(None,) * 8
 
 
+def _forms_gradients(input: Tensor, reduction: str) -> bool:
+    """Whether the forward pass does, before the factor of a row's loss is known. Of a mean, float16
+    would lose what the factor of a GradScaler is to keep."""
+    return reduction != "none" and input.dtype != torch.float16
+
+
 def _is_one(grad_loss: Tensor) -> bool:
-    if torch.compiler.is_compiling():
-        return False
+    if torch.compiler.is_compiling() or grad_loss.device.type != "cpu":
+        return False  # elsewhere a product takes less than to wait for the device
     try:
         return grad_loss.item() == 1
     except RuntimeError:  # batched gradients have no one value

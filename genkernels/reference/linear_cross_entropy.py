@@ -41,9 +41,10 @@ def linear_cross_entropy_pass(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, the most likely class of each row, and the gradients of input, linear_weight and
-    linear_bias along grad_loss (1 by default). Loss and grad_loss of bfloat16 are float32."""
+    linear_bias along grad_loss (1 by default). Loss and grad_loss of bfloat16 and float16 are
+    float32."""
     logits = F.linear(input, linear_weight, linear_bias)  # [N, V]
-    if logits.dtype == torch.bfloat16:
+    if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
         weight = None if weight is None else weight.float()
     loss = _cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing)

@@ -24,6 +24,7 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _OPS = {
     "gru": ("gru", "gru_cell", "bidirectional_gru"),
     "attention": ("scaled_dot_product_attention", "varlen_attn"),
+    "linear_cross_entropy": ("linear_cross_entropy", "linear_log_prob"),
 }
 _RAW_OPS = {
     f"{op}_{pass_}": module
@@ -33,7 +34,7 @@ _RAW_OPS = {
     )
     for op in ops
     for pass_ in ("forward", "backward")
-}
+} | {"linear_cross_entropy_pass": "linear_cross_entropy"}
 MODULES = tuple(_OPS)  # each has KERNELS, its launchers by raw op, and configs(architecture)
 
 

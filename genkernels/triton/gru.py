@@ -546,7 +546,7 @@ def _run_sequence(
     kernel: Any, tensors: Sequence[Tensor], output: Tensor, flags: dict[str, bool], reverse: bool
 ) -> None:
     T, B, H = output.shape
-    given = _sequence(kernel, architecture(output.device), output.dtype, H)
+    given = _sequence(kernel, architecture_of(output.device), output.dtype, H)
     kernel[triton.cdiv(B, given["BLOCK_B"]),](*tensors, T, B, REVERSE=reverse, **flags, **given)
 
 
@@ -556,7 +556,7 @@ def _run_forward_steps(
     projected, h, weight_hh, bias_hh, resets, *results = tensors
     rows_of, (outputs, gates) = _steps(projected, sizes), (_steps(t, sizes) for t in results)
     H = h.size(1)
-    given = _step_of(architecture(h.device), h.dtype, H)
+    given = _step_of(architecture_of(h.device), h.dtype, H)
     for t in _times(len(outputs), reverse):
         rows = len(outputs[t])
         grid = triton.cdiv(rows, given["BLOCK_B"]), triton.cdiv(H, given["BLOCK_H"])
@@ -583,7 +583,7 @@ def _run_backward_steps(
     carry, weight_hh, resets, *of_steps = tensors
     grads, states, gates, deltas, grad_states = (_steps(t, sizes) for t in of_steps)
     H = weight_hh.size(1)
-    given = _step_of(architecture(weight_hh.device), weight_hh.dtype, H)
+    given = _step_of(architecture_of(weight_hh.device), weight_hh.dtype, H)
 
     def launch(t: int, rows: int, later: int, known: int) -> None:
         blocks = triton.cdiv(max(rows, known), given["BLOCK_B"])
