@@ -194,6 +194,16 @@ def test_strides(layout: str) -> None:
     check(drawn)
 
 
+def test_rows_past_2_to_the_31() -> None:
+    """Of each row but a page is touched."""
+    values = arguments(5, 3, 600)
+    far = torch.empty(600 << 22).as_strided((600, 3), (1 << 22, 1))
+    far.copy_(values["linear_weight"])
+    expected = genkernels.linear_log_prob(**values)
+    actual = genkernels.linear_log_prob(**(values | {"linear_weight": far}))
+    assert all(map(torch.equal, actual, expected))
+
+
 @pytest.mark.parametrize("place", ["input", "linear_weight", "linear_bias"])
 def test_nan_spreads(place: str) -> None:
     values = arguments(11, 9, 140)

@@ -1,26 +1,26 @@
 """The softmax cross-entropy of a linear map in Triton, whose logits are never held.
 
-One kernel multiplies tiles of rows and classes and keeps of each row the largest logit, the sum of
-exponentials beside it, the target's logit and, where they are asked for, the distances of all
-logits and the most likely class. A program has a range of the classes, so that few rows occupy a
-GPU too; a second kernel merges the ranges. For the gradients a third multiplies again and stores
-those of a chunk of the classes' logits, for all rows, in the operands' dtype. Of these the
-gradients of linear_weight and linear_bias are a product and a sum; input's are added up in float32
-over the chunks, by a fourth kernel for bfloat16 and float16, since PyTorch's products round each
-result to their operands' dtype.
+One kernel multiplies tiles of rows and classes and keeps, of each row, the largest logit, the sum
+of exponentials beside it, the target's logit and, where they are asked for, the distances of all
+logits from the largest and the most likely class. A program has a range of the classes, so that few
+rows occupy a GPU, too, and a second kernel merges the ranges. For gradients a third multiplies
+again, for a chunk of the classes and all rows, and stores the gradients of these logits in the
+operands' dtype. Those of linear_weight and linear_bias are then a product and a sum of PyTorch's;
+input's are added up over the chunks in float32, for bfloat16 and float16 by a fourth kernel, since
+PyTorch's own products round each chunk's result to the operands' dtype on some devices.
 
-With N rows, K features and V classes that is four products of 2NKV operations each, one more than
-with logits in memory, which would take 2NKV more operations' worth of traffic nowhere: they are
-written and read several times, 4NV bytes each. Chunks are of classes, since the statistics are
-known for all of them by then: then only input's sums are read and written once a chunk, 8NK bytes
-beside the chunk's 2NK operations for each class. With chunks of rows it would be linear_weight's,
-8VK bytes, and a second float32 copy of what is the largest tensor of most models. Held at a time
-are a chunk's gradients, SCRATCH bytes or as much as input, whichever is more, and input's sums.
+With N rows, K features and V classes gradients take four products of 2NKV operations, one more than
+with logits in memory; these would be 4NV bytes, written once and read twice. Chunks are of classes,
+not of rows, since the statistics of all are known by then: so each linear_weight's gradient is
+formed at once, and only input's sums, 4NK bytes, are read and written with each chunk. Chunks of
+rows would do so with 4VK bytes, a second copy of what is the largest tensor of most models. Held at
+a time are a chunk's gradients, SCRATCH bytes or as many as input has, whichever is more, and
+input's sums.
 
-Each sum belongs to one program, so there are no atomics, and nothing waits for the device.
-Products are summed in float32, those of float32 in full ("ieee") and not in TF32, but for the
-gradients' products of float32, which are PyTorch's own. The backward pass adds logits up in the
-order of the forward pass. Formulas: genkernels.reference.linear_cross_entropy.
+Each sum belongs to one program, so there are no atomics, results are the same in each run, and
+nothing waits for the device. Products are summed in float32, those of float32 in full ("ieee") and
+not in TF32, unless PyTorch's own are told to. Logits are added up for the gradients in the order in
+which they were for the statistics. Formulas: genkernels.reference.linear_cross_entropy.
 """
 
 import functools
