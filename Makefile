@@ -15,7 +15,7 @@ FIND_TORCH := from importlib import metadata, util; \
   print(util.find_spec("torch").origin.rsplit("/torch/", 1)[0])
 
 .DEFAULT_GOAL := help
-.PHONY: help train test mutation bench bench-compare bench-gru bench-linear bench-attention bench-gpt bench-models convergence triton-check cuda-check peers build lint format abi-check clean torch-requirement
+.PHONY: help train test mutation bench bench-compare bench-gru bench-linear bench-attention bench-gpt bench-models convergence triton-check cuda-check peers build lint format abi-check clean torch-requirement triton-sanitize
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -27,8 +27,9 @@ train: .venv/built .venv/installed  ## train a GRU language model on real text (
 test: .venv/built .venv/installed  ## run the test suite (ARGS='-k gru')
 	$(PY) -m pytest --ignore tests/test_mutation.py $(ARGS)
 
-triton-check: .venv/built .venv/installed  ## the GPU kernels without a GPU: interpreted, and compiled for four architectures
+triton-check: .venv/built .venv/installed  ## the GPU kernels without a GPU: interpreted, sanitized, and compiled for four architectures
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_*.py $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m benchmarks.triton_sanitize
 	for table in table:triton roofline:triton_roofline; do \
 	  $(PY) -m benchmarks.triton_$${table%:*} > .venv/triton.md && \
 	  grep '^|' benchmarks/$${table#*:}.md | tail -n +3 | diff - .venv/triton.md || exit 1; \
@@ -36,6 +37,9 @@ triton-check: .venv/built .venv/installed  ## the GPU kernels without a GPU: int
 
 cuda-check: .venv/dependencies  ## the CUDA kernels compiled for three architectures, without a GPU (needs nvcc)
 	$(PY) -m benchmarks.cuda_table $(ARGS)
+
+triton-sanitize: .venv/built .venv/installed  ## each access of the GPU kernels, without a GPU: out of bounds, races (ARGS='--only gru')
+	TRITON_INTERPRET=1 $(PY) -m benchmarks.triton_sanitize $(ARGS)
 
 mutation: .venv/built .venv/installed  ## break the kernels line by line and see the tests fail (eleven builds)
 	$(PY) -m pytest tests/test_mutation.py $(ARGS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import genkernels
-from genkernels import backend
+from genkernels import backend, triton
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
@@ -43,6 +43,15 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"SIMD level {request.param}: not on this CPU or not in this build")
     with backend.use_simd(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=triton.IS_INTERPRETED)
+def sanitizer() -> Iterator[None]:
+    """Fail the test at an access of a Triton kernel that is out of bounds or a race."""
+    from benchmarks.sanitizer import Sanitizer
+
+    with Sanitizer():
+        yield
 
 
 @pytest.fixture
