@@ -15,7 +15,7 @@ FIND_TORCH := from importlib import metadata, util; \
   print(util.find_spec("torch").origin.rsplit("/torch/", 1)[0])
 
 .DEFAULT_GOAL := help
-.PHONY: help train test mutation bench bench-compare bench-gru bench-linear bench-attention bench-gpt bench-models convergence triton-check cuda-check peers build lint format abi-check clean torch-requirement triton-sanitize
+.PHONY: help train test mutation bench bench-compare bench-gru bench-linear bench-attention bench-gpt bench-models convergence triton-check cuda-check peers build lint format abi-check clean torch-requirement triton-sanitize test-gpu bench-gpu
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ cuda-check: .venv/dependencies  ## the CUDA kernels compiled for three architect
 triton-sanitize: .venv/built .venv/installed  ## each access of the GPU kernels, without a GPU: out of bounds, races (ARGS='--only gru')
 	TRITON_INTERPRET=1 $(PY) -m benchmarks.triton_sanitize $(ARGS)
 
+test-gpu: .venv/built .venv/installed  ## the tests that need a GPU (ARGS='--report gpu_tests.json')
+	$(PY) -m pytest -m gpu $(ARGS)
+
 mutation: .venv/built .venv/installed  ## break the kernels line by line and see the tests fail (eleven builds)
 	$(PY) -m pytest tests/test_mutation.py $(ARGS)
 
@@ -63,6 +66,9 @@ bench-attention: .venv/built .venv/installed  ## attention beside its peers and 
 
 bench-gpt: .venv/built .venv/installed  ## a GPT's training step and generation beside PyTorch's, and their bars
 	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.gpt_bars $(ARGS)
+
+bench-gpu: .venv/built .venv/installed  ## the Triton kernels on a GPU beside FlashAttention, cuDNN and torch.compile
+	$(PY) -m benchmarks.gpu $(ARGS)
 
 bench-models: .venv/built .venv/installed  ## a whole training step beside PyTorch's and Keras's (make peers)
 	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.models $(ARGS)

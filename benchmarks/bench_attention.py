@@ -114,10 +114,12 @@ def make_step(
     direction: str,
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> Callable[[], Sequence[Tensor]]:
     """One call, from the same values whatever the function: the output, and with the backward pass
     the gradients. `compute_dtype` computes with the values of `dtype` in another one."""
-    values = {name: v.to(compute_dtype or dtype) for name, v in draw(shape, dtype).items()}
+    compute_dtype = compute_dtype or dtype
+    values = {name: v.to(device, compute_dtype) for name, v in draw(shape, dtype).items()}
     cotangent = values.pop("cotangent")
     call = functools.partial(function, **values, is_causal=shape.causal)
     if direction == "forward":

@@ -72,6 +72,7 @@ def make_step(
     direction: str,
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> Callable[[], Sequence[Tensor]]:
     """One call of a module, from the same values whatever the module.
 
@@ -80,8 +81,8 @@ def make_step(
     """
     _, _, I, H = shape
     compute_dtype = compute_dtype or dtype
-    values = {name: value.to(compute_dtype) for name, value in draw(shape, dtype).items()}
-    module = make_module(I, H, dtype=compute_dtype)
+    values = {name: value.to(device, compute_dtype) for name, value in draw(shape, dtype).items()}
+    module = make_module(I, H, dtype=compute_dtype, device=device)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(values[name.removeprefix("_orig_mod.").removesuffix("_l0")])

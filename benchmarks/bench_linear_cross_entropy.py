@@ -44,6 +44,7 @@ def make_step(
     direction: str,
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> Callable[[], Sequence[Tensor]]:
     """One call, from the same values whatever the function: the loss, and with the backward pass
     the gradients. `compute_dtype` computes with the values of `dtype` in another one."""
@@ -52,10 +53,11 @@ def make_step(
 
     def draw(*size: int, bound: float) -> Tensor:
         values = torch.empty(size).uniform_(-bound, bound, generator=generator)
-        return values.to(dtype).to(compute_dtype or dtype)
+        return values.to(dtype).to(device, compute_dtype or dtype)
 
     input, weight, bias = draw(N, K, bound=1.7), draw(V, K, bound=K**-0.5), draw(V, bound=K**-0.5)
-    call = functools.partial(function, input, weight, torch.randint(V, (N,), generator=generator))
+    target = torch.randint(V, (N,), generator=generator).to(device)
+    call = functools.partial(function, input, weight, target)
     if direction == "forward":
         return torch.no_grad()(lambda: (call(bias),))
     leaves = [leaf.requires_grad_() for leaf in (input, weight, bias)]

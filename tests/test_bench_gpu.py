@@ -1,0 +1,69 @@
+"""benchmarks/gpu.py where there is no GPU: the whole of it, at tiny sizes on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import bench_linear_cross_entropy, gpu
+
+DRY = ["--device", "cpu", "--rounds", "1"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:genkernels")
+
+
+def test_everything_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(DRY) == 0
+    output, progress = capsys.readouterr()
+    lines = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("| ")]
+    names = [cell.strip() for cell in lines[0]]
+    rows = [dict(zip(names, map(str.strip, line), strict=True)) for line in lines[1:]]
+    cases = list(gpu.plan(gpu.SIZES["cpu"], "cpu", True))
+    assert [row[names[0]] for row in rows] == [case.name for case in cases]
+    for case, row in zip(cases, rows, strict=True):
+        missing = {name for name in case.make if not row[name]}
+        # PyTorch has its attention of cuDNN on GPUs alone.
+        assert missing == ({"cuDNN"} if case.name.startswith("attention") else set())
+        if missing:
+            assert f"{case.name}, cpp, without cuDNN: No viable backend" in progress
+    assert "no measurement" in output
+
+
+def test_plan_of_a_gpu_has_every_case() -> None:
+    names = [case.name for case in gpu.plan(gpu.SIZES["cuda"], "cuda", True)]
+    assert len(set(names)) == len(names) - 1  # a GRU is compiled in the end
+    attention = [name for name in names if name.startswith("attention")]
+    assert len(attention) == 2 * 3 * 2 * 2 * 3  # head sizes, lengths, causal, directions, dtypes
+
+
+def test_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a machine without a GPU: this one has one")
+    assert gpu.main([]) == 2
+    assert capsys.readouterr().err == "gpu: no CUDA device: PyTorch sees none here\n"
+
+
+def test_names_what_the_time_does_not_do_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([*DRY, "--only", "GRU", "--minutes", "0"]) == 0
+    output = capsys.readouterr().out
+    assert "Not run within 0 minutes: GRU T=3 B=2 I=5 H=7, forward+backward, bfloat16;" in output
+
+
+def test_what_is_wrong_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(*args: torch.Tensor) -> torch.Tensor:
+        return 1.1 * bench_linear_cross_entropy.plain(*args)
+
+    monkeypatch.setitem(bench_linear_cross_entropy.CONTESTANTS, "genkernels", wrong)
+    assert gpu.main([*DRY, "--only", "linear_cross_entropy", "--no-compile"]) == 1
+    output, errors = capsys.readouterr()
+    assert "| linear_cross_entropy N=40 K=33 V=65, forward, bfloat16 |  |" in output
+    assert "bfloat16: genkernels, loss: largest error" in errors
+
+
+@pytest.mark.parametrize("options", [["--rounds", "0"], ["--save", "."]], ids=str)
+def test_refuses(options: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        gpu.main([*DRY, *options])
+    assert end.value.code == 2
