@@ -305,13 +305,9 @@ def timed(case: Case, device: str, rounds: int, product: int) -> Row:
     return result
 
 
-def gpu(device: str) -> dict[str, Any]:
-    """What ran: the device, its driver, the versions, and the commit."""
-    settings = {
-        **machine(),
-        "device": "the CPU, at tiny sizes: no measurement",
-        "triton": _version("triton"),
-    }
+def machine_with(device: str) -> dict[str, Any]:
+    """The machine, with its GPU: the device, its driver, the versions, and the commit."""
+    settings = {**machine(), "device": device, "triton": _version("triton")}
     if device == "cpu":
         return settings
     properties = torch.cuda.get_device_properties(0)
@@ -355,8 +351,7 @@ def run(options: argparse.Namespace) -> int:
     device = options.device
     if device == "cuda" and not torch.cuda.is_available():
         raise Failure("no CUDA device: PyTorch sees none here")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    settings = {**gpu(device), "tf32": False}
+    settings = {**machine_with(device), "tf32": False}
     print(", ".join(f"{key} {value}" for key, value in settings.items()), file=sys.stderr)
     cases = [
         case for case in plan(SIZES[device], device, options.compile) if options.only in case.name
@@ -378,7 +373,9 @@ def run(options: argparse.Namespace) -> int:
         )
     not_run = [case.name for case in cases[len(rows) :]]
     print("\n".join(table(rows)))
-    print(f"\n{settings['device']}: {len(rows)} cases of {len(cases)}")
+    print(f"\n{settings['device']}: {len(rows)} of {len(cases)} cases")
+    if device == "cpu":
+        print("Tiny sizes, to see that everything runs: these figures mean nothing.")
     if not_run:
         print(f"Not run within {options.minutes:g} minutes: {'; '.join(not_run)}")
     if options.save:
@@ -423,7 +420,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.save and (options.only or options.device == "cpu"):
         parser.error("argument --save: not with --only or --device cpu")
     command.check(parser, options)
-    return command.run("gpu", lambda: run(options))
+    # As float32 products are by default, its GRU's too.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return command.run("gpu", lambda: run(options))
 
 
 if __name__ == "__main__":

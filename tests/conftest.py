@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,33 @@ import genkernels
 from genkernels import backend, triton
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--report", metavar="FILE", type=Path, help="write there, as JSON, what ran and on what"
+    )
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Device, driver, versions, commit, how many tests passed, and which did not."""
+    path = config.getoption("--report")
+    if path is None:
+        return
+    from benchmarks import command, gpu
+
+    outcomes = terminalreporter.stats
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report = gpu.machine_with(device) | {
+        "passed": len(outcomes.get("passed", [])),
+        **{
+            outcome: [entry.nodeid for entry in outcomes.get(outcome, [])]
+            for outcome in ("failed", "error", "skipped")
+        },
+    }
+    command.write_json(path, report)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

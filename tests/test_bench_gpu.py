@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks import bench_linear_cross_entropy, gpu
+from benchmarks.workers import ROOT
 
 DRY = ["--device", "cpu", "--rounds", "1"]
 
@@ -26,7 +32,7 @@ def test_everything_runs(capsys: pytest.CaptureFixture[str]) -> None:
         assert missing == ({"cuDNN"} if case.name.startswith("attention") else set())
         if missing:
             assert f"{case.name}, cpp, without cuDNN: No viable backend" in progress
-    assert "no measurement" in output
+    assert "these figures mean nothing" in output
 
 
 def test_plan_of_a_gpu_has_every_case() -> None:
@@ -67,3 +73,19 @@ def test_refuses(options: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         gpu.main([*DRY, *options])
     assert end.value.code == 2
+
+
+def test_report_of_a_test_run(tmp_path: Path) -> None:
+    """What `make test-gpu` writes: here of tests that need no GPU."""
+    file = tmp_path / "report.json"
+    tests = [f"{__file__}::test_refuses", f"{__file__}::test_says_that_there_is_no_gpu"]
+    options = ["-q", "-p", "no:cacheprovider", "--report", str(file)]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *tests], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["passed"] + len(report["skipped"]) == 3
+    assert report["failed"] == report["error"] == []
+    assert report["torch"] == torch.__version__
+    assert {"device", "revision", "triton"} < report.keys()

@@ -1,4 +1,6 @@
-"""Every op on CUDA tensors: in Triton where it has kernels there, else in plain PyTorch."""
+"""Every op on CUDA tensors: in Triton where it has kernels there, else in plain PyTorch. With what
+Triton's interpreter cannot tell: bfloat16, streams, graphs, several devices, tensors of more than
+2^31 elements, and whether runs agree where programs run side by side."""
 
 from __future__ import annotations
 
@@ -18,12 +20,15 @@ from test_gru import dtype_id, plain_gru
 from test_linear import plain as plain_linear
 from test_linear_cross_entropy import plain as plain_loss
 from test_linear_cross_entropy import plain_log_prob
+from test_triton_attention import SHAPES as ATTENTION_EDGES
+from test_triton_gru import SHAPES as GRU_EDGES
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import genkernels
+from benchmarks import gpu
 from genkernels import backend, triton
 
 DEVICE = "cuda"
@@ -33,6 +38,7 @@ ATTENTION = "scaled_dot_product_attention"
 WARNING = ("dropout", "gru", "gru_cell", "bidirectional_gru", ATTENTION, "varlen_attn")
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA device: PyTorch sees none here"),
     pytest.mark.filterwarnings("ignore:genkernels", "ignore:RNN module weights"),
 ]
@@ -116,18 +122,51 @@ if hasattr(genkernels, ATTENTION):
         f"{ATTENTION}-added": sdpa(QKV | {"attn_mask": (2, 1, 33, 40)}),
         f"{ATTENTION}-grouped": sdpa(GROUPED, MASK | {"enable_gqa": True, "scale": 1.5}),
     }
+EDGES = {
+    f"gru-{T, B, I, H}": Case(
+        gru,
+        plain_gru,
+        {"input": (T, B, I), "hx": (B, H), "weight_ih": (3 * H, I), "weight_hh": (3 * H, H)}
+        | {"bias_ih": (3 * H,), "bias_hh": (3 * H,)},
+    )
+    for T, B, I, H in GRU_EDGES
+} | {
+    f"attention-{B, H, L, S, D}": Case(
+        genkernels.scaled_dot_product_attention,
+        F.scaled_dot_product_attention,
+        {"query": (B, H, L, D), "key": (B, H, S, D), "value": (B, H, S, D)},
+        {"is_causal": index % 2 == 0},  # a kernel is compiled for each, and for each head size
+    )
+    for index, (B, H, L, S, D) in enumerate(ATTENTION_EDGES)
+}
+# Whose kernels run side by side: many programs of several blocks.
+LONG = {
+    "gru": CASES["gru"]._replace(
+        shapes={"input": (20, 150, 40), "hx": (150, 200), "weight_ih": (600, 40)}
+        | {"weight_hh": (600, 200), "bias_ih": (600,), "bias_hh": (600,)}
+    ),
+    ATTENTION: sdpa(
+        {"query": (2, 8, 700, 64), "key": (2, 2, 900, 64), "value": (2, 2, 900, 64)},
+        {"is_causal": True, "enable_gqa": True},
+    ),
+    "linear_cross_entropy": CASES["linear_cross_entropy"]._replace(
+        shapes={"input": (500, 200), "linear_weight": (3000, 200), "linear_bias": (3000,)},
+        settings={"target": torch.arange(500) * 7},
+    ),
+}
 each_op = pytest.mark.parametrize("name", genkernels.ops.__all__)
 
 
 @pytest.fixture(autouse=True)
 def set_up() -> Iterator[None]:
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = cuda.allow_tf32, cudnn.allow_tf32, cudnn.enabled
-    cuda.allow_tf32 = cudnn.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
     genkernels.stats(reset=True)
     genkernels.backend._warned.clear()
-    yield
-    cuda.allow_tf32, cudnn.allow_tf32, cudnn.enabled = before
+    # PyTorch's own tests, of which ours import a module, forbid to set what is cuDNN's otherwise.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    matmul.allow_tf32 = before
 
 
 def on_device(values: dict[str, Any]) -> dict[str, Any]:
@@ -144,15 +183,16 @@ def run(function: Callable[..., Any], values: dict[str, Any]) -> tuple[Tensor, .
 
 
 def check(case: Case, dtype: torch.dtype = torch.float32) -> None:
-    """The one rule, of three draws. They and the cotangents are made on the CPU."""
-    torch.backends.cudnn.enabled = False  # its GRU has no second derivative, in evaluation no first
+    """The one rule, of three draws. They and the cotangents are made on the CPU. cuDNN's GRU has no
+    second derivative, and in evaluation no first."""
     op, plain = (
         lambda function=function, **values: tuple(r.cpu() for r in run(function, on_device(values)))
         for function in (case.op, case.plain)
     )
     draws = [case.draw(dtype, seed) for seed in range(3)]
     names = [f"output {i}" for i, _ in enumerate(plain(**draws[0]))]
-    with sdpa_kernel(SDPBackend.MATH):  # PyTorch's one with every gradient
+    # PyTorch's one attention with every gradient
+    with torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
         assert_op_parity(op, plain, plain, names, *draws)
 
 
@@ -175,6 +215,155 @@ def test_parity(name: str, dtype: torch.dtype) -> None:
         assert {backend for _, backend in genkernels.stats()} == {"cpp"}
     else:
         assert genkernels.stats() == {(op, "reference"): 3}
+
+
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
+def test_edges(name: str, dtype: torch.dtype) -> None:
+    check(EDGES[name], dtype)
+
+
+def with_gradients(case: Case, values: dict[str, Any]) -> tuple[Tensor, ...]:
+    leaves = [values[name].requires_grad_() for name in case.shapes]
+    outputs = run(case.op, values)
+    total = sum(output.float().square().sum() for output in outputs)
+    return *(output.detach() for output in outputs), *torch.autograd.grad(total, leaves)
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=dtype_id)
+def test_runs_agree(name: str, dtype: torch.dtype) -> None:
+    """Bit by bit: what depends on the order in which programs run is a race."""
+    if not runs_triton(name, dtype):
+        pytest.skip(f"a Triton kernel of {name}: not in this version")
+    first = with_gradients(LONG[name], on_device(LONG[name].draw(dtype)))
+    for _ in range(10):
+        again = with_gradients(LONG[name], on_device(LONG[name].draw(dtype)))
+        assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_stream(name: str) -> None:
+    """Kernels wait for what was queued on the stream that they are called on, and for no other."""
+    case = LONG[name]
+    expected = with_gradients(case, on_device(case.draw()))
+    source = on_device(case.draw())
+    values = {
+        name: torch.full_like(value, torch.nan) if name in case.shapes else value
+        for name, value in source.items()
+    }
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)  # a twentieth of a second
+        for key in case.shapes:
+            values[key].copy_(source[key])
+        actual = with_gradients(case, values)
+        torch.cuda.current_stream().synchronize()
+    assert all(map(torch.equal, actual, expected))
+
+
+@pytest.mark.parametrize("name", ["gru", "gru-packed", ATTENTION])
+def test_graph(name: str) -> None:
+    """Forward and backward, captured: nothing waits for the device. What it computes again is of
+    the values that its arguments have then."""
+    case = CASES[name]
+    values = on_device(case.draw())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles
+        with_gradients(case, values)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = with_gradients(case, values)
+    other = on_device(case.draw(seed=1))
+    with torch.no_grad():
+        for key in case.shapes:
+            values[key].copy_(other[key])
+    graph.replay()
+    for actual, expected in zip(results, with_gradients(case, other), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_second_device(name: str) -> None:
+    """Tensors of a device that is not the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("a second CUDA device: PyTorch sees one")
+    case = CASES[name]
+    expected = with_gradients(case, on_device(case.draw()))
+    values = on_device(case.draw())
+    second = {
+        name: value.to("cuda:1") if isinstance(value, Tensor) and value.is_cuda else value
+        for name, value in values.items()
+    }
+    actual = with_gradients(case, second)
+    assert {tensor.device.index for tensor in actual} == {1}
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu())
+
+
+def need_memory(gigabytes: int) -> None:
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    if free < gigabytes * 10**9:
+        pytest.skip(f"{gigabytes} GB of GPU memory: {free / 1e9:.0f} are free")
+
+
+def test_attention_of_many_queries() -> None:
+    """More than 2^31 elements: the last queries are as they are alone."""
+    need_memory(60)
+    last, few = 192, {"key": (1, 1, 4, 128), "value": (1, 1, 4, 128)}
+    case = sdpa({"query": (1, 1, last, 128)} | few)
+    values = on_device(case.draw(torch.bfloat16))
+    query = torch.zeros(1, 1, 2**24 + last, 128, dtype=torch.bfloat16, device=DEVICE)
+    query[..., -last:, :] = values["query"]
+    output, grad, *_ = with_gradients(case, values | {"query": query})
+    expected, expected_grad, *_ = with_gradients(case, values)
+    torch.testing.assert_close(output[..., -last:, :], expected)
+    torch.testing.assert_close(grad[..., -last:, :], expected_grad)
+
+
+def test_attention_of_many_keys() -> None:
+    """More than 2^31 elements, of which a window has the last alone."""
+    need_memory(40)
+    last, few = 192, {"query": (1, 1, 4, 128)}
+    case = sdpa(few | {"key": (1, 1, last, 128), "value": (1, 1, last, 128)})
+    values = on_device(case.draw(torch.bfloat16)) | {"window_size": (last - 5, 0)}
+    rows = torch.zeros(2, 1, 1, 2**24 + last, 128, dtype=torch.bfloat16, device=DEVICE)
+    rows[..., -last:, :] = torch.stack([values["key"], values["value"]])
+    long = dict(zip(("key", "value"), rows.unbind(), strict=True))
+    output, *gradients = with_gradients(case, values | long)
+    expected, *few_gradients = with_gradients(case, values)
+    torch.testing.assert_close(output, expected)
+    for gradient, few_gradient in zip(gradients[1:], few_gradients[1:], strict=True):
+        torch.testing.assert_close(gradient[..., -last:, :], few_gradient)
+
+
+def test_gru_of_many_elements() -> None:
+    """More than 2^31 of a step's gates: the last rows are as those of a small batch."""
+    need_memory(40)
+    B, H, last = 2**20 + 17, 512, 33
+    shapes = {"input": (1, B, 8), "hx": (B, H), "weight_ih": (3 * H, 8), "weight_hh": (3 * H, H)}
+    values = {
+        name: 0.1 * torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+        for name, shape in shapes.items()
+    }
+    case = Case(gru, plain_gru, shapes)
+    output, _, *gradients = with_gradients(case, dict(values))
+    few = {name: value.detach().clone() for name, value in values.items()}
+    few |= {"input": few["input"][:, -last:].clone(), "hx": few["hx"][-last:].clone()}
+    expected, _, *few_gradients = with_gradients(case, few)
+    torch.testing.assert_close(output[:, -last:], expected)
+    torch.testing.assert_close(gradients[0][:, -last:], few_gradients[0])
+    torch.testing.assert_close(gradients[1][-last:], few_gradients[1])
+
+
+def test_benchmark_says_where_it_ran() -> None:
+    settings = gpu.machine_with(DEVICE)
+    for name in ("device", "driver", "revision", "torch", "triton", "cudnn"):
+        assert settings[name], name
+    assert settings["device"] == torch.cuda.get_device_name()
 
 
 @each_op
@@ -285,7 +474,9 @@ def test_modules_train_as_torch_s() -> None:
     torch.testing.assert_close(models[1].state_dict(), models[0].state_dict())
 
 
-@pytest.mark.parametrize("name", ["gru-reverse", "linear"])
+@pytest.mark.parametrize(
+    "name", ["gru-reverse", "linear", f"{ATTENTION}-causal", "linear_cross_entropy"]
+)
 def test_compile(name: str) -> None:
     pytest.importorskip("triton", reason="triton: not installed")
     torch._dynamo.reset()
