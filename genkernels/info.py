@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backend
+from . import __version__, backend, triton
 
 VARIABLES = {
     "GENKERNELS_BACKEND": "any that can run",
@@ -23,11 +23,11 @@ FEATURES = (
 )
 
 
-def _version(package: str) -> str:
+def _version(package: str, missing: str = "not installed") -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return missing
 
 
 def _cpu() -> tuple[str, str]:
@@ -68,7 +68,7 @@ def sections() -> dict[str, dict[str, str]]:
         "Versions": {
             "genkernels": __version__,
             "torch": torch.__version__,
-            "triton": _version("triton"),
+            "triton": _version("triton", triton.MISSING),
             "python": f"{platform.python_version()} ({sys.executable})",
             "system": platform.platform(),
         },

@@ -6,14 +6,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
+import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import genkernels
-from genkernels import triton
+from genkernels import backend, triton
 
 pytest.importorskip("triton", reason="triton: not installed (pip install 'genkernels[triton]')")
 if triton.IS_INTERPRETED:
@@ -106,6 +109,48 @@ def test_what_stands_against_it_is_said() -> None:
     cuda = torch.device("cuda")
     assert triton.obstacle("gru", cuda, torch.bfloat16) is None
     assert triton.obstacle("gru", cuda, torch.float64) == "it has no kernel for torch.float64"
+
+
+@pytest.mark.parametrize("hip", [None, "6.2"])
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (12, 0)], ids=str)
+def test_gpu_that_it_cannot_serve(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None
+) -> None:
+    """What PyTorch says of a GPU is all that is not there."""
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(backend, "_warned", set())
+    reason = "the GPU has compute capability 7.5, and its kernels need 8.0"
+    is_served = hip is not None or capability != (7, 5)
+    cuda = torch.device("cuda", 1)
+    assert triton.obstacle("gru", cuda, torch.float32) == (None if is_served else reason)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = [backend.select("gru", cuda, torch.float32) for _ in range(2)]
+    assert chosen == ["triton" if is_served else "reference"] * 2
+    said = f"genkernels.gru runs the plain PyTorch reference: {reason}"
+    assert [str(warning.message) for warning in caught] == ([] if is_served else [said])
+
+
+def test_without_triton(tmp_path: Path) -> None:
+    """All packages of this environment but that one."""
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith("triton") and entry.suffix != ".pth":
+            (tmp_path / entry.name).symlink_to(entry)
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    code = "import runpy, genkernels; runpy.run_module('genkernels.info', run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    line = next(line for line in result.stdout.splitlines() if line.startswith("  triton  "))
+    assert line.endswith("Triton is not installed (pip install 'genkernels[triton]')")
 
 
 def good() -> Resources:

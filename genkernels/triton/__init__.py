@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAPABILITY = (8, 0)  # of NVIDIA's GPUs that the kernels are made for, at least
+MISSING = "Triton is not installed (pip install 'genkernels[triton]')"
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The public ops of each module, and the raw ops that it has launchers for.
@@ -66,7 +68,14 @@ def obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda" and not (IS_INTERPRETED and device.type == "cpu"):
         return f"it runs on CUDA tensors, and these are on {device.type}"
     if not is_installed():
-        return "Triton is not installed (pip install 'genkernels[triton]')"
+        return MISSING
+    if device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
+        # Read by PyTorch once. torch.compile knows this as a constant, and not the capability.
+        properties = torch.cuda.get_device_properties(device)
+        capability = properties.major, properties.minor
+        if capability < CAPABILITY:
+            needed, own = (".".join(map(str, each)) for each in (CAPABILITY, capability))
+            return f"the GPU has compute capability {own}, and its kernels need {needed}"
     if dtype not in DTYPES:
         return f"it has no kernel for {dtype}"
     return None
