@@ -128,7 +128,7 @@ def operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
     if not torch.cuda.is_available():
         monkeypatch.setattr(FakeTensor, "__getitem__", index)
-        monkeypatch.setattr(FakeTensor, "__invert__", torch.bitwise_not)
+        monkeypatch.setattr(FakeTensor, "__invert__", lambda mask: torch.bitwise_not(mask))
 
 
 @pytest.fixture(params=[False, True], ids=["", "autocast"])
