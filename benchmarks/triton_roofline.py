@@ -66,10 +66,10 @@ class Work(NamedTuple):
 
 
 B, HEADS, L, SPLITS = 2, 16, 4096, 8  # of attention, with as many keys; to decode, one query
-GRU_B, GRU_H = 64, 512  # of a step
+GRU_B, GRU_H, GRU_T = 64, 512, 128  # of a step; and the steps of a sequence
 N, K, V = 8192, 1024, 32768  # rows, features and classes of linear_cross_entropy
 PROBLEMS = f"""attention: B {B}, H {HEADS}, L = S = {L}, and to decode L 1;
-GRU: a step of B {GRU_B}, H {GRU_H};
+GRU: B {GRU_B}, a step of H {GRU_H}, or {GRU_T} steps of the H that is named;
 linear_cross_entropy: {N} rows, {K} features, {V} classes"""
 
 
@@ -104,15 +104,22 @@ def _attention(config: Config) -> Work:
 
 
 def _gru(config: Config) -> Work:
-    given, state = config.constants, GRU_B * GRU_H
+    given, name = config.constants, config.kernel.__name__
+    is_sequence = name.endswith("_sequence")  # then H is one of its constants
+    H, steps = (given["H"], GRU_T) if is_sequence else (GRU_H, 1)
+    state = GRU_B * H
     elements = {
-        **dict.fromkeys(("gates", "later", "deltas"), 4 * state),
-        **{"projected": 3 * state, "weight_hh": 3 * GRU_H**2, "bias_hh": 3 * GRU_H},
-        **dict.fromkeys(("hx", "output", "carry", "grad_output", "grad_states"), state),
+        **dict.fromkeys(("gates", "later", "deltas"), 4 * state * steps),
+        **{"projected": 3 * state * steps, "weight_hh": 3 * H**2, "bias_hh": 3 * H},
+        **dict.fromkeys(("output", "grad_output", "grad_states"), state * steps),
+        **{"entering": state * steps, "hx": state, "carry": state},
     }
-    gates = 3 if config.kernel.__name__ == "_forward_step" else 1
-    of_loop = 2 * gates * given["BLOCK_B"] * given["BLOCK_H"] * given["BLOCK_K"]
-    return Work(2 * GRU_B * 3 * GRU_H**2, _bytes(config, elements), of_loop)
+    if is_sequence:
+        of_loop = 2 * given["BLOCK_B"] * 3 * H**2
+    else:
+        gates = 3 if name == "_forward_step" else 1
+        of_loop = 2 * gates * given["BLOCK_B"] * given["BLOCK_H"] * given["BLOCK_K"]
+    return Work(2 * steps * GRU_B * 3 * H**2, _bytes(config, elements), of_loop)
 
 
 def _linear_cross_entropy(config: Config) -> Work:

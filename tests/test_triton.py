@@ -34,48 +34,32 @@ def lines(table: Path, *cells: str) -> list[str]:
     return [line for line in text if all(f"| {cell} |" in line for cell in cells)]
 
 
-GPUS = {name: gpu.name for name, gpu in triton_roofline.GPUS.items()}
-
-
-@pytest.mark.parametrize(
-    ("table", "places"),
-    [(triton_table.TABLE, {n: n for n in ARCHITECTURES}), (triton_roofline.TABLE, GPUS)],
-    ids=["triton", "roofline"],
-)
-def test_tables_have_every_configuration(table: Path, places: dict[str, str]) -> None:
+def test_table_has_every_configuration() -> None:
     expected = [
-        f"| {config.name} | {str(config.dtype).removeprefix('torch.')} | {place} |"
-        for architecture, place in places.items()
+        f"| {config.name} | {str(config.dtype).removeprefix('torch.')} | {architecture} |"
+        for architecture in ARCHITECTURES
         for config in triton_table.configs(architecture)
     ]
-    found = [line for place in places.values() for line in lines(table, place)]
+    found = [line for name in ARCHITECTURES for line in lines(triton_table.TABLE, name)]
     assert [" | ".join(line.split(" | ")[:3]) + " |" for line in found] == expected
 
 
 def test_table_of_sm_90() -> None:
-    """The committed figures in bfloat16, compiled again; `make triton-check` compiles for all."""
+    """The committed figures in bfloat16, of kernels without features, compiled again; `make
+    triton-check` compiles all for all."""
+
+    def is_plain(name: str) -> bool:
+        return not any(word in name for word in ("every", "sequences", "D 32", "any K", ", smooth"))
+
     rows = triton_table.rows(
-        triton_table.compiled_row, ["sm_90"], lambda config: config.dtype == torch.bfloat16
+        triton_table.compiled_row,
+        ["sm_90"],
+        lambda config: config.dtype == torch.bfloat16 and is_plain(config.name),
     )
     found, faults = zip(*rows, strict=True)
-    assert lines(triton_table.TABLE, "bfloat16", "sm_90") == list(found)
+    assert list(filter(is_plain, lines(triton_table.TABLE, "bfloat16", "sm_90"))) == list(found)
     assert not any(faults)
-
-
-def test_roofline_of_sm_90() -> None:
-    """Attention's in bfloat16 with heads of 64, compiled again, and the textbook's."""
-    names = [f"attention {kernel}, D 64" for kernel in ("forward", "backward, query")]
-    rows = triton_table.rows(
-        triton_roofline.estimated_row,
-        ["sm_90"],
-        lambda config: config.dtype == torch.bfloat16 and config.name in names,
-        jobs=1,
-    )
-    found = [line for line, _ in rows]
-    assert found == [
-        line for name in names for line in lines(triton_roofline.TABLE, name, "bfloat16", "H100")
-    ]
-    assert len(found) == 2
+    assert len(found) > 20
 
 
 @pytest.mark.slow
@@ -89,6 +73,8 @@ def test_interpreter() -> None:
             "-q",
             "-p",
             "no:cacheprovider",
+            "-m",
+            "not slow",
             *sorted(map(str, Path(__file__).parent.glob("test_triton_*.py"))),
         ],
         cwd=ROOT,
@@ -306,10 +292,8 @@ def test_work_of_attention() -> None:
     assert forward.bytes == 4 * rows * 64 * 2 + 2 * rows * 4
     assert each["attention forward, D 64, causal", torch.bfloat16].flops == forward.flops / 2
     backward = [
-        work
-        for (name, dtype), work in each.items()
-        if dtype == torch.bfloat16 and "backward" in name and "causal" not in name
+        each[f"attention backward {kernel}, D 64", torch.bfloat16] for kernel in ("keys", "queries")
     ]
     assert sum(work.flops for work in backward) == 3.5 * forward.flops
-    delta = each["attention backward, delta, D 64", torch.float16]
-    assert delta.bytes == 2 * rows * 64 * 2 + 2 * rows * 4
+    of_rows = each["attention backward rows, D 64", torch.float16]
+    assert of_rows.bytes == 2 * rows * 64 * 2 + 5 * rows * 4

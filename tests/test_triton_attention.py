@@ -50,7 +50,7 @@ def check(*shape: int, dtype: torch.dtype, draws: int = 1, **options: Any) -> No
 @each_dtype
 @each_causal
 @pytest.mark.parametrize(
-    "shape", [*SHAPES[:4], *(pytest.param(s, marks=pytest.mark.slow) for s in SHAPES[4:])], ids=str
+    "shape", [pytest.param(s, marks=[pytest.mark.slow] * (s != SHAPES[3])) for s in SHAPES], ids=str
 )
 def test_parity(shape: tuple[int, ...], causal: int, dtype: torch.dtype) -> None:
     check(*shape, dtype=dtype, causal=causal)
@@ -68,7 +68,9 @@ def test_head_sizes(D: int, Dv: int, dtype: torch.dtype) -> None:
     check(1, 1, 18, 67, D, dtype=dtype, Dv=Dv)
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0, 40.0])
+@pytest.mark.parametrize(
+    "scale", [-0.3, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.0, 40.0))]
+)
 def test_scale(scale: float) -> None:
     draws = [arguments(1, 2, 40, 70, 16, seed=seed) | {"scale": scale} for seed in range(2)]
     assert_op_parity(op, plain, plain, OUTPUTS, *draws)
@@ -122,6 +124,7 @@ def test_nothing_to_do(shape: tuple[int, ...]) -> None:
     check(*shape, dtype=torch.float32, draws=1)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_nan_spreads_as_it_does_in_pytorch() -> None:
     for name in TENSORS:
@@ -130,7 +133,7 @@ def test_nan_spreads_as_it_does_in_pytorch() -> None:
         assert_op_parity(op, plain, plain, OUTPUTS, values)
 
 
-QUICK = ("bias", "gqa", "dropout", "lower_right_window", "no_keys")
+QUICK = ("bias", "dropout", "lower_right_window")
 
 
 @each_dtype
@@ -178,7 +181,7 @@ DECODED = ("lengths", "no_keys", "left", "alibi", "softcap", "lower_right_window
 @pytest.mark.parametrize("L", [1, 3])
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(c, marks=[pytest.mark.slow] * (c not in ("gqa", "no_keys"))) for c in DECODED],
+    [pytest.param(c, marks=[pytest.mark.slow] * (c != "no_keys")) for c in DECODED],
 )
 def test_few_queries(case: str, L: int, dtype: torch.dtype) -> None:
     """Of which the keys are shared out, in three parts."""
@@ -186,6 +189,7 @@ def test_few_queries(case: str, L: int, dtype: torch.dtype) -> None:
     features.check(lambda seed: features.drawn((2, 2, L, 1100, 16), dtype, seed, **options), 1)
 
 
+@pytest.mark.slow
 def test_many_parts_of_keys() -> None:
     """More than are put together at once; and what part a batch's keys end in does not matter."""
     values = arguments(1, 4, 1, 17 * 512 + 5, 8, Hk=1, enable_gqa=True)

@@ -139,7 +139,12 @@ def scaled_dot_product_attention(
     mode raises; ``use_backend("reference")`` has it.
 
     What is dropped follows from torch's default generator (one number of it at each call with
-    dropout_p > 0) and from an element's place, not from the number of threads.
+    dropout_p > 0; under torch.compile the number drawn is another) and from an element's place, not
+    from the number of threads, nor from the device: of one seed the CPU and a GPU drop the same.
+
+    On a GPU the Triton kernels take heads of at most 128 elements, of float32, bfloat16 and
+    float16. Lengths are not looked at there, which would wait for the device: those outside [0, S]
+    are taken for 0 or S.
 
     Raises:
         RuntimeError: shapes, dtypes or devices that do not fit, a dropout_p outside [0, 1], lengths

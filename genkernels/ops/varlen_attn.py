@@ -108,6 +108,9 @@ def varlen_attn(
     order on that is plain PyTorch (counted as ``("varlen_attn_double_backward", "reference")`` in
     ``stats()``). Forward mode raises; ``use_backend("reference")`` has it.
 
+    On a GPU, in Triton, the beginnings of sequences are not looked at, which would wait for the
+    device: those that do not fit are cut to what does.
+
     Raises:
         RuntimeError: shapes, dtypes, devices or beginnings of sequences that do not fit, and a
             window below -1; the message names the argument.

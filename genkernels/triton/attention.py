@@ -710,7 +710,17 @@ def _configs(
             constants | part,
             options,
             strides,
+            has_products=kernel not in (kernels.backward_rows, kernels.merge),
+            reason=_reason(kernel, constants),
         )
+
+
+def _reason(kernel: Any, constants: dict[str, Any]) -> str:
+    """Why a tile is smaller than 64 x 64."""
+    if kernel is kernels.decode:
+        return "there are no more queries"
+    is_small = kernel is kernels.backward_keys and constants["BLOCK_L"] < 64
+    return "registers hold two sums" if is_small else ""
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

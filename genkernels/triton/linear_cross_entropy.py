@@ -561,6 +561,7 @@ def configs(architecture: str) -> Iterator[Config]:
                 constants,
                 {option: given[option] for option in _OPTIONS},
                 tuple(n for n in divisible if n in kernel.arg_names),
+                has_products=kernel is not _merge,
             )
 
 
@@ -578,7 +579,7 @@ _TYPES = {
     **dict.fromkeys(("best", "nan"), torch.int32),
 }
 _FEATURES: dict[str, dict[str, Any]] = {
-    "": {"linear_bias": None, "weight": None, "SMOOTHS": False, "PREDICTS": False},
+    "": {"weight": None, "SMOOTHS": False, "PREDICTS": False},
     "smoothing": {"SMOOTHS": True, "PREDICTS": False},
     "predictions": {"weight": None, "SMOOTHS": False, "PREDICTS": True},
 }
