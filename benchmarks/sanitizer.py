@@ -68,7 +68,7 @@ class Sanitizer:
         self.launches: Counter[str] = Counter()
         self.accesses: Counter[str] = Counter()
         self.lanes: Counter[str] = Counter()
-        self.masks: dict[str, bool] = {}  # where, and whether it has kept one out of a tensor
+        self.masks: dict[str, bool] = {}  # where, and whether it has kept a wrong access off
         self._arguments: list[Argument] = []
         self._histories: dict[tuple[int, int], History] = {}
         self._names: Iterator[str] = iter(())
@@ -129,7 +129,7 @@ class Sanitizer:
 
     def _begin(self, executor: Any, args: Any, kwargs: dict[str, Any]) -> None:
         function = executor.fn
-        self._kernel = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        self._kernel = name_of(function)
         self.launches[self._kernel] += 1
         self._arguments, self._histories = [], {}
         given = {name: value for name, value in kwargs.items() if name in executor.arg_names}
@@ -183,7 +183,9 @@ class Sanitizer:
                     f"{wrong.min()} to {wrong.max()}, and it has {argument.is_element.sum()} "
                     f"within {len(argument.is_element)}"
                 )
-            is_kept = is_kept or not is_in.all()
+            off = at[is_in & ~is_on[lanes]] + argument.start
+            is_raced = is_store and (argument.history.wrote[off] != NOBODY).any()
+            is_kept = is_kept or not is_in.all() or bool(is_raced)
             self._note(builder, argument, at[is_on[lanes]], is_store, where)
             addresses[lanes] = offsets.astype(np.uint64) + np.uint64(argument.address)
         if self._has_mask:
@@ -229,6 +231,10 @@ class Sanitizer:
                 previous = file
             frame = frame.f_back  # type: ignore[assignment]
         return f"{self._kernel} ({' <- '.join(lines)})"
+
+
+def name_of(function: Any) -> str:
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
 
 
 def _base(index: int) -> int:

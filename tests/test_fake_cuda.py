@@ -24,6 +24,7 @@ RAW_OPS = {
     "gru_cell": "gru_cell_forward",
     "bidirectional_gru": "bidirectional_gru_forward",
     ATTENTION: "attention_forward",
+    "linear_cross_entropy": "linear_cross_entropy_pass",
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore:genkernels", "ignore:PyTorch was compiled without")
