@@ -64,7 +64,7 @@ def launches(request, monkeypatch: pytest.MonkeyPatch) -> str:
 def launch_by(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from genkernels.triton import gru as kernels
 
-    monkeypatch.setattr(kernels, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(kernels, "architecture_of", lambda _: "sm_90")
     if way == "steps":
         monkeypatch.setattr(kernels, "resident_limit", lambda *_: 0)
     other = "_forward_step" if way == "sequence" else "_forward_sequence"

@@ -194,6 +194,7 @@ def test_strides(layout: str) -> None:
     check(drawn)
 
 
+@pytest.mark.slow
 def test_rows_past_2_to_the_31() -> None:
     """Of each row but a page is touched."""
     values = arguments(5, 3, 600)
