@@ -175,7 +175,8 @@ def test_nothing_to_freeze() -> None:
         genkernels.freeze(nn.Linear(3, 4))
 
 
-def test_no_kernel_for_it() -> None:
+def test_no_kernel_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_warned", set())
     with pytest.raises(RuntimeError, match="compiled CPU kernel"), pytest.warns(match="no kernel"):
         genkernels.freeze(genkernels.nn.GRU(3, 4, dtype=torch.float16))
     with genkernels.use_backend("reference"), pytest.raises(RuntimeError, match="compiled"):
