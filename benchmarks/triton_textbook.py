@@ -179,12 +179,19 @@ TILES = {
         128: ((128, 64, 4), (32, 128, 4), (128, 32, 4)),
     },
 }
+# Those of a causal call, where they would spill: by heads' sizes and the kernel's place above.
+CAUSAL_TILES = {
+    "sm_80": {(32, 2): (128, 32, 4), (64, 1): (64, 128, 8), (128, 0): (128, 32, 8)},
+}
 
 
 def configs(architecture: str, dtype: torch.dtype, is_causal: bool) -> Iterator[Config]:
     types = {"logsumexp": torch.float32, "delta": torch.float32}
     for D, tiles in TILES[architecture].items():
-        for kernel, (rows, columns, warps) in zip(KERNELS, tiles, strict=True):
+        for n, (kernel, tile) in enumerate(zip(KERNELS, tiles, strict=True)):
+            if is_causal:
+                tile = CAUSAL_TILES.get(architecture, {}).get((D, n), tile)
+            rows, columns, warps = tile
             sizes = {"HEAD_SIZE": D, "HAS_RIGHT": is_causal, "BLOCK_L": rows, "BLOCK_S": columns}
             tensors = [n for n in kernel.arg_names if n in _TENSORS]
             yield Config(

@@ -108,6 +108,14 @@ def test_every_size(B: int, H: int, dtype: torch.dtype) -> None:
     check(gru_arguments(3, B, 2, H, dtype), resets=resets, reverse=bool(B % 2))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("H", [130, 192])
+def test_largest_weights_on_the_chip(H: int, monkeypatch) -> None:
+    """Those that an H100 holds in 16 bits and smaller GPUs do not."""
+    launch_by("sequence", monkeypatch)
+    check(gru_arguments(2, 17, 3, H, torch.float16))
+
+
 @each_dtype
 def test_both_ways_of_launching_agree(dtype: torch.dtype, monkeypatch) -> None:
     resets = torch.rand(3, 3, generator=torch.Generator().manual_seed(0)) < 0.4

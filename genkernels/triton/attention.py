@@ -36,40 +36,82 @@ LARGEST = 128
 DECODE_ROWS, SPLIT = 16, 512
 
 
-def _tile(
-    kernel: Any, architecture: str, dtype: torch.dtype, is_large: bool, is_plain: bool
-) -> tuple[int, int, int]:
-    """Rows and keys of a tile, and the warps that share it.
+# Rows and keys of a tile, and the warps that share it, in 16 bits: for heads of up to 32, 64 and
+# 128 elements where nothing is computed beside products and exponentials, and for those of up to 64
+# and 128 with features. A warp has 16 rows of what is summed (32 on AMD's), which are keys in the
+# kernel that sums over queries: with more warps than rows take, several would multiply the same;
+# with fewer, each has more rows and takes fewer instructions for them, as long as registers hold
+# the sums (and the operands, on sm_80). Where they do not hold those of a kernel with two sums, its
+# tiles have 32 queries.
+_Tile = tuple[int, int, int]
+_TILES: dict[str, dict[Any, tuple[_Tile, ...]]] = {
+    "sm_80": {
+        kernels.forward: (
+            *((128, 64, 4), (128, 64, 4), (64, 128, 4)),
+            *((128, 64, 8), (64, 64, 8)),
+        ),
+        kernels.backward_keys: (
+            *((64, 128, 8), (64, 64, 4), (64, 64, 8)),
+            *((32, 64, 4), (32, 64, 4)),
+        ),
+        kernels.backward_queries: (
+            *((128, 64, 8), (128, 64, 8), (64, 64, 4)),
+            *((128, 64, 8), (64, 64, 8)),
+        ),
+    },
+    "sm_90": {
+        kernels.forward: (
+            *((128, 64, 4), (128, 64, 4), (128, 64, 8)),
+            *((128, 64, 8), (128, 64, 8)),
+        ),
+        kernels.backward_keys: (
+            *((64, 128, 8), (64, 128, 8), (32, 128, 8)),
+            *((32, 128, 8), (32, 128, 8)),
+        ),
+        kernels.backward_queries: (
+            *((128, 64, 4), (128, 64, 8), (128, 64, 8)),
+            *((128, 64, 8), (128, 64, 8)),
+        ),
+    },
+    "sm_100": {
+        kernels.forward: (
+            *((128, 64, 4), (128, 64, 4), (128, 64, 8)),
+            *((128, 64, 8), (128, 64, 8)),
+        ),
+        kernels.backward_keys: (
+            *((64, 128, 4), (64, 128, 4), (64, 128, 8)),
+            *((32, 128, 8), (32, 128, 8)),
+        ),
+        kernels.backward_queries: (
+            *((128, 64, 4), (128, 64, 4), (128, 64, 4)),
+            *((128, 64, 8), (128, 64, 8)),
+        ),
+    },
+    "gfx942": {
+        kernels.forward: ((128, 64, 4),) * 5,
+        kernels.backward_keys: (
+            *((64, 128, 4), (64, 128, 4), (32, 128, 4)),
+            *((64, 128, 4), (32, 128, 4)),
+        ),
+        kernels.backward_queries: ((128, 64, 4),) * 5,
+    },
+}
 
-    A warp has 16 rows of what is summed (32 on AMD's), which are keys in the kernel that sums over
-    queries: with more warps than rows take, several would multiply the same. Sums and operands stay
-    in registers. Where these do not hold the sums of two products (of more than 64 elements, or
-    beside what computes more than products), that kernel has tiles of 32 queries, and on sm_80,
-    which holds operands in registers too, of 64 keys; there, with more than 64 elements, the others
-    have 64 rows, and where more than products is computed two warps for each 16.
-    """
-    is_sm_80, is_amd = architecture == "sm_80", architecture.startswith("gfx")
-    is_wide = dtype == torch.float32
+
+def _tile(kernel: Any, architecture: str, dtype: torch.dtype, size: int, is_plain: bool) -> _Tile:
+    """Rows, keys and warps."""
+    is_amd, is_wide = architecture.startswith("gfx"), dtype == torch.float32
     if kernel in (kernels.backward_rows, kernels.merge):
         return 64, 64, 4
     if kernel is kernels.decode:
         return DECODE_ROWS, 64, 8 if is_wide and not is_amd else 4
-    warps = 4 if is_amd else 8
-    if kernel is kernels.backward_mask:
-        return 64, 64, warps
-    if is_wide:
-        # With 4 or 8 warps Triton 3.7 makes TF32 of some "ieee" products of float32 there.
-        if architecture == "sm_100" and not is_plain:
-            return 32 if kernel is kernels.backward_keys else 64, 64, 16
-        return 64, 64, warps
-    if kernel is kernels.backward_keys:
-        is_tight = is_large or not (is_plain or is_amd)
-        if is_sm_80:
-            return (32, 64, 4) if is_tight else (32, 128, 8)
-        return 32 if is_tight and not (architecture == "sm_100" and is_plain) else 64, 128, warps
-    if is_sm_80 and is_large:
-        return 64, 64, 4 if is_plain else 8
-    return 128, 64, warps
+    # With 4 or 8 warps Triton 3.7 makes TF32 of some "ieee" products of float32 there.
+    if is_wide and architecture == "sm_100" and not is_plain:
+        return 32 if kernel is kernels.backward_keys else 64, 64, 16
+    if is_wide or kernel is kernels.backward_mask:
+        return 64, 64, 4 if is_amd else 8
+    beyond = (32, 64) if is_plain else (0, 0, 0, 64)
+    return _TILES[architecture][kernel][sum(size > least for least in beyond)]
 
 
 def config(
@@ -84,7 +126,7 @@ def config(
     first. Fused are those operations alone that say so: the backward pass sees the forward pass's
     very exponents.
     """
-    rows, keys, warps = _tile(kernel, architecture, dtype, max(D, Dv) > 64, is_plain)
+    rows, keys, warps = _tile(kernel, architecture, dtype, max(D, Dv), is_plain)
     is_amd, is_wide = architecture.startswith("gfx"), dtype == torch.float32
     is_tight = architecture == "sm_80" and kernel is kernels.backward_queries and not is_plain
     constants = {
@@ -190,10 +232,29 @@ def _aligned(tensor: Tensor) -> Tensor:
         and tensor.data_ptr() % 16 == 0
     ):
         return tensor
-    rows = _new_rows(tensor, _padded(columns))
-    rows[..., :columns] = tensor
-    rows[..., columns:] = 0
+    return _copied(tensor, _padded(columns))
+
+
+def _copied(tensor: Tensor, columns: int) -> Tensor:
+    rows = _new_rows(tensor, columns)
+    rows[..., : tensor.size(3)] = tensor
+    rows[..., tensor.size(3) :] = 0
     return rows
+
+
+def _as_far_apart(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Whose rows are as far apart as each other's, as those of most models are: a thread then holds
+    one set of their offsets. Otherwise they are copied, behind each row what the wider one takes.
+    """
+    if key.size(2) == 1 or key.stride(2) == value.stride(2):
+        return key, value
+    columns = max(key.size(3), value.size(3))
+    key, value = (
+        tensor if tensor.stride(2) == tensor.size(1) * columns
+        else _copied(tensor, columns)[..., : tensor.size(3)]
+        for tensor in (key, value)
+    )  # fmt: skip
+    return key, value
 
 
 def _copy_back(written: Sequence[Tensor], results: Sequence[Tensor]) -> None:
@@ -225,6 +286,7 @@ def _arguments(
 ) -> dict[str, Any]:
     """What all kernels of a call are given, of [B, H, L, D], [B, Hk, S, D] and [B, Hk, S, Dv]."""
     query, key, value = map(_aligned, (query, key, value))
+    key, value = _as_far_apart(key, value)
     (B, H, L, _), S = query.shape, key.size(2)
     lengths, slopes, left, right, softcap = features
     if causal:
@@ -249,6 +311,7 @@ def _arguments(
         "slopes_batch": 0 if slopes is None or len(slopes) == 1 else slopes.stride(0),
         "slopes_head": 0 if slopes is None else slopes.stride(1),
         "heads": H // max(1, key.size(1)),
+        "HAS_GROUPS": key.size(1) < H,
         "left": min(left, reach),
         "right": min(right, reach),
         "scale": scale,
@@ -631,13 +694,16 @@ def configs(architecture: str) -> Iterator[Config]:
         for causal in (False, True) if kernel is not kernels.backward_rows else (False,):
             note = ", causal" if causal else ""
             yield from _configs(kernel, architecture, dtype, D, note, HAS_RIGHT=causal)
-    every = {"HAS_SOFTCAP": True, "HAS_LEFT": True, "HAS_RIGHT": True, "IS_RAW": False}
+    every = dict.fromkeys(("HAS_SOFTCAP", "HAS_LEFT", "HAS_RIGHT", "HAS_GROUPS"), True)
+    every["IS_RAW"] = False
     features = ("attn_mask", "seed", "key_lengths", "alibi_slopes")
     few = (torch.float32, torch.bfloat16)
     others = (kernels.decode, kernels.merge, kernels.backward_mask)
     for dtype, D, kernel in itertools.product(few, (64, 128), (*per_size, *others)):
         if kernel in others:
             yield from _configs(kernel, architecture, dtype, D, "")
+        if kernel is kernels.backward_keys:
+            yield from _configs(kernel, architecture, dtype, D, ", shared heads", HAS_GROUPS=True)
         is_served = _largest(architecture, dtype, False) >= D
         if is_served and kernel not in (kernels.backward_rows, kernels.merge):
             yield from _configs(
@@ -649,6 +715,7 @@ def configs(architecture: str) -> Iterator[Config]:
         yield from _configs(kernel, architecture, dtype, 112, "")
 
 
+_FLAGS = ("IS_RAW", "IS_UPPER_LEFT", "HAS_SOFTCAP", "HAS_LEFT", "HAS_RIGHT", "HAS_GROUPS")
 _OF_ROWS = ("shift", "remainder", "delta")
 _TENSORS = {
     "forward": ("query", "key", "value", "output", "near", "rest"),
@@ -683,7 +750,7 @@ def _configs(
     constants, options = config(kernel, architecture, dtype, D, D, is_plain)
     constants |= {
         flag: flags.get(flag, flag in ("IS_RAW", "IS_UPPER_LEFT"))
-        for flag in ("IS_RAW", "IS_UPPER_LEFT", "HAS_SOFTCAP", "HAS_LEFT", "HAS_RIGHT")
+        for flag in _FLAGS
         if flag in names
     }
     own = {"backward_mask": ("grad_mask", "attn_mask"), "backward_queries": ("grad_query",)}

@@ -211,7 +211,7 @@ def _is_kept(
 def forward(
     query,  # [B, H, L, D]
     key,  # [B, Hk, S, D]
-    value,  # [B, Hk, S, Dv]
+    value,  # [B, Hk, S, Dv], with rows as far apart as key's: one set of offsets serves both
     attn_mask,  # [B, H, L, S], with strides of 0 where it has one element
     seed,  # int64 [1]
     key_lengths,  # int64 [B]
@@ -224,7 +224,7 @@ def forward(
     rest,
     query_batch, query_head, query_row,
     key_batch, key_head, key_row,
-    value_batch, value_head, value_row,
+    value_batch, value_head,
     mask_batch, mask_head, mask_row,
     slopes_batch, slopes_head,
     output_batch, output_head, output_row,
@@ -262,7 +262,7 @@ def forward(
         of_batch = tl.zeros_like(b)
     query += of_batch * query_batch + h * query_head + first_q * query_row
     key += of_batch * key_batch + h // heads * key_head + first_k * key_row
-    value += of_batch * value_batch + h // heads * value_head + first_k * value_row
+    value += of_batch * value_batch + h // heads * value_head + first_k * key_row
     output += of_batch * output_batch + h * output_head + first_q * output_row
     i = row + tl.arange(0, BLOCK_L)
     q = _load_rows(query, query_row, row, L, 0, HEAD_SIZE, BLOCK_L, BLOCK_D, False)
@@ -295,9 +295,7 @@ def forward(
             if seed is not None:
                 is_kept = _is_kept(seed, threshold, i, key_of, b * H + h, BLOCK_L, BLOCK_S, False)
                 weights = tl.where(is_kept, weights, 0.0)
-            v = _load_rows(
-                value, value_row, key_of, n, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, not at_edge
-            )
+            v = _load_rows(value, key_row, key_of, n, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, not at_edge)
             sums = tl.dot(weights.to(v.dtype), v, sums * kept[:, None], input_precision=PRECISION)
     is_empty = total == 0
     sums = sums / tl.where(is_empty, 1.0, total)[:, None]
@@ -326,7 +324,7 @@ def _statistics(most, total):
 def decode(
     query,  # [B, Hk, heads * L, D]
     key,  # [B, Hk, S, D]
-    value,  # [B, Hk, S, Dv]
+    value,  # [B, Hk, S, Dv], with rows as far apart as key's: one set of offsets serves both
     attn_mask,  # [B, H, L, S], with strides of 0 where it has one element
     key_lengths,  # int64 [B]
     alibi_slopes,  # float32 [B, H], with a stride of 0
@@ -335,7 +333,7 @@ def decode(
     total,
     query_batch, query_head, query_row,
     key_batch, key_head, key_row,
-    value_batch, value_head, value_row,
+    value_batch, value_head,
     mask_batch, mask_head, mask_row,
     slopes_batch, slopes_head,
     Hk, L, S,
@@ -402,7 +400,7 @@ def decode(
         weights = tl.exp2(tl.fma(scores, factor, -shift[:, None]))
         kept = tl.exp2(largest - shift)
         largest, exponentials = now, exponentials * kept + tl.sum(weights, 1)
-        v = _load_rows(value, value_row, key_of, n, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, False)
+        v = _load_rows(value, key_row, key_of, n, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, False)
         weighed = tl.dot(weights.to(v.dtype), v, weighed * kept[:, None], input_precision=PRECISION)
     batches = tl.num_programs(0) // splits
     to = (split * batches.to(tl.int64) + of_heads) * rows
@@ -470,7 +468,7 @@ def backward_rows(
     grad_logsumexp,  # float32 [B, H, L]
     near,  # float32 [B, H, L]: the statistics
     rest,
-    shift,  # float32 [B, H, L]: what is subtracted from exponents
+    shift,  # float32 [B, H, L]: what is added to exponents
     remainder,  # and then this, if the two are not one number
     delta,
     grad_batch, grad_head, grad_row,
@@ -479,14 +477,26 @@ def backward_rows(
     VALUE_SIZE: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     first, h, b = _place(None, blocks, H, BLOCK_L, False)
     grad_output += b * grad_batch + h * grad_head
     output += b * output_batch + h * output_head
     g = _load_rows(grad_output, grad_row, first, L, 0, VALUE_SIZE, BLOCK_L, BLOCK_V, False)
     o = _load_rows(output, output_row, first, L, 0, VALUE_SIZE, BLOCK_L, BLOCK_V, False)
-    sums = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-    i = first + tl.arange(0, BLOCK_L)
+    rows = tl.arange(0, BLOCK_L)
+    if remainder is None:
+        sums = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    else:
+        # Added up in the order in which the weights' gradients are: of one key that has all of the
+        # weight, that is this sum, and the difference is zero. It takes one tile more than keys do.
+        products = _product(
+            g, o, grad_output, grad_row, first, L, output, output_row, first, L, VALUE_SIZE,
+            BLOCK_V, CHUNK, PRECISION,
+        )  # fmt: skip
+        sums = tl.sum(tl.where(rows[:, None] == rows[None, :], products, 0.0), 1)
+    i = first + rows
     at = (b * H + h) * L + i
     if grad_logsumexp is not None:
         sums -= tl.load(grad_logsumexp + at, mask=i < L, other=0.0)
@@ -498,7 +508,7 @@ def backward_rows(
         number += small
     else:
         tl.store(remainder + at, small, mask=i < L)
-    tl.store(shift + at, number, mask=i < L)
+    tl.store(shift + at, -number, mask=i < L)
 
 
 # Of rows, what `backward_rows` has stored. Those that are not there get `other`.
@@ -516,7 +526,7 @@ def _load_of_rows(of_rows, head, first, L, other, ROWS: tl.constexpr, IS_WHOLE: 
 def backward_keys(
     query,  # [B, H, L, D]
     key,  # [B, Hk, S, D]
-    value,  # [B, Hk, S, Dv]
+    value,  # [B, Hk, S, Dv], with rows as far apart as key's: one set of offsets serves both
     attn_mask,  # [B, H, L, S], with strides of 0 where it has one element
     seed,  # int64 [1]
     key_lengths,  # int64 [B]
@@ -532,7 +542,7 @@ def backward_keys(
     grad_value,  # [B, Hk, S, Dv]
     query_batch, query_head, query_row,
     key_batch, key_head, key_row,
-    value_batch, value_head, value_row,
+    value_batch, value_head,
     mask_batch, mask_head, mask_row,
     slopes_batch, slopes_head,
     grad_batch, grad_head, grad_row,
@@ -550,6 +560,7 @@ def backward_keys(
     keep: tl.float32,
     HEAD_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,  # heads > 1
     OF_KEY: tl.constexpr,
     OF_VALUE: tl.constexpr,
     MASK_KEY: tl.constexpr,
@@ -574,13 +585,13 @@ def backward_keys(
         S = n
     query += of_batch * query_batch + first_q * query_row
     key += of_batch * key_batch + hk * key_head + first_k * key_row
-    value += of_batch * value_batch + hk * value_head + first_k * value_row
+    value += of_batch * value_batch + hk * value_head + first_k * key_row
     grad_output += of_batch * grad_batch + first_q * grad_row
     grad_key += of_batch * grad_key_batch + hk * grad_key_head + first_k * grad_key_row
     grad_value += of_batch * grad_value_batch + hk * grad_value_head + first_k * grad_value_row
     j = key_of + tl.arange(0, BLOCK_S)
     k = _load_rows(key, key_row, key_of, n, 0, HEAD_SIZE, BLOCK_S, BLOCK_D, False)
-    v = _load_rows(value, value_row, key_of, n, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, False)
+    v = _load_rows(value, key_row, key_of, n, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, False)
     grad_k = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
     grad_v = tl.zeros((BLOCK_S, BLOCK_V), tl.float32)
     first, whole, whole_last, last = _seen(
@@ -589,9 +600,14 @@ def backward_keys(
     )  # fmt: skip
     for at_edge in tl.static_range(2):
         count = _edges(first, whole, whole_last, last) if at_edge else whole_last - whole
-        for step in range(heads * count):  # one head after another, in one loop: it takes less
-            h = hk * heads + step // count
-            tile = step % count
+        # Heads that share keys come one after another in one loop: it takes less. Divisions of the
+        # step would be a tenth of it, and where each head has its own keys, addresses stay outside.
+        h, head_of, tile = hk, (hk * heads).to(tl.int32), 0
+        for step in range(heads * count if HAS_GROUPS else count):
+            if HAS_GROUPS:
+                h = head_of.to(tl.int64)
+            else:
+                tile = step
             row = (_edge(tile, first, whole, whole_last) if at_edge else whole + tile) * BLOCK_L
             to_q, to_g = query + h * query_head, grad_output + h * grad_head
             q = _load_rows(to_q, query_row, row, L, 0, HEAD_SIZE, BLOCK_L, BLOCK_D, not at_edge)
@@ -607,8 +623,8 @@ def backward_keys(
                 HAS_SOFTCAP, HAS_LEFT, HAS_RIGHT, at_edge,
             )  # fmt: skip
             head = (of_batch * H + h) * all_rows + first_q
-            near = _load_of_rows(shift, head, row, L, float("inf"), BLOCK_L, not at_edge)
-            exponents = tl.fma(scores, factor, -near[None, :])
+            near = _load_of_rows(shift, head, row, L, float("-inf"), BLOCK_L, not at_edge)
+            exponents = tl.fma(scores, factor, near[None, :])
             if remainder is not None:
                 rest = _load_of_rows(remainder, head, row, L, 0.0, BLOCK_L, not at_edge)
                 exponents -= rest[None, :]
@@ -622,7 +638,7 @@ def backward_keys(
                 grad_v = tl.dot(kept.to(g.dtype), g, grad_v, input_precision=PRECISION)
             if OF_KEY:
                 of_weights = _product(
-                    v, g, value, value_row, key_of, n, to_g, grad_row, row, L, VALUE_SIZE, BLOCK_V,
+                    v, g, value, key_row, key_of, n, to_g, grad_row, row, L, VALUE_SIZE, BLOCK_V,
                     CHUNK, PRECISION,
                 )  # fmt: skip
                 if seed is not None:
@@ -632,6 +648,10 @@ def backward_keys(
                 if HAS_SOFTCAP:
                     of_scores *= 1.0 - capped * capped
                 grad_k = tl.dot(of_scores.to(q.dtype), q, grad_k, input_precision=PRECISION)
+            if HAS_GROUPS:
+                is_last = tile == count - 1
+                head_of += is_last.to(tl.int32)
+                tile = tl.where(is_last, 0, tile + 1)
     is_there = (j < n)[:, None]
     if OF_KEY:
         grad_k = tl.where(is_there, grad_k * scale, 0.0)
@@ -647,7 +667,7 @@ def backward_keys(
 def backward_queries(
     query,  # [B, H, L, D]
     key,  # [B, Hk, S, D]
-    value,  # [B, Hk, S, Dv]
+    value,  # [B, Hk, S, Dv], with rows as far apart as key's: one set of offsets serves both
     attn_mask,  # [B, H, L, S], with strides of 0 where it has one element
     seed,  # int64 [1]
     key_lengths,  # int64 [B]
@@ -662,7 +682,7 @@ def backward_queries(
     grad_query,  # [B, H, L, D]
     query_batch, query_head, query_row,
     key_batch, key_head, key_row,
-    value_batch, value_head, value_row,
+    value_batch, value_head,
     mask_batch, mask_head, mask_row,
     slopes_batch, slopes_head,
     grad_batch, grad_head, grad_row,
@@ -702,14 +722,14 @@ def backward_queries(
         of_batch = tl.zeros_like(b)
     query += of_batch * query_batch + h * query_head + first_q * query_row
     key += of_batch * key_batch + h // heads * key_head + first_k * key_row
-    value += of_batch * value_batch + h // heads * value_head + first_k * value_row
+    value += of_batch * value_batch + h // heads * value_head + first_k * key_row
     grad_output += of_batch * grad_batch + h * grad_head + first_q * grad_row
     grad_query += of_batch * grad_query_batch + h * grad_query_head + first_q * grad_query_row
     i = row + tl.arange(0, BLOCK_L)
     q = _load_rows(query, query_row, row, L, 0, HEAD_SIZE, BLOCK_L, BLOCK_D, False)
     g = _load_rows(grad_output, grad_row, row, L, 0, VALUE_SIZE, BLOCK_L, BLOCK_V, False)
     head = (of_batch * H + h) * all_rows + first_q
-    near = _load_of_rows(shift, head, row, L, float("inf"), BLOCK_L, False)
+    near = _load_of_rows(shift, head, row, L, float("-inf"), BLOCK_L, False)
     if remainder is not None:
         rest = _load_of_rows(remainder, head, row, L, 0.0, BLOCK_L, False)[:, None]
     sums = _load_of_rows(delta, head, row, L, 0.0, BLOCK_L, False)
@@ -732,15 +752,13 @@ def backward_queries(
                 products, i[:, None], j[None, :], L, n, offset, left, right, inner, softcap, mask,
                 mask_row, slope, MASK_KEY, IS_RAW, HAS_SOFTCAP, HAS_LEFT, HAS_RIGHT, at_edge,
             )  # fmt: skip
-            exponents = tl.fma(scores, factor, -near[:, None])
+            exponents = tl.fma(scores, factor, near[:, None])
             if remainder is not None:
                 exponents -= rest
             weights = tl.exp2(exponents)
-            v = _load_rows(
-                value, value_row, key_of, n, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, not at_edge
-            )
+            v = _load_rows(value, key_row, key_of, n, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, not at_edge)
             of_weights = _product(
-                g, v, grad_output, grad_row, row, L, value, value_row, key_of, n, VALUE_SIZE,
+                g, v, grad_output, grad_row, row, L, value, key_row, key_of, n, VALUE_SIZE,
                 BLOCK_V, CHUNK, PRECISION,
             )  # fmt: skip
             if seed is not None:
@@ -758,7 +776,7 @@ def backward_queries(
 def backward_mask(
     query,  # [B, H, L, D]
     key,  # [B, Hk, S, D]
-    value,  # [B, Hk, S, Dv]
+    value,  # [B, Hk, S, Dv], with rows as far apart as key's: one set of offsets serves both
     attn_mask,  # [B, H, L, S], with strides of 0 where it has one element
     seed,  # int64 [1]
     key_lengths,  # int64 [B]
@@ -770,7 +788,7 @@ def backward_mask(
     grad_mask,  # [mask's own shape]
     query_batch, query_head, query_row,
     key_batch, key_head, key_row,
-    value_batch, value_head, value_row,
+    value_batch, value_head,
     mask_batch, mask_head, mask_row,
     slopes_batch, slopes_head,
     grad_batch, grad_head, grad_row,
@@ -833,16 +851,16 @@ def backward_mask(
             HAS_LEFT, HAS_RIGHT, True,
         )  # fmt: skip
         head = (b * H + h) * L
-        near = _load_of_rows(shift, head, row, L, float("inf"), BLOCK_L, False)
+        near = _load_of_rows(shift, head, row, L, float("-inf"), BLOCK_L, False)
         sums = _load_of_rows(delta, head, row, L, 0.0, BLOCK_L, False)
-        exponents = tl.fma(scores, factor, -near[:, None])
+        exponents = tl.fma(scores, factor, near[:, None])
         if remainder is not None:
             exponents -= _load_of_rows(remainder, head, row, L, 0.0, BLOCK_L, False)[:, None]
         weights = tl.exp2(exponents)
         g = _load_rows(to_g, grad_row, row, L, 0, VALUE_SIZE, BLOCK_L, BLOCK_V, False)
-        v = _load_rows(to_v, value_row, key_of, n, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, False)
+        v = _load_rows(to_v, key_row, key_of, n, 0, VALUE_SIZE, BLOCK_S, BLOCK_V, False)
         of_weights = _product(
-            g, v, to_g, grad_row, row, L, to_v, value_row, key_of, n, VALUE_SIZE, BLOCK_V, CHUNK,
+            g, v, to_g, grad_row, row, L, to_v, key_row, key_of, n, VALUE_SIZE, BLOCK_V, CHUNK,
             PRECISION,
         )  # fmt: skip
         if seed is not None:

@@ -448,11 +448,12 @@ def _sequence(kernel: Any, architecture: str, dtype: torch.dtype, H: int) -> dic
 def _step_of(architecture: str, dtype: torch.dtype, H: int) -> dict[str, int]:
     """Constants and options of the kernels of a step, for every batch.
 
-    64 rows are what the tensor cores of sm_90 and sm_100 multiply at once. Where a batch has fewer,
-    the rest costs them idle work and no reading, and a step is bound by reading: a program of
-    _forward_step reads 192 H bytes of weights and 128 H of states for 12288 H operations, 38 for
-    each byte, where an H100's tensor cores do 295 for each byte of its memory, by their published
-    peaks. Twice the rows halve the reading of weights for each row.
+    64 rows are what the tensor cores of sm_90 and sm_100 multiply at once, elsewhere 16 for each
+    warp: of fewer, two would multiply the same. Where a batch has fewer, the rest costs them idle
+    work and no reading, and a step is bound by reading: a program of _forward_step reads 192 H
+    bytes of weights and 128 H of states for 12288 H operations, 38 for each byte, where an H100's
+    tensor cores do 295 for each byte of its memory, by their published peaks. Twice the rows halve
+    the reading of weights for each row.
 
     Where H is a multiple of 16, Triton makes wide loads; else each load has an address of its own,
     and with a BLOCK_K of 64 they would spill. float32 has no tensor cores on NVIDIA's.
@@ -460,8 +461,10 @@ def _step_of(architecture: str, dtype: torch.dtype, H: int) -> dict[str, int]:
     if dtype == torch.float32:
         blocks = {"BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_K": 32, "num_stages": 2}
     else:
-        rows, columns = (64 if architecture in ("sm_90", "sm_100") else 32), (32, 64)[H % 16 == 0]
-        blocks = {"BLOCK_B": rows, "BLOCK_H": 32, "BLOCK_K": columns, "num_stages": 3}
+        columns = 64 if H % 16 == 0 else 32
+        blocks = {"BLOCK_B": 64, "BLOCK_H": 32, "BLOCK_K": columns, "num_stages": 3}
+    if architecture.startswith("gfx"):  # instructions of 16 rows, where the compiler takes 32
+        blocks["matrix_instr_nonkdim"] = 16
     return blocks | {"num_warps": 4}
 
 
@@ -481,7 +484,7 @@ def configs(architecture: str) -> Iterator[Config]:
                 yield config._replace(divisible=("H",) if H % 16 == 0 else ())
 
 
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "matrix_instr_nonkdim")
 
 
 def _config(kernel: Any, name: str, dtype: torch.dtype, given: dict[str, int]) -> Config:
