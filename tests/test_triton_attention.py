@@ -156,12 +156,46 @@ def test_blocks(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("window_size", [(1, 1), (62, -1), (-1, 62)], ids=str)
+def test_windows_that_end_beside_a_tile(window_size: tuple[int, int]) -> None:
+    """With its first key, and before its last."""
+    values = features.drawn((1, 1, 130, 130, 8), torch.float16, 0, window_size=window_size)
+    features.check(lambda seed: values, 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mask", [(1, 1, 150, 200), (2, 1, 1, 200), (1, 2, 150, 1), (1, 1, 1, 1)], ids=str
 )
 def test_gradient_of_a_shared_mask(mask: tuple[int, ...]) -> None:
     """Of several tiles, and of several for one element."""
     check(2, 2, 150, 200, 8, dtype=torch.float32, mask=mask)
+
+
+@pytest.mark.parametrize("L", [3, 60])
+def test_padding_is_not_read(L: int) -> None:
+    features.TestParity().test_padding_is_not_read(0, L, torch.float16)
+
+
+def test_gradients_of_padding_are_zeros_beside_nan() -> None:
+    values = features.drawn((2, 1, 5, 70, 8), torch.float16, 0, lengths=(0.9, 0.3))
+    values["query"][:, :, 2] = torch.nan
+    for gradient in with_gradients(features.op, values)[3:]:
+        assert gradient[0, :, :63].isnan().all()
+        assert not gradient[0, :, 63:].any()
+        assert not gradient[1, :, 21:].any()
+
+
+def test_lengths_that_do_not_fit_are_cut() -> None:
+    """As those of sequences are."""
+    q, k = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 70, 8)
+    results = []
+    for lengths in ([0, 70], [-3, 1000]):
+        rest = (torch.tensor(lengths), None, -1, -1, 0.0)
+        forward = torch.ops.genkernels.attention_forward(q, k, k, None, None, 0.0, 0, 1.0, *rest)
+        saved = (q, None, q, k, k, None, None, *forward, 0.0, 0, 1.0, False, *rest)
+        results.append([*forward, *torch.ops.genkernels.attention_backward(*saved)])
+    assert_bitwise_equal(*results)
 
 
 def test_mask_of_any_strides() -> None:
