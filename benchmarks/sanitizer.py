@@ -33,7 +33,7 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 from benchmarks.workers import ROOT
 
 SPACE = 48  # bits of an argument's addresses; it begins in the middle
-NOBODY, SEVERAL = -1, -2
+NOBODY, SEVERAL = 0, -1  # beside programs, which are counted from 1
 CONVERT, LAUNCH = interpreter._implicit_cvt, GridExecutor.__call__
 LOAD, PLAIN_LOAD = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_load
 STORE, PLAIN_STORE = InterpreterBuilder.create_masked_store, InterpreterBuilder.create_store
@@ -45,7 +45,8 @@ class Finding(Exception):
 
 
 class History(NamedTuple):
-    """Which program did what to each element of a storage, in one launch."""
+    """Which program did what to each element of a storage, in one launch. Zeros, so that of a
+    storage with gaps no memory is taken but for what is touched."""
 
     wrote: np.ndarray
     read: np.ndarray
@@ -148,7 +149,7 @@ class Sanitizer:
         key = storage.data_ptr(), itemsize
         if key not in self._histories:
             count = storage.nbytes() // itemsize
-            self._histories[key] = History(*(np.full(count, NOBODY) for _ in History._fields))
+            self._histories[key] = History(*(np.zeros(count, np.int32) for _ in History._fields))
         place = next(self._names), tensor.data_ptr(), itemsize
         start = tensor.storage_offset()
         self._arguments.append(Argument(*place, is_element, start, self._histories[key]))
@@ -197,15 +198,15 @@ class Sanitizer:
     ) -> None:
         wrote, read, holds = argument.history
         at = at + argument.start
-        program = int(np.ravel_multi_index(builder.grid_idx, builder.grid_dim))
+        program = 1 + int(np.ravel_multi_index(builder.grid_idx, builder.grid_dim))
         is_raced = (wrote[at] != NOBODY) & (wrote[at] != program)
         if is_store:
             is_raced |= (read[at] != NOBODY) & (read[at] != program)
         if is_raced.any():
             way = "stores to" if is_store else "loads"
             raise Finding(
-                f"{where}: program {program} {way} {is_raced.sum()} elements of {argument.name} "
-                "that another program of the launch stores to or loads"
+                f"{where}: program {program - 1} {way} {is_raced.sum()} elements of "
+                f"{argument.name} that another program of the launch stores to or loads"
             )
         if not is_store:
             if (holds[at] == program).any():
