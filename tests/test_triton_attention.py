@@ -15,6 +15,7 @@ from test_gru import assert_bitwise_equal, dtype_id, with_gradients
 import genkernels
 from genkernels import triton
 from genkernels.ops.attention import unbind_heads
+from genkernels.reference.attention import Features
 
 pytestmark = pytest.mark.skipif(
     not triton.IS_INTERPRETED, reason="TRITON_INTERPRET=1: not set (make triton-check sets it)"
@@ -164,6 +165,18 @@ def test_windows_that_end_beside_a_tile(window_size: tuple[int, int]) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_outside_of_a_window_is_not_computed() -> None:
+    """Beside NaN a weight of zero would be NaN: in the forward pass in tiles of up to 128 rows, and
+    in the backward pass beside these."""
+    values = features.drawn((1, 1, 640, 640, 8), torch.float16, 0, window_size=(5, 5))
+    for name in TENSORS:
+        values[name][:, :, [0, -1]] = torch.nan
+    for result in with_gradients(features.op, values):
+        assert result[:, :, 256:384].isfinite().all()
+        assert result[:, :, 0].isnan().all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mask", [(1, 1, 150, 200), (2, 1, 1, 200), (1, 2, 150, 1), (1, 1, 1, 1)], ids=str
 )
@@ -198,13 +211,55 @@ def test_lengths_that_do_not_fit_are_cut() -> None:
     assert_bitwise_equal(*results)
 
 
+# B, L, and how far apart batches and rows are.
+FAR = {
+    "rows": (1, 330, 0, 2**23 - 16),
+    "rows_of_a_tile": (1, 70, 0, 2**25),
+    "batches": (5, 2, 2**29, 512),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("B", "L", "batch", "row"), FAR.values(), ids=FAR)
+def test_past_2_to_the_31(B: int, L: int, batch: int, row: int) -> None:
+    """Of what lies between, a page is touched at most."""
+    from genkernels.triton import attention as kernels
+
+    memory = torch.empty(B * batch + L * row, dtype=torch.float16)
+
+    def place(index: int, rows: int, columns: int) -> torch.Tensor:
+        return memory.as_strided((B, 1, rows, columns), (batch, row, row, 1), 16 * index)
+
+    sizes = ((L, 16), (20, 16), (20, 16), (L, 16), (L, 20))
+    near = [torch.randn(B, 1, *size).half() for size in sizes]
+    q, k, v, g, mask = (place(n, *size).copy_(near[n]) for n, size in enumerate(sizes))
+    # Results of a tile's rows are never that far apart: launchers make them.
+    are_near = row >= 2**23
+    written = (torch.empty_like(near[n]) if are_near else place(6 + n, *sizes[n]) for n in range(4))
+    *grads, output = written
+    statistics, of_mask = torch.empty(2, B, 1, L), torch.empty_like(near[4])
+    call: Any = (q, k, v, mask, None, 0.0, 0, 0.25, Features())
+    kernels._forward(kernels._arguments(*call), output, statistics)
+    saved = (g, None, output, statistics, tuple(grads), of_mask)
+    kernels._backward(kernels._arguments(*call), *saved)
+    q, k, v, g, mask = near
+    settings, rest = (mask, None, 0.0, 0, 0.25), (None, None, -1, -1, 0.0)
+    forward = torch.ops.genkernels.attention_forward(q, k, v, *settings, *rest)
+    call = (g, None, q, k, v, *settings[:2], *forward, *settings[2:], True, *rest)
+    expected = [*torch.ops.genkernels.attention_backward(*call), *forward]
+    assert_bitwise_equal([*grads, of_mask, output, statistics], expected)
+
+
 def test_mask_of_any_strides() -> None:
     values = arguments(2, 2, 20, 70, 8, mask=(2, 2, 70, 20))
     values["attn_mask"] = values["attn_mask"].mT
     assert_op_parity(op, plain, plain, OUTPUTS, values)
 
 
-DECODED = ("lengths", "no_keys", "left", "alibi", "softcap", "lower_right_window", "gqa", "all")
+DECODED = (
+    *("lengths", "no_keys", "left", "alibi", "softcap", "lower_right_window", "gqa", "all"),
+    "dropout",  # which is not
+)
 
 
 @each_dtype
