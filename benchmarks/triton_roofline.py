@@ -112,7 +112,8 @@ def _gru(config: Config) -> Work:
         **dict.fromkeys(("gates", "later", "deltas"), 4 * state * steps),
         **{"projected": 3 * state * steps, "weight_hh": 3 * H**2, "bias_hh": 3 * H},
         **dict.fromkeys(("output", "grad_output", "grad_states"), state * steps),
-        **{"entering": state * steps, "hx": state, "carry": state},
+        # A way back reads the states before all steps, a way forth that before the first.
+        **{"hx": state * (steps if "backward" in name else 1), "carry": state},
     }
     if is_sequence:
         of_loop = 2 * given["BLOCK_B"] * 3 * H**2

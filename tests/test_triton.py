@@ -297,3 +297,18 @@ def test_work_of_attention() -> None:
     assert sum(work.flops for work in backward) == 3.5 * forward.flops
     of_rows = each["attention backward rows, D 64", torch.float16]
     assert of_rows.bytes == 2 * rows * 64 * 2 + 5 * rows * 4
+
+
+def test_work_of_a_gru() -> None:
+    """Bytes counted by hand, of a state of 64 rows and units: the way back reads one for each of
+    128 steps."""
+    each = {
+        c.name: triton_roofline.work(c)
+        for c in triton_table.configs("sm_90")
+        if c.name in ("gru forward, H 64", "gru backward, H 64") and c.dtype == torch.bfloat16
+    }
+    state, weight = 64 * 64 * 2, 3 * 64 * 64 * 2
+    forward = (3 + 1 + 4) * 128 * state + state + weight + 3 * 64 * 2
+    assert each["gru forward, H 64"].bytes == forward
+    backward = (1 + 1 + 4 + 4 + 1) * 128 * state + 2 * state + weight
+    assert each["gru backward, H 64"].bytes == backward
