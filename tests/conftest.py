@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import parity
 import pytest
 import torch
 
@@ -47,11 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     have that of avx512."""
 
     def is_repeated(item: pytest.Item) -> bool:
-        values = (
-            item.callspec.params.values()
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else ()
-        )
+        values = parameters(item).values()
         dtypes = {value for value in values if isinstance(value, torch.dtype)}
         return (
             "avx512_bf16" in [v for v in values if isinstance(v, str)]
@@ -62,6 +60,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     repeated = [item for item in items if is_repeated(item)]
     config.hook.pytest_deselected(items=repeated)
     items[:] = [item for item in items if not is_repeated(item)]
+
+
+def parameters(item: pytest.Item) -> dict[str, Any]:
+    return dict(item.callspec.params) if hasattr(item, "callspec") else {}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """At every SIMD level a case is compared with the same."""
+    values = parameters(item)
+    level = values.get("simd") or values.get("kernel")
+    function = item.nodeid.partition("[")[0]
+    parity.begin_test(function, level and item.nodeid.replace(level, "", 1))
 
 
 @pytest.fixture(params=LEVELS)
