@@ -24,8 +24,10 @@ help:  ## this list
 train: .venv/built .venv/installed  ## train a GRU language model on real text (DATA=notes.txt: on your own)
 	$(BIN)/genkernels train rnn $(if $(DATA),--data "$(DATA)") $(ARGS)
 
+# A process for each core, whose two threads sleep where they would spin: the core is another process's.
 test: .venv/built .venv/installed  ## run the test suite (ARGS='-k gru')
-	$(PY) -m pytest --ignore tests/test_mutation.py $(ARGS)
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile \
+	  --no-loadscope-reorder --ignore tests/test_mutation.py $(ARGS)
 
 triton-check: .venv/built .venv/installed  ## the GPU kernels without a GPU: interpreted, sanitized, and compiled for four architectures
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_*.py $(ARGS)

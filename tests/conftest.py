@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def pytest_terminal_summary(
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what avx512_bf16 repeats: only bfloat16 has code of its own there, the other dtypes
-    have that of avx512."""
+    have that of avx512. Under pytest-xdist, share out the rest."""
 
     def is_repeated(item: pytest.Item) -> bool:
         values = parameters(item).values()
@@ -60,6 +61,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     repeated = [item for item in items if is_repeated(item)]
     config.hook.pytest_deselected(items=repeated)
     items[:] = [item for item in items if not is_repeated(item)]
+    if hasattr(config, "workerinput"):
+        share_out(items)
+
+
+def share_out(items: list[pytest.Item]) -> None:
+    """Files that have slow tests are begun first, then those that have many, so that at the end no
+    worker waits for a long one. A file is one worker's, in its order (`--dist loadfile`)."""
+    counts = Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -counts[item.path]))
 
 
 def parameters(item: pytest.Item) -> dict[str, Any]:
