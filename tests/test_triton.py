@@ -64,7 +64,7 @@ def test_table_of_sm_90() -> None:
 
 @pytest.mark.slow
 def test_interpreter() -> None:
-    """Edge shapes, packed sequences and resets, in a process that interprets."""
+    """Edge shapes, packed sequences and resets, in processes that interpret, one for each core."""
     result = subprocess.run(
         [
             sys.executable,
@@ -73,6 +73,10 @@ def test_interpreter() -> None:
             "-q",
             "-p",
             "no:cacheprovider",
+            "-n",
+            str(len(os.sched_getaffinity(0))),
+            "--dist",
+            "worksteal",
             "-m",
             "not slow",
             *sorted(map(str, Path(__file__).parent.glob("test_triton_*.py"))),

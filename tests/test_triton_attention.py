@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -260,13 +261,16 @@ DECODED = (
     *("lengths", "no_keys", "left", "alibi", "softcap", "lower_right_window", "gqa", "all"),
     "dropout",  # which is not
 )
+QUICKLY_DECODED = (("no_keys", 1, torch.float32), ("no_keys", 3, torch.float16))
 
 
-@each_dtype
-@pytest.mark.parametrize("L", [1, 3])
 @pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, marks=[pytest.mark.slow] * (c != "no_keys")) for c in DECODED],
+    ("case", "L", "dtype"),
+    [
+        pytest.param(*values, marks=[pytest.mark.slow] * (values not in QUICKLY_DECODED))
+        for values in itertools.product(DECODED, (1, 3), (torch.float32, torch.float16))
+    ],
+    ids=lambda value: dtype_id(value) if isinstance(value, torch.dtype) else str(value),
 )
 def test_few_queries(case: str, L: int, dtype: torch.dtype) -> None:
     """Of which the keys are shared out, in three parts."""

@@ -33,6 +33,7 @@ def test_finds_nothing_where_nothing_is_wrong() -> None:
     assert not list(missed())
 
 
+@pytest.mark.slow
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(CASES, "gru", [*CASES["gru"][:4], *CASES["gru"][5:]])
     assert main(["--only", "gru"]) == 0
