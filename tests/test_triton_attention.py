@@ -214,7 +214,7 @@ def test_lengths_that_do_not_fit_are_cut() -> None:
 
 # B, L, and how far apart batches and rows are.
 FAR = {
-    "rows": (1, 330, 0, 2**23 - 16),
+    "rows": (1, 400, 0, 2**23 - 16),
     "rows_of_a_tile": (1, 70, 0, 2**25),
     "batches": (5, 2, 2**29, 512),
 }
@@ -343,6 +343,19 @@ def test_raw_op_reads_within_bounds(op_name: str) -> None:
                 for wrong in (value[1:] if is_value else value[..., :-1], value.half()):
                     with pytest.raises(RuntimeError, match="do not fit"):
                         raw(*full[:index], wrong, *full[index + 1 :])
+
+
+def test_float32_with_a_mask_is_left_to_the_reference_on_sm_100(monkeypatch) -> None:
+    from genkernels.triton import attention as kernels
+
+    monkeypatch.setattr(kernels, "architecture_of", lambda _: "sm_100")
+    values = arguments(1, 1, 3, 4, 5)
+    with_gradients(op, values)  # is not
+    values["attn_mask"] = torch.randn(3, 4)
+    with pytest.warns(UserWarning, match="nothing is added to float32's scores on this GPU"):
+        actual = with_gradients(op, values)
+    for tensor, expected in zip(actual, with_gradients(plain, values), strict=True):
+        torch.testing.assert_close(tensor, expected)
 
 
 def test_large_heads_are_left_to_the_reference() -> None:

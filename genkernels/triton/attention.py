@@ -98,27 +98,36 @@ _TILES: dict[str, dict[Any, tuple[_Tile, ...]]] = {
 }
 
 
-def _tile(kernel: Any, architecture: str, dtype: torch.dtype, size: int, is_plain: bool) -> _Tile:
+def _tile(
+    kernel: Any, architecture: str, dtype: torch.dtype, size: int, is_plain: bool, is_shared: bool
+) -> _Tile:
     """Rows, keys and warps."""
     is_amd, is_wide = architecture.startswith("gfx"), dtype == torch.float32
     if kernel in (kernels.backward_rows, kernels.merge):
         return 64, 64, 4
     if kernel is kernels.decode:
         return DECODE_ROWS, 64, 8 if is_wide and not is_amd else 4
-    # With 4 or 8 warps Triton 3.7 makes TF32 of some "ieee" products of float32 there.
-    if is_wide and architecture == "sm_100" and not is_plain:
-        return 32 if kernel is kernels.backward_keys else 64, 64, 16
     if is_wide or kernel is kernels.backward_mask:
-        return 64, 64, 4 if is_amd else 8
+        is_tight = architecture == "sm_80" and kernel is kernels.backward_keys and size > 64
+        return 32 if is_tight else 64, 64, 4 if is_amd else 8
     beyond = (32, 64) if is_plain else (0, 0, 0, 64)
-    return _TILES[architecture][kernel][sum(size > least for least in beyond)]
+    rows, keys, warps = _TILES[architecture][kernel][sum(size > least for least in beyond)]
+    # Four would spill what counts the heads.
+    return rows, keys, 8 if architecture == "sm_100" and is_shared else warps
 
 
 def config(
-    kernel: Any, architecture: str, dtype: torch.dtype, D: int, Dv: int, is_plain: bool = True
+    kernel: Any,
+    architecture: str,
+    dtype: torch.dtype,
+    D: int,
+    Dv: int,
+    is_plain: bool = True,
+    is_shared: bool = False,
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Constants and the compiler's options, for every batch, length and number of heads. Plain is
-    what adds nothing to scores and drops none.
+    what adds nothing to scores and drops none; shared are keys of several heads, whose gradients
+    one program adds up.
 
     On sm_80 a program takes at most 99 KB of shared memory, which is what the smaller GPUs of its
     kind have. gfx942 has twice as many registers, but not for loads ahead of time. Told how many
@@ -126,7 +135,7 @@ def config(
     first. Fused are those operations alone that say so: the backward pass sees the forward pass's
     very exponents.
     """
-    rows, keys, warps = _tile(kernel, architecture, dtype, max(D, Dv), is_plain)
+    rows, keys, warps = _tile(kernel, architecture, dtype, max(D, Dv), is_plain, is_shared)
     is_amd, is_wide = architecture.startswith("gfx"), dtype == torch.float32
     is_tight = architecture == "sm_80" and kernel is kernels.backward_queries and not is_plain
     constants = {
@@ -177,7 +186,8 @@ def _launch(
     query, value, is_plain = (arguments[name] for name in ("query", "value", "is_plain"))
     architecture, dtype = architecture_of(query.device), query.dtype
     D, Dv = query.size(3), value.size(3)
-    constants, options = config(kernel, architecture, dtype, D, Dv, is_plain)
+    is_shared = arguments["HAS_GROUPS"] and kernel is kernels.backward_keys
+    constants, options = config(kernel, architecture, dtype, D, Dv, is_plain, is_shared)
     parts = _parts(kernel, architecture, dtype, max(D, Dv), is_plain)
     places, blocks = None, rows
     if block in constants:
@@ -328,22 +338,23 @@ def _arguments(
     }
 
 
-def _largest(architecture: str, dtype: torch.dtype, is_plain: bool) -> int:
-    """The largest head size that is served. 16 warps, which float32 there needs for what is not
-    plain, have too few registers for the gradient of larger keys."""
-    is_tight = architecture == "sm_100" and dtype == torch.float32 and not is_plain
-    return 64 if is_tight else LARGEST
+def _serves(architecture: str, dtype: torch.dtype, is_plain: bool) -> bool:
+    """Whether there are kernels. With 4 or 8 warps Triton 3.7 makes TF32 of some "ieee" products of
+    float32 on sm_100, beside what computes more than these; with 16, registers do not suffice."""
+    return is_plain or architecture != "sm_100" or dtype != torch.float32
 
 
 def _is_left(op: str, query: Tensor, value: Tensor, is_plain: bool = True) -> bool:
     """Whether a call is left to the reference, which is said."""
     size = max(query.size(-1), value.size(-1))
-    largest = _largest(architecture_of(query.device), query.dtype, is_plain)
-    if size <= largest:
+    if size > LARGEST:
+        reason = f"heads have at most {LARGEST} elements, and these {size}"
+    elif not _serves(architecture_of(query.device), query.dtype, is_plain):
+        reason = "nothing is added to float32's scores on this GPU, and no weight dropped"
+    else:
         return False
     warnings.warn(
-        f"genkernels.{op} runs the plain PyTorch reference: in the Triton kernel heads have at "
-        f"most {largest} elements, and these {size}",
+        f"genkernels.{op} runs the plain PyTorch reference: in the Triton kernel {reason}",
         stacklevel=2,
     )
     return True
@@ -699,12 +710,12 @@ def configs(architecture: str) -> Iterator[Config]:
     features = ("attn_mask", "seed", "key_lengths", "alibi_slopes")
     few = (torch.float32, torch.bfloat16)
     others = (kernels.decode, kernels.merge, kernels.backward_mask)
-    for dtype, D, kernel in itertools.product(few, (64, 128), (*per_size, *others)):
-        if kernel in others:
+    for dtype, D, kernel in itertools.product(few, (32, 64, 128), (*per_size, *others)):
+        is_served = _serves(architecture, dtype, False)
+        if kernel in others and (is_served or kernel is not kernels.backward_mask):
             yield from _configs(kernel, architecture, dtype, D, "")
         if kernel is kernels.backward_keys:
             yield from _configs(kernel, architecture, dtype, D, ", shared heads", HAS_GROUPS=True)
-        is_served = _largest(architecture, dtype, False) >= D
         if is_served and kernel not in (kernels.backward_rows, kernels.merge):
             yield from _configs(
                 kernel, architecture, dtype, D, ", every feature", *features, **every
@@ -747,7 +758,8 @@ def _configs(
 ) -> Iterator[Config]:
     name, names = kernel.__name__, kernel.arg_names
     is_plain = "attn_mask" not in given and kernel is not kernels.backward_mask
-    constants, options = config(kernel, architecture, dtype, D, D, is_plain)
+    is_shared = flags.get("HAS_GROUPS", False) and kernel is kernels.backward_keys
+    constants, options = config(kernel, architecture, dtype, D, D, is_plain, is_shared)
     constants |= {
         flag: flags.get(flag, flag in ("IS_RAW", "IS_UPPER_LEFT"))
         for flag in _FLAGS
