@@ -25,15 +25,18 @@ train: .venv/built .venv/installed  ## train a GRU language model on real text (
 	$(BIN)/genkernels train rnn $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 # A process for each core, whose two threads sleep where they would spin: the core is another process's.
+PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8
+
 test: .venv/built .venv/installed  ## run the test suite (ARGS='-k gru')
-	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile \
-	  --no-loadscope-reorder --ignore tests/test_mutation.py $(ARGS)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder --ignore tests/test_mutation.py $(ARGS)
 
 triton-check: .venv/built .venv/installed  ## the GPU kernels without a GPU: interpreted, sanitized, and compiled for four architectures
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_*.py $(ARGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/test_triton_*.py $(ARGS)
 	TRITON_INTERPRET=1 $(PY) -m benchmarks.triton_sanitize
-	$(PY) -m benchmarks.triton_table > .venv/triton.md
-	grep '^|' benchmarks/triton.md | tail -n +3 | diff - .venv/triton.md
+	for table in triton_table:triton triton_roofline:triton_roofline; do \
+	  $(PY) -m benchmarks.$${table%:*} > .venv/compiled.md && \
+	  grep '^|' benchmarks/$${table#*:}.md | tail -n +3 | diff - .venv/compiled.md || exit 1; \
+	done
 
 cuda-check: .venv/dependencies  ## the CUDA kernels compiled for three architectures, without a GPU (needs nvcc)
 	$(PY) -m benchmarks.cuda_table $(ARGS)

@@ -64,6 +64,25 @@ def test_table_of_sm_90() -> None:
     assert len(found) > 20
 
 
+def test_estimates_of_sm_90() -> None:
+    """The committed estimates of attention with heads of 64 in bfloat16, and of what it is compared
+    with, made again; `make triton-check` makes all."""
+
+    def is_compared(name: str) -> bool:
+        return name.endswith((", D 64", ", D 64, causal"))
+
+    rows = triton_table.rows(
+        triton_roofline.estimated_row,
+        ["sm_90"],
+        lambda config: config.dtype == torch.bfloat16 and is_compared(config.name),
+    )
+    found, faults = zip(*rows, strict=True)
+    committed = lines(triton_roofline.TABLE, "bfloat16", "H100")
+    assert [line for line in committed if is_compared(line.split(" | ")[0])] == list(found)
+    assert not any(faults)
+    assert len([line for line in found if line.split(" | ")[-2]]) == 6  # are compared
+
+
 @pytest.mark.slow
 def test_interpreter() -> None:
     """Edge shapes, packed sequences and resets, in processes that interpret, one for each core."""
