@@ -68,6 +68,7 @@ class Work(NamedTuple):
 B, HEADS, L, SPLITS = 2, 16, 4096, 8  # of attention, with as many keys; to decode, one query
 GRU_B, GRU_H, GRU_T = 64, 512, 128  # of a step; and the steps of a sequence
 N, K, V = 8192, 1024, 32768  # rows, features and classes of linear_cross_entropy
+RANGES = 8  # of classes, each with statistics of every row
 PROBLEMS = f"""attention: B {B}, H {HEADS}, L = S = {L}, and to decode L 1;
 GRU: B {GRU_B}, a step of H {GRU_H}, or {GRU_T} steps of the H that is named;
 linear_cross_entropy: {N} rows, {K} features, {V} classes"""
@@ -125,7 +126,12 @@ def _gru(config: Config) -> Work:
 
 def _linear_cross_entropy(config: Config) -> Work:
     given = config.constants
-    elements = {"input": N * K, "sums": N * K, "linear_weight": V * K, "gradient": N * V}
+    of_ranges = ("most", "total", "of_target", "distance", "best", "nan")
+    of_rows = ("target", "losses", "target_weights", "shifts", "ratios", "steps", "prediction")
+    elements = {
+        **{"input": N * K, "sums": N * K, "linear_weight": V * K, "gradient": N * V},
+        **dict.fromkeys(of_ranges, RANGES * N) | dict.fromkeys(of_rows, N),
+    }
     if not config.has_products:
         return Work(0, _bytes(config, elements), 0)
     of_loop = 2 * given["BLOCK_N"] * given["BLOCK_V"] * given["BLOCK_K"]
