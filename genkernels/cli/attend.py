@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..data import MASK, InputError, Tokenizer, spell_answer, spell_masked
 from ..models import BERT, T5, attention_maps
-from ..training import load_checkpoint, plot_attention, replace_file
+from ..training import TASKS, TokenTask, load_checkpoint, plot_attention, replace_file
 from . import options
-from .generate import prompt_tokens
 
 _MOST_TOKENS = 128  # that a picture shows so that one can read them
 _MOST_ANSWERED = 64
@@ -50,7 +49,9 @@ def attend(
     model, tokenizer, _ = load_checkpoint(checkpoint, which)
     if not hasattr(model, "functions"):
         raise InputError(f"{checkpoint}: a {model.name} has no attention; expected gpt, bert or t5")
-    tokens = prompt_tokens(model, tokenizer, text)  # [1, S]
+    task_class = TASKS[model.name]
+    assert issubclass(task_class, TokenTask)
+    tokens = task_class.read_prompt(model, tokenizer, text)  # [1, S]
     longest = min(getattr(model.config, "context_length", _MOST_TOKENS), _MOST_TOKENS)
     if tokens.shape[1] > longest:
         raise InputError(f"--prompt: {tokens.shape[1]} tokens; expected at most {longest}")

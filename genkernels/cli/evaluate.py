@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from ..data import DEFAULT_CORPUS, InputError, load_text
+from ..data import DEFAULT_CORPUS, InputError
 from ..training import TASKS, load_checkpoint
-from ..training.tasks.task import digest_of
 from . import options
 from .report import evaluation_lines
 from .train import data_of
@@ -39,15 +38,18 @@ def evaluate(
         genkernels evaluate runs/gpt --which last
     """
     loaded = load_checkpoint(checkpoint, which)
+    task_class = TASKS[loaded.model.name]
     if data is None:
         data = data_of(loaded.training)
         digest = loaded.training.get("digest")  # older checkpoints have none
-        if not whole and digest not in (None, digest_of(load_text(data))):
+        if not whole and digest not in (
+            None,
+            task_class.of(data).digest_of(data, loaded.model.config),
+        ):
             raise InputError(
                 f"{data or DEFAULT_CORPUS}: has changed since {checkpoint} learned from it, "
                 "perhaps what would be held out; expected it as it was, --whole or --data"
             )
-    task_class = TASKS[loaded.model.name].of(data)
-    result, baseline = task_class.measure(loaded, data, whole)
+    result, baseline = task_class.of(data).measure(loaded, data, whole)
     for line in evaluation_lines(result, baseline):
         print(line)

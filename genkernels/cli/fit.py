@@ -15,8 +15,8 @@ from typing import Any
 
 import genkernels
 
-from ..training import RunFolder, Task, Training, Which
-from .report import TrainingDisplay, calls_between
+from ..training import RunFolder, SampleFile, Task, Which
+from .report import TrainingDisplay, calls_between, keep_sample
 
 # In a run: often enough to draw a curve, seldom enough to cost about 1% of the time.
 _EVALUATIONS = 20
@@ -27,10 +27,10 @@ _SAMPLE_TOKENS = 48
 class History:
     """What a run did so far.
 
-    training: the loss of each step, in nats per target.
+    training: the loss of each step, in nats per target where the task has a scale for it.
     held_out: (step, the task's figure) of each evaluation.
     calls: how often each (op, backend) ran.
-    tokens, seconds: how many were read, and in what time.
+    tokens, seconds: how many of the task's items were read, and in what time.
     """
 
     training: list[float] = field(default_factory=list)
@@ -62,7 +62,7 @@ def _split_keys(calls: Any) -> Iterator[tuple[tuple[str, str], int]]:
 
 
 def fit(
-    training: Training,
+    training: Any,
     task: Task,
     history: History,
     folder: RunFolder,
@@ -95,7 +95,7 @@ def fit(
 
     with (
         _curves(tensorboard, training.number) as curves,
-        TrainingDisplay(task.unit, task.kernel) as display,
+        TrainingDisplay(task) as display,
         _Interrupts() as interrupts,
     ):
         for step in training:
@@ -120,16 +120,20 @@ def fit(
             if interrupts.count:  # shows nothing more: the terminal may be gone
                 break
             display.step(step)
-            curves.add_scalar(f"training, {task.unit}", step.loss * task.scale, step.number)
+            name = "loss" if task.scale is None else f"training, {task.unit}"
+            curves.add_scalar(name, step.loss * (task.scale or 1), step.number)
             curves.add_scalar("learning rate", step.learning_rate, step.number)
             if is_row:
                 loss = statistics.fmean(history.training[row_step:])
                 speed = row_tokens / row_seconds
-                display.row(step, loss, loss * task.scale, figure, speed, history.calls)
+                figures = [figure] if task.scale is None else [loss * task.scale, figure]
+                display.row(step, loss, figures, speed, history.calls)
                 curves.add_scalar(f"held-out, {task.unit}", figure, step.number)
                 if sample:
-                    text = task.sample(training.model, _SAMPLE_TOKENS, seed + step.number)
-                    display.sample(text)
+                    made = task.sample(training.model, _SAMPLE_TOKENS, seed + step.number)
+                    if isinstance(made, SampleFile):
+                        made = keep_sample(made, folder.path, f"sample-{step.number}")
+                    display.sample(made)
                 row, row_step, row_tokens, row_seconds = _row(training), step.number, 0, 0.0
             if step.number == stop_after:
                 break
@@ -138,7 +142,7 @@ def fit(
         return bool(interrupts.count)
 
 
-def _row(training: Training) -> int:
+def _row(training: Any) -> int:
     return math.floor(training.progress * _EVALUATIONS + 1e-9)
 
 

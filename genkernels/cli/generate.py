@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import typer
-from torch import Tensor
 
-from ..data import (
-    MASK,
-    InputError,
-    TextStream,
-    Tokenizer,
-    clean_text,
-    encode_masked,
-    encode_source,
-    spell_answer,
-    spell_masked,
-)
-from ..models import BERT, T5, CausalModel
+from ..data import InputError
 from ..models.config import MAX_SIZE
-from ..training import labels_of, load_checkpoint
+from ..training import TASKS, Request, load_checkpoint
 from . import options
-
-_CANDIDATES = 5
 
 
 def generate(
+    context: typer.Context,
     checkpoint: options.Checkpoint = options.DEFAULT_CHECKPOINT,
     which: options.WhichWeights = "best",
     prompt: options.Prompt = None,
@@ -72,66 +56,16 @@ def generate(
         genkernels generate runs/bert --prompt "The [MASK] of a class"
         genkernels generate runs/t5 --prompt "The <extra_id_0> of a class"
     """
-    text = options.cleaned(prompt)
-    model, tokenizer, training = load_checkpoint(checkpoint, which)
-    tokens = prompt_tokens(model, tokenizer, text)  # [1, P]
-    if isinstance(model, BERT):
-        if model.config.num_classes is None:
-            _print_filled(model, tokenizer, tokens, top_k or _CANDIDATES)
-        else:
-            _print_classes(model, tokens, labels_of(model, training))
-        return
-    tokens = tokens.expand(num_samples, -1)  # [B, P]
-    generator = torch.Generator().manual_seed(seed)
-    new = model.stream(tokens, max_new_tokens, temperature, top_k, top_p, generator)
-    decode = tokenizer.decode
-    if isinstance(model, T5):
-        tokens, decode = tokens[:, :0], functools.partial(spell_answer, tokenizer=tokenizer)
-    # Cleaned: a control sequence that the model made up must not reach the terminal.
-    if num_samples == 1:
-        stream = TextStream(decode)
-        for token in itertools.chain([tokens], new):  # [1, P], then [1, 1]
-            print(stream.add(token[0]), end="", flush=True)
-        print(stream.end())
-        return
-    for number, row in enumerate(torch.cat([tokens, *new], dim=1), 1):
-        print(f"--- sample {number}\n{clean_text(decode(row))}")
-
-
-def prompt_tokens(model: Any, tokenizer: Tokenizer, text: str | None) -> Tensor:
-    """Return what `model` reads of a prompt, int64 [1, N]."""
-    if isinstance(model, CausalModel):
-        return tokenizer.encode(text or "\n")[None]
-    if text is None:
-        raise InputError(f"--prompt: missing; expected a text for the {model.name} to read")
-    if isinstance(model, T5):
-        return encode_source(text, tokenizer)[None]
-    input = encode_masked(text, tokenizer)[None]
-    longest = model.config.context_length
-    if input.shape[1] > longest:
-        raise InputError(f"--prompt: {input.shape[1] - 2} tokens; expected at most {longest - 2}")
-    if model.config.num_classes is None and MASK not in text:
-        raise InputError(f"--prompt: nothing to fill in; expected {MASK} in it")
-    return input
-
-
-@torch.no_grad()
-def _print_filled(model: BERT, tokenizer: Tokenizer, input: Tensor, k: int) -> None:
-    """Print the text with the likeliest tokens in it, and all candidates of each gap."""
-    fillings = model.fill_mask(input, min(k, tokenizer.vocab_size))
-    filled = input.masked_scatter(input == model.special_tokens.mask, fillings.token[:, 0])
-    print(clean_text(spell_masked(filled[0], tokenizer)))
-    for number, (shares, tokens) in enumerate(zip(*fillings, strict=True), 1):
-        candidates = (
-            f"{clean_text(tokenizer.decode(token[None]))!r} {share:.1%}"
-            for share, token in zip(shares.tolist(), tokens, strict=True)
-        )
-        print(f"{MASK} {number}: {', '.join(candidates)}")
-
-
-@torch.no_grad()
-def _print_classes(model: BERT, input: Tensor, labels: list[str]) -> None:
-    """Print the labels and how likely they are, the likeliest first."""
-    shares, order = model.classify(input)[0].softmax(-1).sort(descending=True)
-    for share, index in zip(shares.tolist(), order.tolist(), strict=True):
-        print(f"{share:7.2%}  {labels[index]}")
+    request = Request(
+        options.cleaned(prompt), max_new_tokens, temperature, top_k, top_p, num_samples, seed
+    )
+    loaded = load_checkpoint(checkpoint, which)
+    task_class = TASKS[loaded.model.name]
+    for name in options.given(context, vars(request)):
+        if name not in task_class.options:
+            known = ", ".join(map(options.spelled, sorted(task_class.options)))
+            raise InputError(
+                f"{options.spelled(name)}: means nothing to a {loaded.model.name}; expected {known}"
+            )
+    for text in task_class.generate(loaded, request):
+        print(text, end="", flush=True)

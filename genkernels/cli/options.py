@@ -56,6 +56,19 @@ def cleaned(prompt: str | None) -> str | None:
     return text
 
 
+def given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the values of options that were given on the command line."""
+    return {
+        name: value
+        for name, value in values.items()
+        if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
+    }
+
+
+def spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def presets_help(presets: Mapping[str, Preset]) -> str:
     """Return the names of the presets and their values, as options are written."""
     texts = ["Named settings."]

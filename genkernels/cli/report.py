@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from ..backend import simd_level
-from ..training import Baseline, Evaluation, Step, TokenEvaluation
+from ..training import Baseline, Measures, SampleFile, Step, Task, replace_file
 
 _SAMPLE_WIDTH = 80
 
 Calls = Mapping[tuple[str, str], int]
 
 
-def evaluation_lines(
-    result: Evaluation | TokenEvaluation, baseline: Baseline | None
-) -> Iterator[str]:
+def evaluation_lines(result: Measures, baseline: Baseline | None) -> Iterator[str]:
     """Yield the measures, a line each, the first ones beside a simpler model's."""
     others = baseline.values if baseline else []
     for (name, value), other in itertools.zip_longest(result.rows(), others):
@@ -48,16 +47,13 @@ def backend_names(calls: Calls, part: str = "") -> str:
 
 
 class TrainingDisplay:
-    """A table with a row for each evaluation; on a terminal also a progress bar below it.
+    """A table with a row for each evaluation; on a terminal also a progress bar below it."""
 
-    Args:
-        unit: of the two columns that are to be compared.
-        kernel: what the names of those ops have in them whose backends are shown.
-    """
-
-    def __init__(self, unit: str, kernel: str) -> None:
-        self._unit = unit
-        self._kernel = kernel
+    def __init__(self, task: Task) -> None:
+        self._kernel = task.kernel
+        # Beside the figure its like in training, where the losses are of that kind.
+        figures = f"{task.unit:>10}" + ("" if task.scale is None else "   held-out")
+        self._heading = f"    step     loss {figures} {task.items + '/s':>11}  {task.kernel} kernel"
         self.console = Console(highlight=False, markup=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -72,9 +68,7 @@ class TrainingDisplay:
 
     def __enter__(self) -> TrainingDisplay:
         self._bar.start()
-        self.console.print(
-            f"    step     loss {self._unit:>10}   held-out    tokens/s  {self._kernel} kernel"
-        )
+        self.console.print(self._heading)
         return self
 
     def __exit__(
@@ -91,12 +85,22 @@ class TrainingDisplay:
         self._bar.update(self._task, completed=step.progress, description=description)
 
     def row(
-        self, step: Step, loss: float, training: float, held_out: float, speed: float, calls: Calls
+        self, step: Step, loss: float, figures: Sequence[float], speed: float, calls: Calls
     ) -> None:
+        """Show the mean loss, and the `figures` of training, if they are shown, and held-out."""
+        shown = "".join(f" {figure:10.4f}" for figure in figures)
         self.console.print(
-            f"{step.number:8,} {loss:8.4f} {training:10.4f} {held_out:10.4f} {speed:11,.0f}"
+            f"{step.number:8,} {loss:8.4f}{shown} {speed:11,.0f}"
             f"  {backend_names(calls, self._kernel)}"
         )
 
     def sample(self, text: str) -> None:
         self.console.print(f"         {' '.join(text.split())[:_SAMPLE_WIDTH]}")
+
+
+def keep_sample(sample: SampleFile, folder: Path, name: str) -> str:
+    """Write a sample into the folder of a run, and return the file's name."""
+    name += sample.suffix
+    with replace_file(folder / name) as path:
+        path.write_bytes(sample.content)
+    return name

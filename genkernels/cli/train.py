@@ -18,17 +18,16 @@ from ..training import (
     TASKS,
     Comparison,
     RunFolder,
+    SampleFile,
     Task,
-    Training,
-    TrainingConfig,
-    compare_step_time,
     load_checkpoint,
     load_state,
     plot_loss,
     replace_file,
 )
+from . import options
 from .fit import History, fit
-from .report import evaluation_lines, kernel_calls
+from .report import evaluation_lines, keep_sample, kernel_calls
 
 _SAMPLE_TOKENS = 300
 _DRY_STEPS = 4
@@ -38,7 +37,7 @@ class _Run(NamedTuple):
     """A run that is about to begin, or to go on."""
 
     task: Task
-    training: Training
+    training: Any  # what the task returned of that name
     history: History
     seed: int
 
@@ -46,11 +45,7 @@ class _Run(NamedTuple):
 def train_model(model: str, context: typer.Context, **values: Any) -> None:
     """Train as the options say, those of a command named as in `options`."""
     task_class = TASKS[model]
-    given = {
-        name: value
-        for name, value in values.items()
-        if (source := context.get_parameter_source(name)) and source.name != "DEFAULT"
-    }
+    given = options.given(context, values)
     if not values["dry_run"]:
         _train(task_class, values, given, values["output"])
         return
@@ -68,7 +63,7 @@ def train_model(model: str, context: typer.Context, **values: Any) -> None:
 
 def _tiny(sizes: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return the sizes and settings of a dry run, such that they go with those that were given."""
-    tiny = sizes | {"steps": _DRY_STEPS}
+    tiny = {"steps": _DRY_STEPS} | sizes
     if "num_heads" in given:  # which have to divide the width
         tiny["embedding_dim"] += -tiny["embedding_dim"] % given["num_heads"]
     elif "num_heads" in tiny and "embedding_dim" in given:
@@ -97,27 +92,26 @@ def _train(
         "digest": task.digest,
         "preset": values["preset"],
         "seed": seed,
-        "baseline": [task.baseline.name, task.baseline.figure],
+        "baseline": task.baseline and [task.baseline.name, task.baseline.figure],
         **task.record,
     }
-    tokenizer = task.tokenizer
-    with RunFolder(output, model, tokenizer, record, values["resume"]) as folder:
-        batch = training.batches.batch(0)
-        sizes = dataclasses.asdict(task.sizes)
-        vocab_size = sizes.pop("vocab_size")
-        shown = ", ".join(f"{name.replace('_', ' ')} {size}" for name, size in sizes.items())
+    with RunFolder(output, model, task.tokenizer, record, values["resume"]) as folder:
         print(
             f"data            {task.source}: {task.describe()}\n"
             f"model           {sum(p.numel() for p in model.parameters()):,} parameters: "
-            f"{vocab_size:,} tokens ({tokenizer.name}), {shown}\n"
-            f"training        {config.optimizer}, batches of {batch[0].shape[0]} x "
-            f"{batch[0].shape[1]} tokens, seed {seed}, threads {torch.get_num_threads()}"
+            f"{_describe_sizes(task)}\n"
+            f"training        {task.describe_training(config)}, seed {seed}, "
+            f"threads {torch.get_num_threads()}"
         )
         comparison = None
         if values["resume"]:
             print(f"resumed         after step {training.number:,} of {output}")
-        elif values["compare"]:
-            comparison = _compare(run, seconds=0.5 if is_dry else 8.0)
+        elif task.plain and values["compare"]:
+            comparison = task.compare(training, seconds=0.5 if is_dry else 8.0)
+            print(
+                f"step time       {1e3 * comparison.model:.1f} ms, on {task.plain} "
+                f"{1e3 * comparison.baseline:.1f} ms (medians, steps in turn)"
+            )
         try:
             is_interrupted = fit(
                 training,
@@ -141,6 +135,15 @@ def _train(
         raise typer.Abort(_interrupted(training.number, output))
 
 
+def _describe_sizes(task: Task) -> str:
+    sizes = dataclasses.asdict(task.sizes)
+    parts = []
+    if task.tokenizer:
+        parts.append(f"{sizes.pop('vocab_size'):,} tokens ({task.tokenizer.name})")
+    parts += [f"{name.replace('_', ' ')} {size}" for name, size in sizes.items()]
+    return ", ".join(parts)
+
+
 def _interrupted(steps: int, output: Path) -> str:
     return f"interrupted after step {steps}; {output} has it, for --resume to go on"
 
@@ -161,7 +164,7 @@ def _new(task_class: type[Task], values: dict[str, Any], given: dict[str, Any]) 
         raise InputError(str(error)) from error
     torch.manual_seed(seed)
     model = task.model_class(task.sizes)
-    return _Run(task, Training(model, task.batches, config), History(), seed)
+    return _Run(task, task.training(model, config), History(), seed)
 
 
 def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _Run:
@@ -173,13 +176,13 @@ def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _
     state = load_state(output)
     try:
         digest, seed = record["digest"], record["seed"]
-        config = TrainingConfig(**record["settings"])
+        config = task_class.config_class(**record["settings"])
         history = History.from_json(record["history"])
         known = dataclasses.asdict(model.config) | record["settings"] | record
         for option, value in given.items():
             if option in known.keys() - {"data", "steps", "minutes"} and value != known[option]:
                 raise InputError(
-                    f"--{option.replace('_', '-')}: {value}, but the run in {output} has "
+                    f"{options.spelled(option)}: {value}, but the run in {output} has "
                     f"{known[option]}; expected the same, or a new run without --resume"
                 )
         data = given.get("data") or data_of(record)
@@ -190,7 +193,7 @@ def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _
                 f"{task.source}: is not what the run in {output} learns from; "
                 f"expected {record['data']} as it was, or a new run without --resume"
             )
-        training = Training(model, task.batches, config)
+        training = task.training(model, config)
         training.load_state_dict(state)
     except InputError:
         raise
@@ -211,7 +214,7 @@ def _override(config: Any, given: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **{k: v for k, v in given.items() if k in names})
 
 
-def _with_length(config: TrainingConfig, given: dict[str, Any]) -> TrainingConfig:
+def _with_length(config: Any, given: dict[str, Any]) -> Any:
     """Return `config` with the length that was given: either kind replaces both."""
     steps, minutes = given.get("steps"), given.get("minutes")
     if steps is None and minutes is None:
@@ -219,37 +222,23 @@ def _with_length(config: TrainingConfig, given: dict[str, Any]) -> TrainingConfi
     return dataclasses.replace(config, steps=steps, minutes=minutes)
 
 
-def _compare(run: _Run, seconds: float) -> Comparison:
-    """Time a training step of the model and of its twin in plain PyTorch, and print both."""
-    task, training = run.task, run.training
-    with torch.random.fork_rng(devices=[]):  # dropout is the same whether or not it is timed
-        twin = task.twin(training.model)
-    comparison = compare_step_time(
-        training.model, twin, training.batches.batch(0), training.config, seconds
-    )
-    print(
-        f"step time       {1e3 * comparison.model:.1f} ms, on {task.plain} "
-        f"{1e3 * comparison.baseline:.1f} ms (medians, steps in turn)"
-    )
-    return comparison
-
-
 def _report(run: _Run, output: Path, comparison: Comparison | None, is_dry: bool) -> None:
     """Draw the curve, and print how good the best checkpoint is."""
     task, training, history, seed = run
     best, _, record = load_checkpoint(output)
     result = task.evaluate(best)
-    curve = output / LOSS_CURVE
+    curve, scale, baseline = output / LOSS_CURVE, task.scale, task.baseline
+    losses = [] if scale is None else [loss * scale for loss in history.training]
     with replace_file(curve) as file:
         plot_loss(
             file,
-            [(step, loss * task.scale) for step, loss in enumerate(history.training, 1)],
+            [*enumerate(losses, 1)],
             history.held_out,
-            (task.baseline.name, task.baseline.figure),
+            baseline and (baseline.name, baseline.figure),
             task.unit,
         )
-    print("\n".join(["", *evaluation_lines(result, task.baseline)]))
-    print(f"tokens/s        {history.tokens_per_second:,.0f}")
+    print("\n".join(["", *evaluation_lines(result, baseline)]))
+    print(f"{task.items + '/s':<15} {history.tokens_per_second:,.0f}")
     print(f"kernels         {kernel_calls(history.calls)}")
     if comparison:
         print(f"speed-up        {comparison.speed_up:.2f}x over {task.plain}")
@@ -259,6 +248,10 @@ def _report(run: _Run, output: Path, comparison: Comparison | None, is_dry: bool
         print(f"checkpoint      {output}: {steps}")
     if training.progress < 1:
         print(f"to be continued with --resume: {training.progress:.0%} of the run is done")
-    print(f"sample          ({task.sample_heading})")
-    text = task.sample(best, _SAMPLE_TOKENS, seed)
-    print(textwrap.indent(text, "  | ", lambda line: True))
+    sample = task.sample(best, _SAMPLE_TOKENS, seed)
+    if isinstance(sample, SampleFile):
+        name = keep_sample(sample, output, "sample")
+        print(f"sample          {name if is_dry else output / name} ({task.sample_heading})")
+    else:
+        print(f"sample          ({task.sample_heading})")
+        print(textwrap.indent(sample, "  | ", lambda line: True))

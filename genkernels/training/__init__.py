@@ -12,7 +12,7 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .comparison import Comparison, compare_step_time
-from .evaluation import Evaluation, TokenEvaluation, evaluate, evaluate_batches
+from .evaluation import Evaluation, Measures, TokenEvaluation, evaluate, evaluate_batches
 from .loop import (
     OptimizerName,
     ScheduleName,
@@ -24,7 +24,7 @@ from .loop import (
 )
 from .plot import plot_attention, plot_loss
 from .presets import BERT_PRESETS, GPT_PRESETS, RNN_PRESETS, T5_PRESETS, Preset
-from .tasks import TASKS, Baseline, Task, labels_of
+from .tasks import TASKS, Baseline, Request, SampleFile, Task, TokenTask
 
 __all__ = [
     "BERT_PRESETS",
@@ -37,20 +37,23 @@ __all__ = [
     "Checkpoint",
     "Comparison",
     "Evaluation",
+    "Measures",
     "OptimizerName",
     "Preset",
+    "Request",
     "RunFolder",
+    "SampleFile",
     "ScheduleName",
     "Step",
     "Task",
     "TokenEvaluation",
+    "TokenTask",
     "Training",
     "TrainingConfig",
     "Which",
     "compare_step_time",
     "evaluate",
     "evaluate_batches",
-    "labels_of",
     "load_checkpoint",
     "load_state",
     "plot_attention",

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder of JSON config, the tokenizer and safetensors weights. Never a pickle."""
+"""Checkpoints: a folder of JSON config, a tokenizer and safetensors weights. Never a pickle."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ ONLY_WEIGHTS = "model.safetensors"  # of a checkpoint that an older version wrot
 LOSS_CURVE = "loss.png"
 FILES = {CONFIG, *WEIGHTS.values(), ONLY_WEIGHTS, LOSS_CURVE, BPETokenizer.file}
 FORMAT = "genkernels-1"
+_SAMPLE = re.compile(r"sample(-\d+)?\.(png|wav)")
 _TEMPORARY = ".genkernels-"
 # Before the names of tensors that continue a run. No weight has it: `training` is a module's mode.
 _STATE = "training."
@@ -32,10 +34,13 @@ _METADATA = "training"
 
 
 class Checkpoint(NamedTuple):
-    """A trained model, its tokenizer, and what its training wrote down."""
+    """A trained model, its tokenizer, and what its training wrote down.
+
+    tokenizer: a `Tokenizer`; None of a model that reads no tokens.
+    """
 
     model: Any
-    tokenizer: Tokenizer
+    tokenizer: Any
     training: dict[str, Any]
 
 
@@ -55,7 +60,7 @@ class RunFolder(contextlib.ExitStack):
         self,
         path: Path,
         model: nn.Module,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         training: dict[str, Any],
         resume: bool = False,
     ) -> None:
@@ -81,7 +86,7 @@ class RunFolder(contextlib.ExitStack):
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, tokenizer: Tokenizer, training: dict[str, Any]
+    folder: Path, model: nn.Module, tokenizer: Tokenizer | None, training: dict[str, Any]
 ) -> None:
     """Write model, tokenizer and `training` (anything JSON takes) into an existing folder.
 
@@ -92,14 +97,15 @@ def save_checkpoint(
 
 
 def save_config(
-    folder: Path, model: nn.Module, tokenizer: Tokenizer, training: dict[str, Any]
+    folder: Path, model: nn.Module, tokenizer: Tokenizer | None, training: dict[str, Any]
 ) -> None:
-    tokenizer.save(folder)
+    if tokenizer:
+        tokenizer.save(folder)
     config = {
         "format": FORMAT,
         "model": model.name,
         "config": dataclasses.asdict(model.config),  # type: ignore[call-overload]
-        "tokenizer": tokenizer.name,
+        "tokenizer": tokenizer and tokenizer.name,
         "training": training,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -132,11 +138,13 @@ def load_checkpoint(folder: str | os.PathLike[str], which: Which = "best") -> Ch
         raise InputError(
             f"{folder / CONFIG}: not the config of a model {config['model']} ({error})"
         ) from error
-    tokenizer = load_tokenizer(config["tokenizer"], folder)
-    if tokenizer.vocab_size != model_config.vocab_size:
+    vocab_size = getattr(model_config, "vocab_size", None)
+    has_tokens = vocab_size is not None or config["tokenizer"] is not None
+    tokenizer = load_tokenizer(config["tokenizer"], folder) if has_tokens else None
+    if tokenizer and tokenizer.vocab_size != vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens; "
-            f"expected {model_config.vocab_size} by {CONFIG}"
+            f"expected {vocab_size} by {CONFIG}"
         )
     # On meta: a config with absurd sizes fails here before any memory is taken.
     with torch.device("meta"):
@@ -287,9 +295,9 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         with temporary as name:
             folder = Path(name)
             yield folder
-            stale = FILES.difference(os.listdir(folder)) | {CONFIG}
+            stale = set(filter(_is_own, os.listdir(path))).difference(os.listdir(folder))
             try:
-                for file in stale:
+                for file in stale | {CONFIG}:
                     (path / file).unlink(missing_ok=True)
                 _move_files(folder, path)
             except KeyboardInterrupt:  # too late to stop: the old checkpoint is gone
@@ -305,10 +313,15 @@ def _move_files(source: Path, target: Path) -> None:
         os.replace(source / file, target / file)
 
 
+def _is_own(name: str) -> bool:
+    """Return whether a run may have written a file of that name."""
+    return name in FILES or _SAMPLE.fullmatch(name) is not None
+
+
 def _check_replaceable(path: Path) -> None:
     """Let only an empty folder or one of our own checkpoints be replaced, never a user's files."""
     entries = [entry for entry in path.iterdir() if not entry.name.startswith(_TEMPORARY)]
-    foreign = sorted(entry.name for entry in entries if entry.name not in FILES or entry.is_dir())
+    foreign = sorted(entry.name for entry in entries if not _is_own(entry.name) or entry.is_dir())
     if foreign:
         raise InputError(
             f"{path}: holds {foreign[0]!r}, which is no part of a checkpoint; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,17 @@ from ..data import batchify
 from ..models import evaluating
 
 _TOKENS_AT_ONCE = 4096
+
+
+class Measures(Protocol):
+    """What an evaluation found, whatever the model."""
+
+    @property
+    def figure(self) -> float:
+        """The one that training goes by; less is better."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the measures in words, `figure` first."""
 
 
 class Evaluation(NamedTuple):

@@ -19,16 +19,21 @@ def plot_loss(
     path: str | os.PathLike[str],
     training: Sequence[tuple[int, float]],
     held_out: Sequence[tuple[int, float]],
-    baseline: tuple[str, float],
+    baseline: tuple[str, float] | None,
     unit: str,
 ) -> None:
-    """Write a PNG of (step, figure) curves, with the named figure of a simpler model as a line."""
+    """Write a PNG of (step, figure) curves, with the named figure of a simpler model as a line.
+
+    `training` is empty where nothing of the training is in that unit.
+    """
     figure = _figure(8, 5)
     axes = figure.add_subplot()
-    axes.plot(*zip(*training, strict=True), label="training", color="tab:blue", linewidth=0.8)
+    if training:
+        axes.plot(*zip(*training, strict=True), label="training", color="tab:blue", linewidth=0.8)
     axes.plot(*zip(*held_out, strict=True), label="held-out", color="tab:orange", marker=".")
-    name, value = baseline
-    axes.axhline(value, label=f"{name}, held-out", color="gray", linestyle="--")
+    if baseline:
+        name, value = baseline
+        axes.axhline(value, label=f"{name}, held-out", color="gray", linestyle="--")
     axes.set(xlabel="step", ylabel=unit)
     axes.grid(alpha=0.3)
     axes.legend()

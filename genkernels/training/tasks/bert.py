@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ...data import (
+    MASK,
     InputError,
     LabelledBatches,
     MaskedBatches,
     Tokenizer,
     clean_text,
+    encode_masked,
     errors_in,
     load_pairs,
     load_text,
     masked_windows,
     spell,
+    spell_masked,
     split_text,
 )
 from ...models import BERT, BERTConfig, evaluating
@@ -33,17 +36,20 @@ from .task import (
     MEASURED_ROWS,
     Baseline,
     BatchesTask,
+    Request,
     RowsTask,
     Task,
     TextTask,
     frequencies,
     in_order,
     is_table,
+    required,
     split_rows,
     targets_of,
 )
 
 _OPEN, _CLOSE = -1, -2  # no tokens
+_CANDIDATES = 5
 
 
 class BERTTask(BatchesTask):
@@ -60,11 +66,33 @@ class BERTTask(BatchesTask):
         "batch_size": 4,
     }
     kernel = "attention"
+    options = frozenset({"prompt", "top_k"})
     scale = 1.0
 
     @classmethod
     def of(cls, data: Path | None) -> type[Task]:
         return ClassesTask if is_table(data) else MaskedTask
+
+    @classmethod
+    def generate(cls, checkpoint: Checkpoint, request: Request) -> Iterator[str]:
+        model, tokenizer, training = checkpoint
+        input = cls.read_prompt(model, tokenizer, request.prompt)  # [1, N]
+        if model.config.num_classes is None:
+            return _filled(model, tokenizer, input, request.top_k or _CANDIDATES)
+        return _classified(model, input, labels_of(model, training))
+
+    @classmethod
+    def read_prompt(cls, model: Any, tokenizer: Tokenizer, text: str | None) -> Tensor:
+        text = required(text, model)
+        input = encode_masked(text, tokenizer)[None]
+        longest = model.config.context_length
+        if input.shape[1] > longest:
+            raise InputError(
+                f"--prompt: {input.shape[1] - 2} tokens; expected at most {longest - 2}"
+            )
+        if model.config.num_classes is None and MASK not in text:
+            raise InputError(f"--prompt: nothing to fill in; expected {MASK} in it")
+        return input
 
 
 class MaskedTask(BERTTask, TextTask):
@@ -178,6 +206,28 @@ class ClassesTask(BERTTask, RowsTask):
         return "\n".join(
             f"{labels[c]}: {texts[row]}" for c, row in zip(classes, rows.tolist(), strict=True)
         )
+
+
+@torch.no_grad()
+def _filled(model: BERT, tokenizer: Tokenizer, input: Tensor, k: int) -> Iterator[str]:
+    """Yield the text with the likeliest tokens in it, and all candidates of each gap."""
+    fillings = model.fill_mask(input, min(k, tokenizer.vocab_size))
+    filled = input.masked_scatter(input == model.special_tokens.mask, fillings.token[:, 0])
+    yield f"{clean_text(spell_masked(filled[0], tokenizer))}\n"
+    for number, (shares, tokens) in enumerate(zip(*fillings, strict=True), 1):
+        candidates = (
+            f"{clean_text(tokenizer.decode(token[None]))!r} {share:.1%}"
+            for share, token in zip(shares.tolist(), tokens, strict=True)
+        )
+        yield f"{MASK} {number}: {', '.join(candidates)}\n"
+
+
+@torch.no_grad()
+def _classified(model: BERT, input: Tensor, labels: list[str]) -> Iterator[str]:
+    """Yield the labels and how likely they are, the likeliest first."""
+    shares, order = model.classify(input)[0].softmax(-1).sort(descending=True)
+    for share, index in zip(shares.tolist(), order.tolist(), strict=True):
+        yield f"{share:7.2%}  {labels[index]}\n"
 
 
 def labels_of(model: BERT, training: dict[str, Any]) -> list[str]:

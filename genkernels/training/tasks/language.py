@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from ...data import (
     Corpus,
     CropBatches,
     InputError,
+    Tokenizer,
     clean_text,
     errors_in,
     load_text,
@@ -27,13 +29,21 @@ from ..checkpoint import Checkpoint
 from ..evaluation import Evaluation, evaluate
 from ..loop import TrainingConfig
 from ..presets import GPT_PRESETS, RNN_PRESETS
-from .task import DEFAULT_CORPUS, Baseline, TextTask, with_weights_of
+from .task import (
+    DEFAULT_CORPUS,
+    Baseline,
+    Request,
+    TextTask,
+    TokenTask,
+    texts_of,
+    with_weights_of,
+)
 
 _EVALUATION_STREAMS = 16
 _PROMPT_CHARACTERS = 32
 
 
-class LanguageTask(TextTask):
+class LanguageTask(TokenTask, TextTask):
     """The next token of a text, from those before it."""
 
     unit = "bits/byte"
@@ -77,6 +87,17 @@ class LanguageTask(TextTask):
             generator=torch.Generator().manual_seed(seed),
         )
         return clean_text(self.tokenizer.decode(tokens[0]))
+
+    @classmethod
+    def generate(cls, checkpoint: Checkpoint, request: Request) -> Iterator[str]:
+        model, tokenizer, _ = checkpoint
+        prompt = cls.read_prompt(model, tokenizer, request.prompt)
+        prompt = prompt.expand(request.num_samples, -1)  # [B, P]
+        yield from texts_of(prompt, model.stream(prompt, *request.drawing), tokenizer.decode)
+
+    @classmethod
+    def read_prompt(cls, model: Any, tokenizer: Tokenizer, text: str | None) -> Tensor:
+        return tokenizer.encode(text or "\n")[None]
 
 
 def _at_least_two(tokens: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from ...data import (
     Tokenizer,
     clean_text,
     corrupted_windows,
+    encode_source,
     errors_in,
     load_pairs,
     load_text,
@@ -32,14 +34,17 @@ from .task import (
     MEASURED_ROWS,
     Baseline,
     BatchesTask,
+    Request,
     RowsTask,
     Task,
     TextTask,
     frequencies,
     in_order,
     is_table,
+    required,
     split_rows,
     targets_of,
+    texts_of,
 )
 
 _LENGTH = 64  # where training did not write it down
@@ -65,6 +70,18 @@ class T5Task(BatchesTask):
     @classmethod
     def of(cls, data: Path | None) -> type[Task]:
         return PairsTask if is_table(data) else SpansTask
+
+    @classmethod
+    def generate(cls, checkpoint: Checkpoint, request: Request) -> Iterator[str]:
+        model, tokenizer, _ = checkpoint
+        source = cls.read_prompt(model, tokenizer, request.prompt)
+        source = source.expand(request.num_samples, -1)  # [B, S]
+        decode = functools.partial(spell_answer, tokenizer=tokenizer)
+        yield from texts_of(source[:, :0], model.stream(source, *request.drawing), decode)
+
+    @classmethod
+    def read_prompt(cls, model: Any, tokenizer: Tokenizer, text: str | None) -> Tensor:
+        return encode_source(required(text, model), tokenizer)[None]
 
     @classmethod
     def measured(cls, model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> TokenEvaluation:

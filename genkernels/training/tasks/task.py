@@ -1,11 +1,13 @@
-"""What a command that trains needs to know of a model: its data, its measure and a sample of it."""
+"""What the commands need to know of a model: its data, its training, its measure, what it makes."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +20,9 @@ from ...data import (
     InputError,
     LabelledBatches,
     PairBatches,
+    TextStream,
     Tokenizer,
+    clean_text,
     errors_in,
     load_pairs,
     load_text,
@@ -26,8 +30,9 @@ from ...data import (
     train_tokenizer,
 )
 from ..checkpoint import Checkpoint
-from ..evaluation import Evaluation, TokenEvaluation
-from ..loop import TrainingConfig
+from ..comparison import Comparison, compare_step_time
+from ..evaluation import Measures, TokenEvaluation
+from ..loop import Training, TrainingConfig
 from ..presets import Preset
 
 _HELD_OUT = 0.1
@@ -50,13 +55,42 @@ class Baseline(NamedTuple):
     values: list[str]
 
 
+class SampleFile(NamedTuple):
+    """A sample that a terminal cannot show; `suffix` is that of a file that holds `content`."""
+
+    suffix: str
+    content: bytes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a model is asked to make: the options of `genkernels generate`."""
+
+    prompt: str | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    num_samples: int
+    seed: int
+
+    @property
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    @property
+    def drawing(self) -> tuple[Any, ...]:
+        """The arguments of `stream` and `generate` after the prompt."""
+        return self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.generator
+
+
 class Task(abc.ABC):
     """Data made ready for a model to train on.
 
     Args:
-        data: UTF-8 file; Python's documentation by default, where the task is about a text.
+        data: a file; by default what `source` then names.
         sizes: the model's config; its vocab_size is the most that a tokenizer may use.
-        config: how to train.
+        config: how to train, a `config_class`.
         seed: of what is drawn from the data.
         tokenizer: that of the run that is continued; by default one is learned from the data.
         is_dry: read the beginning only.
@@ -66,21 +100,23 @@ class Task(abc.ABC):
     """
 
     model_class: ClassVar[type[Any]]
+    config_class: ClassVar[type[Any]] = TrainingConfig
     presets: ClassVar[dict[str, Preset]]
     tiny: ClassVar[dict[str, Any]]  # sizes and settings that take no time
     kernel: ClassVar[str]  # what the names of its main op have in them
-    plain: ClassVar[str] = "plain PyTorch"  # what `twin` runs on
-    unit: ClassVar[str] = "nats/token"  # of `scale` times a loss
+    plain: ClassVar[str | None] = None  # what `compare` times the model against, if there is such
+    items: ClassVar[str] = "tokens"  # what a step counts
+    unit: ClassVar[str]  # of the figure, and of `scale` times a loss
+    options: ClassVar[frozenset[str]]  # the fields of a `Request` that mean something to it
     sample_heading: ClassVar[str]
 
     source: str
     digest: str  # of what there is to learn from
     record: dict[str, Any]  # what a checkpoint has to know beside its config
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None = None
     sizes: Any
-    batches: Batches
-    scale: float
-    baseline: Baseline
+    scale: float | None = None  # None: losses are not to be compared with the figure
+    baseline: Baseline | None = None
 
     @classmethod
     def of(cls, data: Path | None) -> type[Task]:
@@ -103,27 +139,89 @@ class Task(abc.ABC):
         """Say what there is to learn from."""
 
     @abc.abstractmethod
-    def evaluate(self, model: nn.Module, quickly: bool = False) -> Evaluation | TokenEvaluation:
+    def describe_training(self, config: Any) -> str:
+        """Say how it is learned."""
+
+    @abc.abstractmethod
+    def training(self, model: Any, config: Any) -> Any:
+        """Return what trains `model` in place, which iterates, counts and is saved and continued as
+        `Training` does."""
+
+    def compare(self, training: Any, seconds: float) -> Comparison:
+        """Time a step of `training` against one on what `plain` names, for about so long."""
+        raise NotImplementedError
+
+    @abc.abstractmethod
+    def evaluate(self, model: nn.Module, quickly: bool = False) -> Measures:
         """Measure `model` on what is held out; quickly gives nearly the same figures."""
 
     @classmethod
     @abc.abstractmethod
     def measure(
         cls, checkpoint: Checkpoint, data: Path | None, whole: bool
-    ) -> tuple[Evaluation | TokenEvaluation, Baseline | None]:
+    ) -> tuple[Measures, Baseline | None]:
         """Measure a model on all of a file, or on the part of it that training would hold out;
         then beside a simpler one that has learned from the rest."""
 
+    @classmethod
+    def digest_of(cls, data: Path | None, sizes: Any) -> str:
+        """Return the `digest` of a task of a model of such sizes."""
+        return digest_of(load_text(data))
+
     @abc.abstractmethod
-    def sample(self, model: Any, max_new_tokens: int, seed: int) -> str:
-        """Return a text that shows what `model` can do."""
+    def sample(self, model: Any, max_new_tokens: int, seed: int) -> str | SampleFile:
+        """Return what shows what `model` can do."""
+
+    @classmethod
+    @abc.abstractmethod
+    def generate(cls, checkpoint: Checkpoint, request: Request) -> Iterator[str]:
+        """Make what was asked for, and yield what is to be printed, as soon as it is known.
+
+        Raises:
+            InputError: the request is not one for this model.
+        """
+
+
+class TokenTask(Task):
+    """A task of a model that learns from batches of tokens, by the gradient of `model.loss`."""
+
+    plain = "plain PyTorch"
+    unit = "nats/token"
+    options = frozenset(field.name for field in dataclasses.fields(Request))
+
+    tokenizer: Tokenizer
+    batches: Batches
+    scale: float
+    baseline: Baseline
+
+    def describe_training(self, config: TrainingConfig) -> str:
+        rows, columns, *_ = self.batches.batch(0)[0].shape
+        return f"{config.optimizer}, batches of {rows} x {columns} tokens"
+
+    def training(self, model: Any, config: TrainingConfig) -> Training:
+        return Training(model, self.batches, config)
+
+    def compare(self, training: Training, seconds: float) -> Comparison:
+        with torch.random.fork_rng(devices=[]):  # dropout is the same whether or not it is timed
+            twin = self.twin(training.model)
+        batch = training.batches.batch(0)
+        return compare_step_time(training.model, twin, batch, training.config, seconds)
 
     def twin(self, model: Any) -> nn.Module:
         """Return the same model in plain PyTorch, with the same weights."""
         return with_weights_of(model, type(model)(model.config, fused=False))
 
+    @classmethod
+    @abc.abstractmethod
+    def read_prompt(cls, model: Any, tokenizer: Tokenizer, text: str | None) -> Tensor:
+        """Return what `model` reads of a prompt, int64 [1, N].
 
-class BatchesTask(Task):
+        Raises:
+            InputError: it cannot read that.
+        """
+
+
+class BatchesTask(TokenTask):
     """A task that measures on batches (input, target, ...) but for targets that are -100."""
 
     held_out: Sequence[tuple[Tensor, ...]]
@@ -210,6 +308,28 @@ class RowsTask(Task):
 
     def describe(self) -> str:
         return "{:,} lines to train on, {:,} held out".format(*map(len, self.rows))
+
+
+def texts_of(
+    prompt: Tensor, new: Iterable[Tensor], decode: Callable[[Tensor], str]
+) -> Iterator[str]:
+    """Yield the text of prompt, [B, P], and of new tokens, [B, 1] each: of a single row piece by
+    piece. Cleaned: a control sequence that a model made up must not reach the terminal."""
+    if len(prompt) == 1:
+        stream = TextStream(decode)
+        for token in itertools.chain([prompt], new):
+            yield stream.add(token[0])
+        yield stream.end() + "\n"
+        return
+    for number, row in enumerate(torch.cat([prompt, *new], dim=1), 1):
+        yield f"--- sample {number}\n{clean_text(decode(row))}\n"
+
+
+def required(prompt: str | None, model: Any) -> str:
+    """Return the prompt of a model that cannot do without one."""
+    if prompt is None:
+        raise InputError(f"--prompt: missing; expected a text for the {model.name} to read")
+    return prompt
 
 
 def split_rows(rows: list[tuple[str, str]]) -> Rows:
