@@ -9,8 +9,15 @@ import pytest
 import torch
 
 import genkernels
-from genkernels.data import load_text
-from genkernels.models import MarkovModel, RNNConfig, RNNLanguageModel, sample_token
+from genkernels.data import ByteTokenizer, load_text
+from genkernels.models import (
+    MarkovConfig,
+    MarkovModel,
+    RNNConfig,
+    RNNLanguageModel,
+    sample_token,
+)
+from genkernels.training import evaluate, load_checkpoint, save_checkpoint
 
 
 def small_model(num_layers: int = 1, dropout: float = 0.0) -> RNNLanguageModel:
@@ -264,3 +271,64 @@ def test_markov_probabilities_sum_to_one(text, context):
 def test_markov_refuses_an_order(order):
     with pytest.raises(ValueError, match="order"):
         MarkovModel(order)
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_markov_model_is_a_language_model(order):
+    training, test = map(bytes_of, (load_text()[:8000], "the class of objects; zip {that} quartz"))
+    model = MarkovModel(order).fit(training)
+    p = model.probabilities(test)
+    input, target = test[None, :-1], test[None, 1:]
+    logits, state = model(input)
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(input.shape, dtype=torch.float64))
+    log_prob, prediction, _ = model.log_prob(input, target)
+    torch.testing.assert_close(log_prob, p[1:].log())
+    assert prediction.tolist() == logits[0].argmax(-1).tolist()
+    _, before = model(input[:, :2])
+    rest, after = model(input[:, 2:], before)
+    torch.testing.assert_close(rest, logits[:, 2:])
+    assert torch.equal(after, state)
+    assert state.shape == (1, order)
+    torch.testing.assert_close(model.predict(input)[0], logits[:, -1])
+    rows = torch.stack([test, test.flip(0)])
+    expected = torch.stack([model.probabilities(row) for row in rows])
+    torch.testing.assert_close(model.probabilities(rows), expected)
+    bits = evaluate(model, test, ByteTokenizer.byte_lengths).bits_per_byte
+    assert bits == pytest.approx(model.bits_per_byte(test))
+
+
+def test_markov_model_continues_a_prompt():
+    model = MarkovModel(order=2).fit(bytes_of(load_text()[:8000]))
+    prompt = bytes_of("the")[None].expand(1000, -1)
+
+    def draw(seed: int, count: int, rows: int = 1000, **kwargs) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(prompt[:rows], count, generator=generator, **kwargs)
+
+    drawn = draw(0, 2)
+    frequency = drawn[:, 3].bincount(minlength=256).double() / len(drawn)
+    expected = model.predict(prompt[:1])[0][0].exp()
+    torch.testing.assert_close(frequency, expected, rtol=0, atol=0.06)
+    # The second byte, over all of the first.
+    after = torch.cat([prompt[:1].expand(256, -1), torch.arange(256)[:, None]], 1)
+    expected = expected @ model.predict(after)[0].exp()
+    frequency = drawn[:, 4].bincount(minlength=256).double() / len(drawn)
+    torch.testing.assert_close(frequency, expected, rtol=0, atol=0.06)
+    text = draw(0, 40, rows=2)
+    assert torch.equal(text, draw(0, 40, rows=2, use_cache=False))
+    assert not torch.equal(text, draw(1, 40, rows=2))
+
+
+def test_markov_checkpoint(tmp_path):
+    model = MarkovModel(order=2).fit(bytes_of(load_text()[:3000]))
+    save_checkpoint(tmp_path, model, ByteTokenizer(), {})
+    loaded = load_checkpoint(tmp_path).model
+    assert loaded.config == model.config
+    test = bytes_of("the class of objects")
+    assert torch.equal(loaded.probabilities(test), model.probabilities(test))
+
+
+@pytest.mark.parametrize("sizes", [{"ngrams": [1, 2]}, {"contexts": [1, 1, -1, 1]}])
+def test_markov_config_refuses_sizes_that_are_none(sizes):
+    with pytest.raises(ValueError, match=next(iter(sizes))):
+        MarkovConfig(3, **sizes)

@@ -3,18 +3,23 @@
 from typing import Any
 
 from .attention_maps import attention_maps
+from .bayesian_network import BayesianNetwork, BayesianNetworkConfig, chow_liu_tree
 from .bert import BERT, BERTConfig, Fillings
 from .evaluating import evaluating
 from .gpt import GPT, GPTConfig
-from .markov import MarkovModel
+from .hmm import HMM, HMMConfig, HMMCounts
+from .markov import MarkovConfig, MarkovModel
 from .rnn import RNNConfig, RNNLanguageModel
 from .sampling import CausalModel, sample_token
 from .t5 import T5, T5Config
 
-# Those that `genkernels train` trains, by the name that a checkpoint has for them.
+# Those that checkpoints hold, by the name that one has for them.
 MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     BERT.name: (BERTConfig, BERT),
+    BayesianNetwork.name: (BayesianNetworkConfig, BayesianNetwork),
     GPT.name: (GPTConfig, GPT),
+    HMM.name: (HMMConfig, HMM),
+    MarkovModel.name: (MarkovConfig, MarkovModel),
     RNNLanguageModel.name: (RNNConfig, RNNLanguageModel),
     T5.name: (T5Config, T5),
 }
@@ -22,17 +27,24 @@ MODELS: dict[str, tuple[type[Any], type[Any]]] = {
 __all__ = [
     "BERT",
     "GPT",
+    "HMM",
     "MODELS",
     "T5",
     "BERTConfig",
+    "BayesianNetwork",
+    "BayesianNetworkConfig",
     "CausalModel",
     "Fillings",
     "GPTConfig",
+    "HMMConfig",
+    "HMMCounts",
+    "MarkovConfig",
     "MarkovModel",
     "RNNConfig",
     "RNNLanguageModel",
     "T5Config",
     "attention_maps",
+    "chow_liu_tree",
     "evaluating",
     "sample_token",
 ]

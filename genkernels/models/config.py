@@ -9,13 +9,16 @@ MAX_SIZE = 1_000_000
 MAX_LAYERS = 1_000
 
 
+def check_size(name: str, value: object, most: int = MAX_SIZE) -> None:
+    """Raise a ValueError for a `value` that is no int from 1 to `most`."""
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{name} must be an int from 1 to {most:,}, got {value!r}")
+
+
 def check_sizes(config: object, *names: str) -> None:
     """Raise a ValueError for a field of `config` that is no int from 1 to its maximum."""
     for name in names:
-        value = getattr(config, name)
-        most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
-        if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"{name} must be an int from 1 to {most:,}, got {value!r}")
+        check_size(name, getattr(config, name), MAX_LAYERS if name == "num_layers" else MAX_SIZE)
 
 
 def check_heads(config: Any) -> None:
