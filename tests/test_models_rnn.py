@@ -297,6 +297,7 @@ def test_markov_model_is_a_language_model(order):
     assert bits == pytest.approx(model.bits_per_byte(test))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_markov_model_continues_a_prompt():
     model = MarkovModel(order=2).fit(bytes_of(load_text()[:8000]))
     prompt = bytes_of("the")[None].expand(1000, -1)
