@@ -346,6 +346,90 @@ def test_dry_run_keeps_what_is_given(model, capsys):
         assert int(out.split("batches of ")[1].split()[0]) > 1000, "the whole text"
 
 
+def test_hmm_learns_goes_on_and_continues(notes, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = ["train", "hmm", "--num-states=4", "--sequence-length=100", "--data", str(notes)]
+    assert main([*command, "--steps=6", "--output", str(whole)]) == 0
+    printed = capsys.readouterr().out
+    assert "EM of 270 x 100 tokens at once" in printed
+    assert main([*command, "--steps=6", "--stop-after=4", "--output", str(parts)]) == 0
+    assert main(["train", "hmm", "--resume", "--output", str(parts)]) == 0
+    assert "resumed         after step 4" in capsys.readouterr().out
+    expected, actual = load_checkpoint(whole), load_checkpoint(parts)
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(actual.model.state_dict()[name], tensor)
+    losses = load_checkpoint(whole, "last").training["history"]["training"]
+    assert losses == sorted(losses, reverse=True), "no step of EM makes it worse"
+    assert len(losses) == 6
+    assert main(["evaluate", str(whole)]) == 0
+    assert capsys.readouterr().out in printed
+    assert generated(capsys, str(whole), "--prompt=The ", "--max-new-tokens=9").startswith("The ")
+
+
+def test_bayesian_network_counts(notes, tmp_path, capsys):
+    output = str(tmp_path / "network")
+    assert (
+        main(["train", "bayesian-network", "--order=2", "--data", str(notes), "--output", output])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "each byte depends on the 2 before it" in printed
+    figures = [float(x) for x in re.findall(r"\d+\.\d{4}", printed.split("bits per byte")[1])]
+    assert figures[0] < figures[1], "than without the bytes before"
+    assert main(["evaluate", output]) == 0
+    assert capsys.readouterr().out in printed
+    first = generated(capsys, output, "--prompt=The ", "--max-new-tokens=40", "--seed=3")
+    assert first.startswith("The ")
+    assert generated(capsys, output, "--prompt=The ", "--max-new-tokens=40", "--seed=3") == first
+    assert load_checkpoint(output).model.config.order == 2
+
+
+@pytest.mark.parametrize("model", ["hmm", "bayesian-network"])
+def test_dry_run_of_what_has_no_gradients(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert main(["train", model, "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith("nothing was left behind\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_compare_prints_a_board_and_draws(notes, tmp_path, capsys):
+    picture = tmp_path / "board.png"
+    arguments = ["--data", str(notes), "--minutes=0.01", "--output", str(picture)]
+    assert main(["compare", "bayesian-network", "gpt", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    heading, network, gpt, curves = (line.split() for line in out.splitlines())
+    assert heading == ["model", "bits/byte", "accuracy", "parameters", "steps", "tokens/s", "fused"]
+    assert network[0] == "bayesian-network"
+    assert network[4] == "1"
+    assert network[-1] == "0%"
+    assert float(network[1]) < 3
+    assert gpt[0] == "gpt"
+    assert int(gpt[-1].rstrip("%")) > 30, "of a step is in kernels"
+    assert curves == ["curves", str(picture)]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in tmp_path.iterdir()] == ["board.png"]
+
+
+def test_compare_refuses(notes, tmp_path, capsys):
+    for arguments, message in (
+        (["lstm"], "'lstm' cannot be compared; expected of rnn, gpt"),
+        ([f"--output={notes}"], "is a file of another kind; expected a PNG"),
+        (["--data=none.txt"], "none.txt: No such file"),
+    ):
+        output = [] if "output" in arguments[0] else ["--output", str(tmp_path / "board.png")]
+        assert main(["compare", *arguments, *output]) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_option_that_means_nothing_is_refused(transformers, capsys):
+    assert main(["generate", str(transformers / "bert"), "--prompt=[MASK]", "--seed=1"]) == 2
+    err = capsys.readouterr().err
+    assert err == "genkernels: --seed: means nothing to a bert; expected --prompt, --top-k\n"
+
+
 def measures(out: str) -> dict[str, list[float]]:
     """The figures of each line of an evaluation."""
     lines = {line[:15].rstrip(): line[15:] for line in out.splitlines()}
@@ -702,6 +786,9 @@ EXAMPLES = {
     "train bert": ["genkernels train bert --data labels.tsv --output runs/labels"],
     "train t5": ["genkernels train t5 --data pairs.tsv --output runs/pairs"],
     "attend": ['genkernels attend runs/t5 --prompt "The <extra_id_0> of a class" --head 0'],
+    "train hmm": ["genkernels train hmm --data notes.txt --num-states 32"],
+    "train bayesian-network": ["genkernels train bayesian-network --data notes.txt"],
+    "compare": ["genkernels compare --data notes.txt --minutes 2"],
     "train gpt": ["genkernels train gpt --preset nanogpt-cpu --output runs/nanogpt"],
     "train rnn": ["genkernels train rnn --preset seed --output runs/seed"],
     "generate": [
@@ -728,7 +815,7 @@ def test_help_explains_every_option(capsys):
     for command in commands:
         commands += getattr(command, "commands", {}).values()
         assert all(parameter.help for parameter in command.params), command.name
-    assert len(commands) == 10
+    assert len(commands) == 13
     assert main(["train", "rnn", "--help"]) == 0
     out = capsys.readouterr().out
     for value in ("hidden-size 384", "hidden-size 512", "learning-rate 0.003"):

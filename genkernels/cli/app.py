@@ -7,7 +7,18 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import attend, evaluate, generate, train_bert, train_gpt, train_rnn, train_t5
+from . import (
+    attend,
+    compare,
+    evaluate,
+    generate,
+    train_bayesian_network,
+    train_bert,
+    train_gpt,
+    train_hmm,
+    train_rnn,
+    train_t5,
+)
 
 app = typer.Typer(
     name="genkernels", no_args_is_help=True, add_completion=False, rich_markup_mode="markdown"
@@ -17,10 +28,13 @@ train.command("rnn")(train_rnn.train_rnn)
 train.command("gpt")(train_gpt.train_gpt)
 train.command("bert")(train_bert.train_bert)
 train.command("t5")(train_t5.train_t5)
+train.command("hmm")(train_hmm.train_hmm)
+train.command("bayesian-network")(train_bayesian_network.train_bayesian_network)
 app.add_typer(train, name="train")
 app.command("generate")(generate.generate)
 app.command("attend")(attend.attend)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(compare.compare)
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import MASK, InputError, Tokenizer, spell_answer, spell_masked
 from ..models import BERT, T5, attention_maps
-from ..training import TASKS, TokenTask, load_checkpoint, plot_attention, replace_file
+from ..training import TokenTask, load_checkpoint, plot_attention, replace_file, task_of
 from . import options
 
 _MOST_TOKENS = 128  # that a picture shows so that one can read them
@@ -44,12 +44,11 @@ def attend(
         genkernels attend runs/t5 --prompt "The <extra_id_0> of a class" --head 0
     """
     text = options.cleaned(prompt)
-    if output.is_file() and output.stat().st_size and not _is_png(output):
-        raise InputError(f"--output: {output} is a file of another kind; expected a PNG, or none")
+    options.check_picture(output)
     model, tokenizer, _ = load_checkpoint(checkpoint, which)
     if not hasattr(model, "functions"):
         raise InputError(f"{checkpoint}: a {model.name} has no attention; expected gpt, bert or t5")
-    task_class = TASKS[model.name]
+    task_class = task_of(model)
     assert issubclass(task_class, TokenTask)
     tokens = task_class.read_prompt(model, tokenizer, text)  # [1, S]
     longest = min(getattr(model.config, "context_length", _MOST_TOKENS), _MOST_TOKENS)
@@ -82,11 +81,6 @@ def attend(
     pairs = zip(shares.tolist(), places.tolist(), strict=True)
     print(f"{rows[row]} looks at {', '.join(f'{columns[i]} {share:.1%}' for share, i in pairs)}")
     print(f"attention       {output}: {name}")
-
-
-def _is_png(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"\x89PNG"
 
 
 def _spelled(model: Any, tokenizer: Tokenizer, token: Tensor) -> str:

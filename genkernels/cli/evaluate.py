@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..data import DEFAULT_CORPUS, InputError
-from ..training import TASKS, load_checkpoint
+from ..training import load_checkpoint, task_of
 from . import options
 from .report import evaluation_lines
 from .train import data_of
@@ -27,7 +27,7 @@ def evaluate(
 ) -> None:
     """Measure how well a trained model predicts what it was not trained on.
 
-    rnn and gpt: bits per byte, cross-entropy, perplexity and token accuracy of a text. bert: the
+    rnn, gpt, hmm and bayesian-network: bits per byte, cross-entropy, perplexity and token accuracy of a text. bert: the
     cross-entropy and accuracy of masked tokens, or of labels; t5: those of the tokens of answers,
     and how many answers are exact. On a held-out split also what a simpler model reaches that has
     learned from the rest.
@@ -38,7 +38,7 @@ def evaluate(
         genkernels evaluate runs/gpt --which last
     """
     loaded = load_checkpoint(checkpoint, which)
-    task_class = TASKS[loaded.model.name]
+    task_class = task_of(loaded.model)
     if data is None:
         data = data_of(loaded.training)
         digest = loaded.training.get("digest")  # older checkpoints have none

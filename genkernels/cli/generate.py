@@ -8,7 +8,7 @@ import typer
 
 from ..data import InputError
 from ..models.config import MAX_SIZE
-from ..training import TASKS, Request, load_checkpoint
+from ..training import Request, load_checkpoint, task_of
 from . import options
 
 
@@ -45,9 +45,9 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained model, fill in its gaps, or answer it.
 
-    rnn and gpt continue the prompt, and t5 answers it, with <extra_id_0>, <extra_id_1>, ... where
-    spans are missing; a single text is printed as it comes. bert fills in each [MASK], and shows
-    the --top-k likeliest tokens of each, or says how likely each label is.
+    rnn, gpt, hmm and bayesian-network continue the prompt, and t5 answers it, with <extra_id_0>,
+    <extra_id_1>, ... where spans are missing; a single text is printed as it comes. bert fills in
+    each [MASK], and shows the --top-k likeliest tokens of each, or says how likely each label is.
 
     Examples:
 
@@ -60,7 +60,7 @@ def generate(
         options.cleaned(prompt), max_new_tokens, temperature, top_k, top_p, num_samples, seed
     )
     loaded = load_checkpoint(checkpoint, which)
-    task_class = TASKS[loaded.model.name]
+    task_class = task_of(loaded.model)
     for name in options.given(context, vars(request)):
         if name not in task_class.options:
             known = ", ".join(map(options.spelled, sorted(task_class.options)))

@@ -56,6 +56,16 @@ def cleaned(prompt: str | None) -> str | None:
     return text
 
 
+def check_picture(output: Path) -> None:
+    """Let a PNG be replaced, but no file of another kind."""
+    if output.is_file() and output.stat().st_size:
+        with output.open("rb") as file:
+            if file.read(4) != b"\x89PNG":
+                raise InputError(
+                    f"--output: {output} is a file of another kind; expected a PNG, or none"
+                )
+
+
 def given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the values of options that were given on the command line."""
     return {
@@ -151,6 +161,14 @@ HiddenSize = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_SIZE, help="GRU units.", rich_help_panel=_MODEL),
 ]
+NumStates = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_SIZE, help="Hidden states.", rich_help_panel=_MODEL),
+]
+Order = Annotated[
+    int | None,
+    typer.Option(min=0, max=6, help="Bytes that the next one depends on.", rich_help_panel=_MODEL),
+]
 NumLayers = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_LAYERS, help="Layers, one on another.", rich_help_panel=_MODEL),
@@ -166,6 +184,29 @@ Steps = Annotated[
     int | None,
     typer.Option(
         min=1, help="Length of the run, over which the rate falls.", rich_help_panel=_TRAINING
+    ),
+]
+Iterations = Annotated[
+    int | None,
+    typer.Option(min=1, help="Length of the run, in steps of EM.", rich_help_panel=_TRAINING),
+]
+PieceLength = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_SIZE,
+        help="Tokens of the pieces that the text is cut into, which are read side by side.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+PseudoCount = Annotated[
+    float | None,
+    typer.Option(
+        min=1e-9,
+        max=1e9,
+        callback=finite,
+        help="Added to each expected count, so that nothing is impossible.",
+        rich_help_panel=_TRAINING,
     ),
 ]
 Minutes = Annotated[

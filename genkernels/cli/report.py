@@ -46,6 +46,24 @@ def backend_names(calls: Calls, part: str = "") -> str:
     return "+".join(sorted({b for op, b in calls if part in op})) or "none"
 
 
+def plain_console() -> Console:
+    """Return a console that shows lines as they are."""
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Return a bar that a terminal shows, and nothing else does."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
 class TrainingDisplay:
     """A table with a row for each evaluation; on a terminal also a progress bar below it."""
 
@@ -53,17 +71,11 @@ class TrainingDisplay:
         self._kernel = task.kernel
         # Beside the figure its like in training, where the losses are of that kind.
         figures = f"{task.unit:>10}" + ("" if task.scale is None else "   held-out")
-        self._heading = f"    step     loss {figures} {task.items + '/s':>11}  {task.kernel} kernel"
-        self.console = Console(highlight=False, markup=False, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            transient=True,
-        )
+        self._heading = f"    step     loss {figures} {task.items + '/s':>11}"
+        if self._kernel:
+            self._heading += f"  {self._kernel} kernel"
+        self.console = plain_console()
+        self._bar = progress_bar(self.console)
         self._task = self._bar.add_task("training", total=1.0)
 
     def __enter__(self) -> TrainingDisplay:
@@ -89,10 +101,8 @@ class TrainingDisplay:
     ) -> None:
         """Show the mean loss, and the `figures` of training, if they are shown, and held-out."""
         shown = "".join(f" {figure:10.4f}" for figure in figures)
-        self.console.print(
-            f"{step.number:8,} {loss:8.4f}{shown} {speed:11,.0f}"
-            f"  {backend_names(calls, self._kernel)}"
-        )
+        backends = f"  {backend_names(calls, self._kernel)}" if self._kernel else ""
+        self.console.print(f"{step.number:8,} {loss:8.4f}{shown} {speed:11,.0f}{backends}")
 
     def sample(self, text: str) -> None:
         self.console.print(f"         {' '.join(text.split())[:_SAMPLE_WIDTH]}")

@@ -31,9 +31,10 @@ from .report import evaluation_lines, keep_sample, kernel_calls
 
 _SAMPLE_TOKENS = 300
 _DRY_STEPS = 4
+_ABSENT = {"resume": False, "stop_after": None, "compare": False}
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """A run that is about to begin, or to go on."""
 
     task: Task
@@ -43,7 +44,9 @@ class _Run(NamedTuple):
 
 
 def train_model(model: str, context: typer.Context, **values: Any) -> None:
-    """Train as the options say, those of a command named as in `options`."""
+    """Train as the options say, those of a command named as in `options`, by `_ABSENT` where it has
+    none of them."""
+    values = _ABSENT | values
     task_class = TASKS[model]
     given = options.given(context, values)
     if not values["dry_run"]:
@@ -52,7 +55,7 @@ def train_model(model: str, context: typer.Context, **values: Any) -> None:
     if values["resume"]:
         raise InputError("--dry-run: has nothing to resume; expected it without --resume")
     values |= {"tensorboard": None, "stop_after": None}
-    given = _tiny(task_class.tiny, given) | given
+    given = tiny(task_class, given) | given
     with tempfile.TemporaryDirectory(prefix="genkernels-") as folder:
         try:
             _train(task_class, values, given, Path(folder) / model)
@@ -61,9 +64,9 @@ def train_model(model: str, context: typer.Context, **values: Any) -> None:
     print("dry run         all of it works; nothing was left behind")
 
 
-def _tiny(sizes: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def tiny(task_class: type[Task], given: dict[str, Any]) -> dict[str, Any]:
     """Return the sizes and settings of a dry run, such that they go with those that were given."""
-    tiny = {"steps": _DRY_STEPS} | sizes
+    tiny = {"steps": _DRY_STEPS} | task_class.tiny
     if "num_heads" in given:  # which have to divide the width
         tiny["embedding_dim"] += -tiny["embedding_dim"] % given["num_heads"]
     elif "num_heads" in tiny and "embedding_dim" in given:
@@ -78,7 +81,7 @@ def _train(
     run = (
         _continued(task_class, given, output)
         if values["resume"]
-        else _new(task_class, values, given)
+        else new_run(task_class, values, given)
     )
     task, training, history, seed = run
     model, config = training.model, training.config
@@ -98,8 +101,7 @@ def _train(
     with RunFolder(output, model, task.tokenizer, record, values["resume"]) as folder:
         print(
             f"data            {task.source}: {task.describe()}\n"
-            f"model           {sum(p.numel() for p in model.parameters()):,} parameters: "
-            f"{_describe_sizes(task)}\n"
+            f"model           {task.describe_model(model)}\n"
             f"training        {task.describe_training(config)}, seed {seed}, "
             f"threads {torch.get_num_threads()}"
         )
@@ -135,20 +137,12 @@ def _train(
         raise typer.Abort(_interrupted(training.number, output))
 
 
-def _describe_sizes(task: Task) -> str:
-    sizes = dataclasses.asdict(task.sizes)
-    parts = []
-    if task.tokenizer:
-        parts.append(f"{sizes.pop('vocab_size'):,} tokens ({task.tokenizer.name})")
-    parts += [f"{name.replace('_', ' ')} {size}" for name, size in sizes.items()]
-    return ", ".join(parts)
-
-
 def _interrupted(steps: int, output: Path) -> str:
     return f"interrupted after step {steps}; {output} has it, for --resume to go on"
 
 
-def _new(task_class: type[Task], values: dict[str, Any], given: dict[str, Any]) -> _Run:
+def new_run(task_class: type[Task], values: dict[str, Any], given: dict[str, Any]) -> Run:
+    """Return a run of what a preset names, but for what is given on the command line."""
     presets = task_class.presets
     if values["preset"] not in presets:
         raise InputError(
@@ -164,10 +158,10 @@ def _new(task_class: type[Task], values: dict[str, Any], given: dict[str, Any]) 
         raise InputError(str(error)) from error
     torch.manual_seed(seed)
     model = task.model_class(task.sizes)
-    return _Run(task, task.training(model, config), History(), seed)
+    return Run(task, task.training(model, config), History(), seed)
 
 
-def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _Run:
+def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> Run:
     """Return the run in `output`; what is `given` on the command line has to agree with it."""
     name = task_class.model_class.name
     model, tokenizer, record = load_checkpoint(output, "last")
@@ -199,7 +193,7 @@ def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> _
         raise
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise InputError(f"{output}: cannot be continued ({error!r})") from error
-    return _Run(task, training, history, seed)
+    return Run(task, training, history, seed)
 
 
 def data_of(record: dict[str, Any]) -> Path | None:
@@ -222,7 +216,7 @@ def _with_length(config: Any, given: dict[str, Any]) -> Any:
     return dataclasses.replace(config, steps=steps, minutes=minutes)
 
 
-def _report(run: _Run, output: Path, comparison: Comparison | None, is_dry: bool) -> None:
+def _report(run: Run, output: Path, comparison: Comparison | None, is_dry: bool) -> None:
     """Draw the curve, and print how good the best checkpoint is."""
     task, training, history, seed = run
     best, _, record = load_checkpoint(output)

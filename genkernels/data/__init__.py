@@ -1,6 +1,6 @@
 """Text into tokens: reading, cleaning, the held-out split, tokenizers and batches."""
 
-from .batches import Batches, CropBatches
+from .batches import Batches, CropBatches, windows_of
 from .errors import InputError, errors_in
 from .masking import (
     LabelledBatches,
@@ -61,4 +61,5 @@ __all__ = [
     "spell_masked",
     "split_text",
     "train_tokenizer",
+    "windows_of",
 ]

@@ -32,7 +32,9 @@ class MarkovConfig:
         if type(self.order) is not int or not 0 <= self.order <= 6:
             raise ValueError(f"order must be from 0 to 6, got {self.order!r}")
         for name in ("ngrams", "contexts"):
-            sizes = tuple(getattr(self, name)) or (0,) * (self.order + 1)  # JSON has lists
+            sizes = tuple(getattr(self, name))  # JSON has lists
+            if not any(sizes):  # those of no text, perhaps for another order
+                sizes = (0,) * (self.order + 1)
             if len(sizes) != self.order + 1 or not all(
                 type(size) is int and size >= 0 for size in sizes
             ):

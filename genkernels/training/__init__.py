@@ -11,8 +11,9 @@ from .checkpoint import (
     replace_folder,
     save_checkpoint,
 )
-from .comparison import Comparison, compare_step_time
+from .comparison import Comparison, compare_step_time, kernel_share
 from .evaluation import Evaluation, Measures, TokenEvaluation, evaluate, evaluate_batches
+from .fitting import EMConfig, Fitting, FittingConfig
 from .loop import (
     OptimizerName,
     ScheduleName,
@@ -22,21 +23,34 @@ from .loop import (
     train,
     training_step,
 )
-from .plot import plot_attention, plot_loss
-from .presets import BERT_PRESETS, GPT_PRESETS, RNN_PRESETS, T5_PRESETS, Preset
-from .tasks import TASKS, Baseline, Request, SampleFile, Task, TokenTask
+from .plot import plot_attention, plot_loss, plot_runs
+from .presets import (
+    BERT_PRESETS,
+    GPT_PRESETS,
+    HMM_PRESETS,
+    MARKOV_PRESETS,
+    RNN_PRESETS,
+    T5_PRESETS,
+    Preset,
+)
+from .tasks import TASKS, Baseline, Request, SampleFile, Task, TokenTask, task_of
 
 __all__ = [
     "BERT_PRESETS",
     "GPT_PRESETS",
+    "HMM_PRESETS",
     "LOSS_CURVE",
+    "MARKOV_PRESETS",
     "RNN_PRESETS",
     "T5_PRESETS",
     "TASKS",
     "Baseline",
     "Checkpoint",
     "Comparison",
+    "EMConfig",
     "Evaluation",
+    "Fitting",
+    "FittingConfig",
     "Measures",
     "OptimizerName",
     "Preset",
@@ -54,13 +68,16 @@ __all__ = [
     "compare_step_time",
     "evaluate",
     "evaluate_batches",
+    "kernel_share",
     "load_checkpoint",
     "load_state",
     "plot_attention",
     "plot_loss",
+    "plot_runs",
     "replace_file",
     "replace_folder",
     "save_checkpoint",
+    "task_of",
     "train",
     "training_step",
 ]

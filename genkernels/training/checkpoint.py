@@ -68,15 +68,16 @@ class RunFolder(contextlib.ExitStack):
         self.path = path
         self.saved: dict[str, Any] | None = None  # the `training` of the last "last"
         self._model = model
+        self._config = model, tokenizer, training
         self._folder = path if resume else self.enter_context(replace_folder(path))
-        if not resume:
-            save_config(self._folder, model, tokenizer, training)
 
     def save(self, which: Which, training: dict[str, Any], state: Mapping[str, Tensor]) -> None:
         """Write the weights; `training` is anything JSON takes, `state` what continues the run.
 
         Nobody sees what is written before the first "last".
         """
+        if self._folder != self.path:  # not before: what a model learns may change its sizes
+            save_config(self._folder, *self._config)
         with replace_file(self._folder / WEIGHTS[which]) as path:
             save_weights(path, self._model, training, state)
         if which == "last":

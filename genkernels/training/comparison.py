@@ -1,11 +1,13 @@
-"""The time of a training step against the same model in plain PyTorch."""
+"""The time of a training step: against the same model in plain PyTorch, and that of kernels."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,3 +54,29 @@ def compare_step_time(
                 training_step(clone, optimizer, batch, None, config.max_grad_norm)
                 times.append(time.perf_counter() - start)
     return Comparison(*(statistics.median(times[1:]) for _, _, times in contestants))
+
+
+def kernel_share(steps: Iterable[Any]) -> float:
+    """Return the share of the CPU's time, while one iterates, that is spent in genkernels' ops; the
+    first step, which makes ready what the others have, is not counted."""
+    iterator = iter(steps)
+    next(iterator)
+    with _without_stderr(), torch.autograd.profiler.profile() as profile:
+        for _ in iterator:
+            pass
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    fused = sum(time for key, time in times.items() if key.startswith("genkernels::"))
+    return fused / sum(times.values())
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Throw away what goes to stderr: torch 2.13 profiles with words."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

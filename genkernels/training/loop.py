@@ -84,9 +84,7 @@ class Training:
     @property
     def progress(self) -> float:
         """The share of the run that is done."""
-        by_steps = self.number / self.config.steps if self.config.steps else 0.0
-        by_time = self.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
-        return min(max(by_steps, by_time), 1.0)
+        return share_done(self.number, self.seconds, self.config)
 
     def __iter__(self) -> Iterator[Step]:
         start = time.perf_counter() - self.seconds
@@ -146,6 +144,13 @@ class Training:
             state[names.index(match[2])][match[1]] = tensors[match[0]]
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def share_done(number: int, seconds: float, config: Any) -> float:
+    """Return the share of a run that is done, whose `config` has `steps` and `minutes`."""
+    by_steps = number / config.steps if config.steps else 0.0
+    by_time = seconds / (60 * config.minutes) if config.minutes else 0.0
+    return min(max(by_steps, by_time), 1.0)
 
 
 def train(model: nn.Module, batches: Batches, config: TrainingConfig) -> Iterator[Step]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -35,6 +35,22 @@ def plot_loss(
         name, value = baseline
         axes.axhline(value, label=f"{name}, held-out", color="gray", linestyle="--")
     axes.set(xlabel="step", ylabel=unit)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png")
+
+
+def plot_runs(
+    path: str | os.PathLike[str],
+    runs: Mapping[str, Sequence[tuple[float, float]]],
+    unit: str,
+) -> None:
+    """Write a PNG of the held-out figures of several runs, (seconds, figure), by their names."""
+    figure = _figure(8, 5)
+    axes = figure.add_subplot()
+    for name, curve in runs.items():
+        axes.plot(*zip(*curve, strict=True), label=f"{name} ({curve[-1][1]:.3f})", marker=".")
+    axes.set(xlabel="seconds of training", ylabel=f"held-out {unit}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format="png")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..models import BERTConfig, GPTConfig, RNNConfig, T5Config
+from ..models import BERTConfig, GPTConfig, HMMConfig, MarkovConfig, RNNConfig, T5Config
+from .fitting import EMConfig, FittingConfig
 from .loop import TrainingConfig
 
 
@@ -15,7 +16,7 @@ class Preset(NamedTuple):
     """
 
     model: Any
-    training: TrainingConfig
+    training: Any
 
 
 RNN_PRESETS = {
@@ -109,4 +110,12 @@ T5_PRESETS = {
             learning_rate=1e-3, warmup=0.05, batch_size=32, sequence_length=64, minutes=4.0
         ),
     ),
+}
+
+HMM_PRESETS = {
+    "bytes": Preset(HMMConfig(num_states=64, vocab_size=256), EMConfig(minutes=2.0)),
+}
+
+MARKOV_PRESETS = {
+    "bytes": Preset(MarkovConfig(order=5), FittingConfig(steps=1)),
 }

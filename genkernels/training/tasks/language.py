@@ -23,14 +23,17 @@ from ...data import (
     load_text,
     sequence_batches,
     split_text,
+    windows_of,
 )
-from ...models import GPT, MarkovModel, RNNLanguageModel
+from ...models import GPT, HMM, MarkovModel, RNNLanguageModel
 from ..checkpoint import Checkpoint
 from ..evaluation import Evaluation, evaluate
+from ..fitting import EMConfig, Fitting, FittingConfig
 from ..loop import TrainingConfig
-from ..presets import GPT_PRESETS, RNN_PRESETS
+from ..presets import GPT_PRESETS, HMM_PRESETS, MARKOV_PRESETS, RNN_PRESETS
 from .task import (
     DEFAULT_CORPUS,
+    DRAWING,
     Baseline,
     Request,
     TextTask,
@@ -43,24 +46,26 @@ _EVALUATION_STREAMS = 16
 _PROMPT_CHARACTERS = 32
 
 
-class LanguageTask(TokenTask, TextTask):
+class CausalTask(TextTask):
     """The next token of a text, from those before it."""
 
     unit = "bits/byte"
     sample_heading = f"the first {_PROMPT_CHARACTERS} characters are given"
+    options = DRAWING
+    order: ClassVar[int] = 3  # of the Markov model that it is measured against
 
-    def prepare(self, tokens: Tensor, held_out: Tensor, config: TrainingConfig, seed: int) -> None:
+    def prepare(self, tokens: Tensor, held_out: Tensor, config: Any, seed: int) -> None:
         self._held_out = _at_least_two(held_out)
-        self.batches = self.make_batches(tokens, config, seed)
+        self.learn_from(tokens, config, seed)
         # Nats per token to bits per byte by the mean length of a token: exact for bytes, and over
         # the whole text for other tokens.
         lengths = self.tokenizer.byte_lengths[tokens].double()
         self.scale = 1 / math.log(2) / lengths.mean().item()
-        self.baseline = _markov(self.corpus)
+        self.baseline = _markov(self.corpus, self.order)
 
     @abc.abstractmethod
-    def make_batches(self, tokens: Tensor, config: TrainingConfig, seed: int) -> Batches:
-        """Return what a model is given to learn tokens, int64 [N], from."""
+    def learn_from(self, tokens: Tensor, config: Any, seed: int) -> None:
+        """Make ready what `training` gives a model to learn tokens, int64 [N], from."""
 
     def evaluate(self, model: nn.Module, quickly: bool = False) -> Evaluation:
         streams = _EVALUATION_STREAMS if quickly else 1
@@ -75,7 +80,7 @@ class LanguageTask(TokenTask, TextTask):
         with errors_in(data or DEFAULT_CORPUS):
             if not whole:
                 corpus = split_text(text)
-                text, baseline = corpus.held_out, _markov(corpus)
+                text, baseline = corpus.held_out, _markov(corpus, cls.order)
             tokens = _at_least_two(tokenizer.encode(text))
         return evaluate(model, tokens, tokenizer.byte_lengths), baseline
 
@@ -100,16 +105,27 @@ class LanguageTask(TokenTask, TextTask):
         return tokenizer.encode(text or "\n")[None]
 
 
+class LanguageTask(CausalTask, TokenTask):
+    """The next token of a text, by a network."""
+
+    def learn_from(self, tokens: Tensor, config: TrainingConfig, seed: int) -> None:
+        self.batches = self.make_batches(tokens, config, seed)
+
+    @abc.abstractmethod
+    def make_batches(self, tokens: Tensor, config: TrainingConfig, seed: int) -> Batches:
+        """Return what a model is given to learn tokens, int64 [N], from."""
+
+
 def _at_least_two(tokens: Tensor) -> Tensor:
     if len(tokens) < 2:
         raise InputError(f"text too short: {len(tokens)} token to measure on; expected at least 2")
     return tokens
 
 
-def _markov(corpus: Corpus) -> Baseline:
+def _markov(corpus: Corpus, order: int) -> Baseline:
     training, held_out = map(ByteTokenizer().encode, corpus)
-    bits = MarkovModel(order=3).fit(training).bits_per_byte(held_out)
-    return Baseline("order-3 Markov model", bits, [f"{bits:.4f}"])
+    bits = MarkovModel(order).fit(training).bits_per_byte(held_out)
+    return Baseline(f"order-{order} Markov model", bits, [f"{bits:.4f}"])
 
 
 class RNNTask(LanguageTask):
@@ -154,3 +170,55 @@ class GPTTask(LanguageTask):
     def make_batches(self, tokens: Tensor, config: TrainingConfig, seed: int) -> Batches:
         assert config.batch_size != "full"
         return CropBatches(tokens, config.batch_size, self.sizes.context_length, seed)
+
+
+class HMMTask(CausalTask):
+    """The next byte of a text, from what hidden states those before it tell of."""
+
+    model_class = HMM
+    config_class = EMConfig
+    presets = HMM_PRESETS
+    tiny: ClassVar = {"num_states": 4, "sequence_length": 16}
+
+    def learn_from(self, tokens: Tensor, config: EMConfig, seed: int) -> None:
+        self._rows = windows_of(tokens, config.sequence_length).contiguous()
+
+    def describe_training(self, config: EMConfig) -> str:
+        rows, columns = self._rows.shape
+        return f"EM of {rows:,} x {columns} tokens at once"
+
+    def training(self, model: HMM, config: EMConfig) -> Fitting:
+        def fit() -> float:
+            log_likelihood = model.em_step(self._rows, pseudo_count=config.pseudo_count)
+            return -log_likelihood / self._rows.numel()
+
+        return Fitting(model, config, fit, self._rows.numel())
+
+
+class MarkovTask(CausalTask):
+    """The next byte of a text, from the `order` bytes before it."""
+
+    model_class = MarkovModel
+    config_class = FittingConfig
+    presets = MARKOV_PRESETS
+    tiny: ClassVar = {"order": 2, "steps": 1}
+    order = 0
+
+    def learn_from(self, tokens: Tensor, config: FittingConfig, seed: int) -> None:
+        self._tokens = tokens
+
+    def describe_model(self, model: MarkovModel) -> str:
+        return f"each byte depends on the {model.order} before it"
+
+    def parameters(self, model: MarkovModel) -> int:
+        return sum(model.config.ngrams)
+
+    def describe_training(self, config: FittingConfig) -> str:
+        return "every n-gram is counted"
+
+    def training(self, model: MarkovModel, config: FittingConfig) -> Fitting:
+        def fit() -> float:
+            model.fit(self._tokens)
+            return model.bits_per_byte(self._tokens) * math.log(2)
+
+        return Fitting(model, config, fit, len(self._tokens))

@@ -84,6 +84,10 @@ class Request:
         return self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.generator
 
 
+# The fields of a `Request` to a model that draws one token after another.
+DRAWING = frozenset(field.name for field in dataclasses.fields(Request))
+
+
 class Task(abc.ABC):
     """Data made ready for a model to train on.
 
@@ -103,7 +107,7 @@ class Task(abc.ABC):
     config_class: ClassVar[type[Any]] = TrainingConfig
     presets: ClassVar[dict[str, Preset]]
     tiny: ClassVar[dict[str, Any]]  # sizes and settings that take no time
-    kernel: ClassVar[str]  # what the names of its main op have in them
+    kernel: ClassVar[str | None] = None  # what the names of its main op have in them, if it has one
     plain: ClassVar[str | None] = None  # what `compare` times the model against, if there is such
     items: ClassVar[str] = "tokens"  # what a step counts
     unit: ClassVar[str]  # of the figure, and of `scale` times a loss
@@ -137,6 +141,19 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> str:
         """Say what there is to learn from."""
+
+    def describe_model(self, model: Any) -> str:
+        """Say how large it is."""
+        sizes = dataclasses.asdict(self.sizes)
+        parts = [f"{name.replace('_', ' ')} {size}" for name, size in sizes.items()]
+        if self.tokenizer:
+            kind = f"{self.tokenizer.vocab_size:,} tokens ({self.tokenizer.name})"
+            parts = [kind, *(part for part in parts if not part.startswith("vocab size "))]
+        return f"{self.parameters(model):,} parameters: {', '.join(parts)}"
+
+    def parameters(self, model: Any) -> int:
+        """Return how many numbers it has learned."""
+        return sum(parameter.numel() for parameter in model.parameters())
 
     @abc.abstractmethod
     def describe_training(self, config: Any) -> str:
@@ -187,7 +204,7 @@ class TokenTask(Task):
 
     plain = "plain PyTorch"
     unit = "nats/token"
-    options = frozenset(field.name for field in dataclasses.fields(Request))
+    options = DRAWING
 
     tokenizer: Tokenizer
     batches: Batches
@@ -238,17 +255,19 @@ class BatchesTask(TokenTask):
 class TextTask(Task):
     """A task about a text, the tail of which is held out."""
 
+    tokenizer: Tokenizer
+
     def __init__(
         self,
         data: Path | None,
         sizes: Any,
-        config: TrainingConfig,
+        config: Any,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
         is_dry: bool = False,
     ) -> None:
         self.source = str(data or DEFAULT_CORPUS)
-        length = getattr(sizes, "context_length", config.sequence_length) or 0
+        length = getattr(sizes, "context_length", getattr(config, "sequence_length", None)) or 0
         # A tenth is held out, and a token stands for several characters.
         characters = max(_DRY_CHARACTERS, _DRY_CHARACTERS_OF_A_TOKEN * length)
         text = load_text(data)[: characters if is_dry else None]
@@ -257,13 +276,15 @@ class TextTask(Task):
         with errors_in(self.source):
             self.corpus = split_text(text)
             self.tokenizer = tokenizer or train_tokenizer(self.corpus.training, sizes.vocab_size)
-            self.sizes = dataclasses.replace(sizes, vocab_size=self.tokenizer.vocab_size)
+            self.sizes = sizes
+            if sizes.vocab_size != self.tokenizer.vocab_size:
+                self.sizes = dataclasses.replace(sizes, vocab_size=self.tokenizer.vocab_size)
             tokens, held_out = map(self.tokenizer.encode, self.corpus)
             self.prepare(tokens, held_out, config, seed)
 
     @abc.abstractmethod
-    def prepare(self, tokens: Tensor, held_out: Tensor, config: TrainingConfig, seed: int) -> None:
-        """Set `batches`, `scale`, `baseline` and what `evaluate` needs."""
+    def prepare(self, tokens: Tensor, held_out: Tensor, config: Any, seed: int) -> None:
+        """Set `scale`, `baseline` and what `training` and `evaluate` need."""
 
     def describe(self) -> str:
         training, held_out = (len(part.encode()) for part in self.corpus)
@@ -281,6 +302,7 @@ class RowsTask(Task):
     """A task about a file of two columns, of which some rows are held out."""
 
     columns: ClassVar[tuple[str, str]]
+    tokenizer: Tokenizer
 
     def __init__(
         self,
