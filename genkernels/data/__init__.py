@@ -1,6 +1,7 @@
 """Text into tokens: reading, cleaning, the held-out split, tokenizers and batches."""
 
 from .batches import Batches, CropBatches, windows_of
+from .dates import date_pairs, split_date_pairs
 from .errors import InputError, errors_in
 from .masking import (
     LabelledBatches,
@@ -46,6 +47,7 @@ __all__ = [
     "clean_text",
     "corrupt_spans",
     "corrupted_windows",
+    "date_pairs",
     "encode_masked",
     "encode_source",
     "errors_in",
@@ -59,6 +61,7 @@ __all__ = [
     "spell",
     "spell_answer",
     "spell_masked",
+    "split_date_pairs",
     "split_text",
     "train_tokenizer",
     "windows_of",
