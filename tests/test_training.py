@@ -22,7 +22,6 @@ from safetensors.torch import load, load_file, save, save_file
 from genkernels.data import (
     ByteTokenizer,
     InputError,
-    SequenceBatches,
     load_text,
     sequence_batches,
     split_text,
@@ -132,7 +131,7 @@ def learning_rates(**settings) -> list[float]:
     """The steps of plain SGD on a constant gradient, which are its learning rates."""
     model = Recorder()
     before, rates = model.weight.detach().clone(), []
-    batch = SequenceBatches(sequence_batches(torch.zeros(30, dtype=torch.int64), 1, 10)[:1])
+    batch = sequence_batches(torch.zeros(11, dtype=torch.int64), 1, 10)
     config = TrainingConfig("sgd", 1e-4, max_grad_norm=0, **settings)
     for _ in train(model, batch, config):
         after = model.weight.detach().clone()

@@ -1,8 +1,9 @@
-"""Text into tokens: reading, cleaning, the held-out split, tokenizers and batches."""
+"""Text, images and sound: reading, cleaning, the held-out split, tokenizers and batches."""
 
 from .batches import Batches, CropBatches, windows_of
 from .dates import date_pairs, split_date_pairs
 from .errors import InputError, errors_in
+from .files import Errors, replace_file
 from .masking import (
     LabelledBatches,
     MaskedBatches,
@@ -22,7 +23,8 @@ from .special import (
     spell_masked,
 )
 from .streams import SequenceBatches, batchify, sequence_batches
-from .text import DEFAULT_CORPUS, Corpus, TextStream, clean_text, load_text, split_text
+from .text import DEFAULT_CORPUS, Corpus, TextCleaner, TextStream, clean_text, load_text, split_text
+from .token_file import load_tokens, write_tokens
 from .tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "ByteTokenizer",
     "Corpus",
     "CropBatches",
+    "Errors",
     "InputError",
     "LabelledBatches",
     "MaskedBatches",
@@ -40,6 +43,7 @@ __all__ = [
     "SequenceBatches",
     "SpanBatches",
     "SpecialTokens",
+    "TextCleaner",
     "TextStream",
     "TextToTextTokens",
     "Tokenizer",
@@ -55,8 +59,10 @@ __all__ = [
     "load_pairs",
     "load_text",
     "load_tokenizer",
+    "load_tokens",
     "mask_tokens",
     "masked_windows",
+    "replace_file",
     "sequence_batches",
     "spell",
     "spell_answer",
@@ -65,4 +71,5 @@ __all__ = [
     "split_text",
     "train_tokenizer",
     "windows_of",
+    "write_tokens",
 ]

@@ -32,7 +32,8 @@ class Batches(Protocol):
 class CropBatches(Batches):
     """Random crops of a text for a model that predicts each next token.
 
-    Each is (input, target), both int64 [batch_size, sequence_length], target one token later.
+    Each is (input, target), both int64 [batch_size, sequence_length], target one token later. Of
+    the `tokens` that `load_tokens` maps, only the crops are read.
 
     Raises:
         InputError: fewer tokens than one sequence and its next token.
@@ -62,8 +63,8 @@ def crops_of(tokens: Tensor, length: int) -> Tensor:
 
 
 def draw(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` random rows of `rows`, [N, ..], each from all of them; a copy."""
-    return rows[torch.randint(len(rows), (count,), generator=generator)]
+    """`count` random rows of `rows`, [N, ..], each from all of them; an int64 copy."""
+    return rows[torch.randint(len(rows), (count,), generator=generator)].long()
 
 
 def generator_of(seed: int, step: int) -> torch.Generator:

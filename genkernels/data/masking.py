@@ -107,7 +107,7 @@ def masked_windows(
         ValueError: a sequence_length below 3.
     """
     return [
-        mask_tokens(rows, vocab_size, generator_of(seed, index))
+        mask_tokens(rows.long(), vocab_size, generator_of(seed, index))
         for index, rows in enumerate(
             windows_of(tokens, _unframed(sequence_length)).split(batch_size)
         )

@@ -119,6 +119,6 @@ def corrupted_windows(
         InputError: fewer tokens than one sequence has.
     """
     return [
-        corrupt_spans(rows, vocab_size, generator_of(seed, index))
+        corrupt_spans(rows.long(), vocab_size, generator_of(seed, index))
         for index, rows in enumerate(windows_of(tokens, sequence_length).split(batch_size))
     ]

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
 from .errors import InputError
 
 
-class SequenceBatches(list[tuple[Tensor, Tensor]]):
-    """The batches of one epoch, each of which continues the one before it; then they start over."""
+class SequenceBatches(Sequence[tuple[Tensor, Tensor]]):
+    """The batches of one epoch, each of which continues the one before it; then they start over.
+
+    `inputs` and `targets`, [B, L], are cut into `count` parts as `tensor_split(count, dim=1)` cuts
+    them, but each when it is asked for: of a mapped file there may be millions. They are int64.
+    """
+
+    def __init__(self, inputs: Tensor, targets: Tensor, count: int) -> None:
+        self._inputs = inputs
+        self._targets = targets
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[Tensor, Tensor]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        part = range(len(self))[index]
+        length, longer = divmod(self._inputs.shape[1], self._count)
+        begin, end = (i * length + min(i, longer) for i in (part, part + 1))
+        return self._inputs[:, begin:end].long(), self._targets[:, begin:end].long()
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         return self[step % len(self)]
@@ -55,6 +80,4 @@ def sequence_batches(
     )
     # Even parts: a short last one would be a noisy step of full size.
     parts = math.ceil(inputs.shape[1] / sequence_length)
-    return SequenceBatches(
-        zip(inputs.tensor_split(parts, dim=1), targets.tensor_split(parts, dim=1), strict=True)
-    )
+    return SequenceBatches(inputs, targets, parts)

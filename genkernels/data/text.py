@@ -43,26 +43,19 @@ def _without_control(text: str) -> str:
     return _CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-class TextStream:
-    """Decodes and cleans a text whose tokens come a few at a time.
+class TextCleaner:
+    """Cleans a text that comes in pieces.
 
-    What `add` returns, and `end` at last, is together `clean_text(decode(all tokens))`: a character
-    is held back while the next token may be a part of it or change it.
+    What `add` returns, and `end` at last, is together `clean_text(all pieces)`: a character is held
+    back while the next piece may change it.
     """
 
-    def __init__(self, decode: Callable[[Tensor], str]) -> None:
-        self._decode = decode
-        self._tokens: list[Tensor] = []
+    def __init__(self) -> None:
         self._text = ""
         self._has_begun = False
 
-    def add(self, tokens: Tensor) -> str:
-        """Take the next tokens, int64 [N], and return what is certain now."""
-        self._tokens.append(tokens)
-        text = self._decode(torch.cat(self._tokens))
-        if text.endswith("\ufffd"):  # perhaps the first bytes of a character
-            return ""
-        self._tokens.clear()
+    def add(self, text: str) -> str:
+        """Take the next piece, and return what is certain now."""
         self._text = text = unicodedata.normalize("NFC", self._text + text)
         # The last character that is no accent takes up what follows; CR and LF are one line end.
         certain = len(text) - 1
@@ -74,9 +67,6 @@ class TextStream:
 
     def end(self) -> str:
         """Return the rest."""
-        if self._tokens:
-            self._text += self._decode(torch.cat(self._tokens))
-        self._text = unicodedata.normalize("NFC", self._text)
         return self._take(len(self._text))
 
     def _take(self, count: int) -> str:
@@ -85,6 +75,33 @@ class TextStream:
             self._has_begun = True
             certain = certain.removeprefix(_BYTE_ORDER_MARK)
         return _without_control(certain)
+
+
+class TextStream:
+    """Decodes and cleans a text whose tokens come a few at a time.
+
+    What `add` returns, and `end` at last, is together `clean_text(decode(all tokens))`: a character
+    is held back while the next token may be a part of it or change it.
+    """
+
+    def __init__(self, decode: Callable[[Tensor], str]) -> None:
+        self._decode = decode
+        self._tokens: list[Tensor] = []
+        self._cleaner = TextCleaner()
+
+    def add(self, tokens: Tensor) -> str:
+        """Take the next tokens, int64 [N], and return what is certain now."""
+        self._tokens.append(tokens)
+        text = self._decode(torch.cat(self._tokens))
+        if text.endswith("\ufffd"):  # perhaps the first bytes of a character
+            return ""
+        self._tokens.clear()
+        return self._cleaner.add(text)
+
+    def end(self) -> str:
+        """Return the rest."""
+        rest = self._decode(torch.cat(self._tokens)) if self._tokens else ""
+        return self._cleaner.add(rest) + self._cleaner.end()
 
 
 def load_text(path: str | os.PathLike[str] | None = None) -> str:
@@ -103,15 +120,20 @@ def load_text(path: str | os.PathLike[str] | None = None) -> str:
     try:
         text = clean_text(Path(path).read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not UTF-8 at byte {error.start} (0x{error.object[error.start]:02x}); "
-            "expected a UTF-8 text file"
-        ) from error
+        raise not_utf8(path, error) from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a UTF-8 text file") from error
     if not text.strip():
         raise InputError(f"{path}: no text in it; expected a UTF-8 text file")
     return text
+
+
+def not_utf8(path: object, error: UnicodeDecodeError, start: int = 0) -> InputError:
+    """Return what says so; `start` is the place in the file of the bytes that were decoded."""
+    return InputError(
+        f"{path}: not UTF-8 at byte {start + error.start} (0x{error.object[error.start]:02x}); "
+        "expected a UTF-8 text file"
+    )
 
 
 def split_text(text: str, held_out: float = 0.1) -> Corpus:

@@ -40,7 +40,8 @@ class ByteTokenizer:
     byte_lengths = torch.ones(256, dtype=torch.int64)
 
     def encode(self, text: str) -> Tensor:
-        return torch.tensor(list(text.encode()), dtype=torch.int64)
+        data = bytearray(text.encode())  # frombuffer refuses none
+        return (torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0)).long()
 
     def decode(self, tokens: Tensor) -> str:
         return bytes(tokens.tolist()).decode(errors="replace")

@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data import BPETokenizer, InputError, Tokenizer, load_tokenizer
+from ..data import BPETokenizer, InputError, Tokenizer, load_tokenizer, replace_file
+from ..data.files import TEMPORARY
 from ..models import MODELS
 
 Which = Literal["best", "last"]
@@ -27,7 +28,6 @@ LOSS_CURVE = "loss.png"
 FILES = {CONFIG, *WEIGHTS.values(), ONLY_WEIGHTS, LOSS_CURVE, BPETokenizer.file}
 FORMAT = "genkernels-1"
 _SAMPLE = re.compile(r"sample(-\d+)?\.(png|wav)")
-_TEMPORARY = ".genkernels-"
 # Before the names of tensors that continue a run. No weight has it: `training` is a module's mode.
 _STATE = "training."
 _METADATA = "training"
@@ -251,24 +251,6 @@ def _check_weights(path: Path, weights: dict[str, Tensor], expected: dict[str, T
 
 
 @contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
-    """Give a file to write, and let it take the place of `path` when the block ends well.
-
-    Raises:
-        OSError: of `path`, which cannot be written to.
-    """
-    temporary = path.parent / f"{_TEMPORARY}{path.name}"
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):  # it was moved, or there is no place for it
-            temporary.unlink()
-
-
-@contextlib.contextmanager
 def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give an empty folder to write into, and move its files to `path` when the block ends well.
 
@@ -286,7 +268,7 @@ def replace_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         is_new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         _check_replaceable(path)
-        temporary = tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=path)
+        temporary = tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=path)
     except OSError as error:
         raise InputError(
             f"{path}: cannot write there ({error.strerror}: {error.filename}); "
@@ -321,7 +303,7 @@ def _is_own(name: str) -> bool:
 
 def _check_replaceable(path: Path) -> None:
     """Let only an empty folder or one of our own checkpoints be replaced, never a user's files."""
-    entries = [entry for entry in path.iterdir() if not entry.name.startswith(_TEMPORARY)]
+    entries = [entry for entry in path.iterdir() if not entry.name.startswith(TEMPORARY)]
     foreign = sorted(entry.name for entry in entries if not _is_own(entry.name) or entry.is_dir())
     if foreign:
         raise InputError(
