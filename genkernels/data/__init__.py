@@ -1,5 +1,14 @@
 """Text, images and sound: reading, cleaning, the held-out split, tokenizers and batches."""
 
+from .audio import (
+    AudioTokenizer,
+    load_audio,
+    load_audio_folder,
+    melody,
+    mu_law_decode,
+    mu_law_encode,
+    save_audio,
+)
 from .batches import Batches, CropBatches, windows_of
 from .dates import date_pairs, split_date_pairs
 from .errors import InputError, errors_in
@@ -41,6 +50,7 @@ __all__ = [
     "DEFAULT_CORPUS",
     "IMAGE_SETS",
     "MASK",
+    "AudioTokenizer",
     "BPETokenizer",
     "Batches",
     "ByteTokenizer",
@@ -69,6 +79,8 @@ __all__ = [
     "encode_source",
     "errors_in",
     "framed",
+    "load_audio",
+    "load_audio_folder",
     "load_image_set",
     "load_images",
     "load_pairs",
@@ -77,8 +89,12 @@ __all__ = [
     "load_tokens",
     "mask_tokens",
     "masked_windows",
+    "melody",
+    "mu_law_decode",
+    "mu_law_encode",
     "normalize_images",
     "replace_file",
+    "save_audio",
     "save_grid",
     "sequence_batches",
     "spell",
