@@ -14,6 +14,7 @@ from .checkpoint import (
 from .comparison import Comparison, compare_step_time, kernel_share
 from .evaluation import Evaluation, Measures, TokenEvaluation, evaluate, evaluate_batches
 from .fitting import EMConfig, Fitting, FittingConfig
+from .human import Preference, score_votes, write_sheet
 from .loop import (
     OptimizerName,
     ScheduleName,
@@ -53,6 +54,7 @@ __all__ = [
     "FittingConfig",
     "Measures",
     "OptimizerName",
+    "Preference",
     "Preset",
     "Request",
     "RunFolder",
@@ -77,7 +79,9 @@ __all__ = [
     "replace_file",
     "replace_folder",
     "save_checkpoint",
+    "score_votes",
     "task_of",
     "train",
     "training_step",
+    "write_sheet",
 ]
