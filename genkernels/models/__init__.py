@@ -5,12 +5,14 @@ from typing import Any
 from .attention_maps import attention_maps
 from .bayesian_network import BayesianNetwork, BayesianNetworkConfig, chow_liu_tree
 from .bert import BERT, BERTConfig, Fillings
+from .encoder_decoder import EncoderDecoder
 from .evaluating import evaluating
 from .gpt import GPT, GPTConfig
 from .hmm import HMM, HMMConfig, HMMCounts
 from .markov import MarkovConfig, MarkovModel
 from .rnn import RNNConfig, RNNLanguageModel
 from .sampling import CausalModel, sample_token
+from .seq2seq import Seq2Seq, Seq2SeqConfig
 from .t5 import T5, T5Config
 
 # Those that checkpoints hold, by the name that one has for them.
@@ -21,6 +23,7 @@ MODELS: dict[str, tuple[type[Any], type[Any]]] = {
     HMM.name: (HMMConfig, HMM),
     MarkovModel.name: (MarkovConfig, MarkovModel),
     RNNLanguageModel.name: (RNNConfig, RNNLanguageModel),
+    Seq2Seq.name: (Seq2SeqConfig, Seq2Seq),
     T5.name: (T5Config, T5),
 }
 
@@ -34,6 +37,7 @@ __all__ = [
     "BayesianNetwork",
     "BayesianNetworkConfig",
     "CausalModel",
+    "EncoderDecoder",
     "Fillings",
     "GPTConfig",
     "HMMConfig",
@@ -42,6 +46,8 @@ __all__ = [
     "MarkovModel",
     "RNNConfig",
     "RNNLanguageModel",
+    "Seq2Seq",
+    "Seq2SeqConfig",
     "T5Config",
     "attention_maps",
     "chow_liu_tree",

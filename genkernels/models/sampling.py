@@ -36,9 +36,7 @@ def sample_token(
         raise ValueError(f"top_k must be >= 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    largest = logits.amax(-1, keepdim=True)  # [B, 1]
-    if not largest.isfinite().all():
-        raise FloatingPointError("the largest logit is NaN or infinite; expected finite logits")
+    largest = check_finite(logits)  # [B, 1]
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)  # [B, 1]
     # Float64, from the maximum down: no temperature above 0 is too small to divide by. An infinite
@@ -61,6 +59,15 @@ def sample_token(
         (len(logits), 1), generator=generator, dtype=torch.float64, device=logits.device
     )
     return torch.searchsorted(sums, uniform * sums[:, -1:], right=True)  # [B, 1]
+
+
+def check_finite(logits: Tensor) -> Tensor:
+    """Return the largest of each row, [B, 1]; raise a FloatingPointError where it is not a finite
+    number."""
+    largest = logits.amax(-1, keepdim=True)
+    if not largest.isfinite().all():
+        raise FloatingPointError("the largest logit is NaN or infinite; expected finite logits")
+    return largest
 
 
 @torch.no_grad()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..data import TextToTextTokens
 from .config import check_dropout, check_heads, check_sizes
-from .sampling import draw_tokens
+from .encoder_decoder import EncoderDecoder
 from .transformer import FUSED, PLAIN, Functions, KeyValueCache, SelfAttention
 
 
@@ -205,18 +204,7 @@ class DecoderBlock(nn.Module):
         return self.dropout(self.feedforward(self.norm3(x)), residual=x)
 
 
-class _Generation(NamedTuple):
-    """A source that is answered, with what is known of it and of the answer after the first
-    token."""
-
-    source: Tensor
-    lengths: Tensor | None
-    capacity: int
-    keys_values: list[Tensor] | None = None
-    cache: KeyValueCache | None = None
-
-
-class T5(nn.Module):
+class T5(EncoderDecoder):
     """Predicts the tokens of a target from a source and the target's tokens before them.
 
     Equivalent to: T5 v1.1 (Raffel et al. 2020, https://arxiv.org/abs/1910.10683, section 2.1) with
@@ -270,110 +258,12 @@ class T5(nn.Module):
             if isinstance(module, CrossAttention):
                 module.query.weight *= head_dim**-0.5
 
-    def forward(self, source: Tensor, target: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Map source, int64 [B, S], and target, int64 [B, T], to logits [B, T, V] of target's
-        tokens, those of `TextToTextTokens` among them."""
-        return self.functions.linear(
-            self._run(source, target, lengths), self.token_embedding.weight
-        )
+    @property
+    def output_weight(self) -> Tensor:
+        return self.token_embedding.weight
 
-    def loss(
-        self, source: Tensor, target: Tensor, lengths: Tensor | None = None, state: None = None
-    ) -> tuple[Tensor, None]:
-        """The mean cross-entropy, in nats, of target, int64 [B, T], but for -100 after the end of
-        the shorter ones. The logits are not kept."""
-        loss = self.functions.linear_cross_entropy(
-            self._run(source, target, lengths).flatten(0, 1),
-            self.token_embedding.weight,
-            target.flatten(),
-        )
-        return loss, None
-
-    def log_prob(
-        self, source: Tensor, target: Tensor, lengths: Tensor | None = None, state: None = None
-    ) -> tuple[Tensor, Tensor, None]:
-        """ln P(target), 0 where target is -100, and the most likely tokens, both [B * T]."""
-        log_prob, prediction = self.functions.linear_log_prob(
-            self._run(source, target, lengths).flatten(0, 1),
-            self.token_embedding.weight,
-            target.flatten(),
-        )
-        return log_prob, prediction, None
-
-    def stream(
-        self,
-        source: Tensor,
-        max_new_tokens: int,
-        *args: Any,
-        lengths: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Iterator[Tensor]:
-        """Yield the tokens of `generate`, int64 [B, 1], each as soon as it is drawn."""
-        pad, end, _ = self.special_tokens
-        prompt = source.new_full((len(source), 1), pad)
-        state = _Generation(source, lengths, max_new_tokens)
-        ended = torch.zeros_like(prompt, dtype=torch.bool)
-        for token in draw_tokens(
-            self, self._predict, prompt, state, max_new_tokens, *args, **kwargs
-        ):
-            token = token.masked_fill(ended, pad)
-            yield token
-            ended |= token == end
-            if ended.all():
-                return
-
-    def generate(
-        self,
-        source: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
-        """Answer each row of `source`, int64 [B, S]; returns [B, N], N at most `max_new_tokens`.
-
-        A row goes up to its `end`, after which there is `pad`. `temperature`, `top_k`, `top_p` and
-        `generator` are those of `sample_token`. Dropout is off. Without the cache, which changes
-        nothing but the time, source and answer are read again for each token.
-
-        Raises:
-            ValueError: an argument out of range.
-        """
-        arguments = (temperature, top_k, top_p, generator, use_cache)
-        drawn = self.stream(source, max_new_tokens, *arguments, lengths=lengths)
-        return torch.cat([source.new_empty(len(source), 0), *drawn], dim=1)
-
-    def _run(self, source: Tensor, target: Tensor, lengths: Tensor | None) -> Tensor:
-        pad = self.special_tokens.pad
-        # The token before each, which counts for nothing after the end.
-        input = nn.functional.pad(target[:, :-1], (1, 0), value=pad).clamp_min(0)
-        keys_values = self._encoded(source, lengths)
-        return self._decoded(input, keys_values, lengths)
-
-    def _predict(self, tokens: Tensor, state: _Generation) -> tuple[Tensor, _Generation]:
-        C = self.config
-        if state.cache is None:
-            state = state._replace(
-                keys_values=self._encoded(state.source, state.lengths),
-                cache=KeyValueCache(
-                    C.num_layers,
-                    len(tokens),
-                    C.num_heads,
-                    state.capacity,
-                    C.embedding_dim // C.num_heads,
-                    self.token_embedding.weight,
-                ),
-            )
-        output = self._decoded(tokens, state.keys_values or [], state.lengths, state.cache)
-        return self.functions.linear(output[:, -1], self.token_embedding.weight), state
-
-    def _encoded(self, source: Tensor, lengths: Tensor | None) -> list[Tensor]:
-        """The keys and values of `source` for each layer of the decoder, [2, B, H, S, D]."""
-        if source.dim() != 2 or source.shape[1] < 1:
-            raise ValueError(f"source must be [B, S] with S >= 1, got {list(source.shape)}")
+    def encode(self, source: Tensor, lengths: Tensor | None) -> list[Tensor]:
+        """The keys and values of `source` for each layer of the decoder, [B, S, 2, H, D]."""
         x = self.dropout(self.token_embedding(source))  # [B, S, E]
         S = source.shape[1]
         bias = self.encoder_bias(S, S)  # [1, H, S, S]
@@ -382,19 +272,28 @@ class T5(nn.Module):
         x = self.dropout(self.encoder_norm(x))
         return [block.cross_attention.keys_values(x) for block in cast(Any, self.decoder)]
 
-    def _decoded(
+    def decode(
         self,
         input: Tensor,
-        keys_values: list[Tensor],
+        memory: list[Tensor],
         lengths: Tensor | None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
-        """The outputs, [B, T, E], which times the token embedding are the logits."""
+        state: KeyValueCache | None = None,
+    ) -> tuple[Tensor, KeyValueCache | None]:
         T = input.shape[1]
-        start = cache.length if cache else 0
-        caches = cache.extend(T) if cache else [None] * len(self.decoder)
+        start = state.length if state else 0
+        caches = state.extend(T) if state else [None] * len(self.decoder)
         x = self.dropout(self.token_embedding(input))  # [B, T, E]
         bias = self.decoder_bias(T, start + T, start)  # [1, H, T, start + T]
-        for block, known, layer_cache in zip(self.decoder, keys_values, caches, strict=True):
-            x = block(x, bias, known, lengths, layer_cache)
-        return self.dropout(self.decoder_norm(x)) * self.config.embedding_dim**-0.5
+        for block, keys_values, cache in zip(self.decoder, memory, caches, strict=True):
+            x = block(x, bias, keys_values, lengths, cache)
+        return self.dropout(self.decoder_norm(x)) * self.config.embedding_dim**-0.5, state
+
+    def first_state(self, batch_size: int, capacity: int) -> KeyValueCache:
+        C = self.config
+        head_dim = C.embedding_dim // C.num_heads
+        return KeyValueCache(
+            C.num_layers, batch_size, C.num_heads, capacity, head_dim, self.token_embedding.weight
+        )
+
+    def rows_of(self, state: KeyValueCache, rows: Tensor) -> KeyValueCache:
+        return state.rows_of(rows)

@@ -136,6 +136,11 @@ class KeyValueCache:
         known = self._tensor[..., : self.length, :].unbind()
         return list(zip(new, known, strict=True))
 
+    def rows_of(self, rows: Tensor) -> KeyValueCache:
+        """Keep what is known of these rows of the batch, int64 [N], alone."""
+        self._tensor = self._tensor.index_select(2, rows)
+        return self
+
 
 class SelfAttention(nn.Module):
     """Multi-head attention of tokens to one another.
