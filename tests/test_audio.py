@@ -43,16 +43,6 @@ def test_mu_law_decodes_to_the_middle_of_a_level():
     assert torch.equal(mu_law_encode(mu_law_decode(levels)), levels)
 
 
-def test_mu_law_is_torchaudios():
-    functional = pytest.importorskip(
-        "torchaudio.functional", reason="torchaudio is not installed", exc_type=ImportError
-    )
-    samples = torch.cat([torch.linspace(-1, 1, 100_001), 2 * torch.rand(100_000) - 1])
-    levels = torch.arange(256)
-    assert torch.equal(mu_law_encode(samples), functional.mu_law_encoding(samples, 256))
-    assert torch.equal(mu_law_decode(levels), functional.mu_law_decoding(levels, 256))
-
-
 def test_a_tokenizer_of_audio(tmp_path):
     tokenizer = AudioTokenizer(16_000)
     waveform = melody(0.5, 16_000)

@@ -12,6 +12,7 @@ from model_checks import perturb
 from torch import Tensor
 
 from genkernels.models import T5, EncoderDecoder, Seq2Seq, Seq2SeqConfig, T5Config
+from genkernels.models.transformer import KeyValueCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,6 +112,15 @@ def test_is_the_search_by_hand(name):
         for row in range(3):
             met = by_hand(model, source[row], lengths[row], 7, beam, penalty)
             assert_best(found[row], model, met, (beam, penalty, row))
+
+
+def test_a_cache_keeps_the_rows_that_go_on():
+    cache = KeyValueCache(2, 3, 1, 4, 1, torch.empty(0))
+    for new, _ in cache.extend(1):
+        new.copy_(torch.arange(3.0).view(3, 1, 1, 1).expand_as(new))
+    for _, known in cache.rows_of(torch.tensor([2, 0, 2, 1])).extend(1):
+        assert known.shape == (2, 4, 1, 2, 1)
+        assert known[:, :, 0, 0, 0].tolist() == [[2, 0, 2, 1]] * 2
 
 
 @pytest.mark.parametrize("name", ["seq2seq", "t5"])

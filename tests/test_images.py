@@ -71,7 +71,7 @@ def test_the_middle_square_is_resized_with_antialiasing(tmp_path):
     inner = images[:, :, 1:3, 1:3].int()
     assert (inner - 127).abs().max() < 8, "without antialiasing it is 0 or 255"
     assert torch.equal(images[0], images[1].transpose(1, 2))
-    assert (images[:, 0].int() - images[:, 1].int()).abs().max() < 8, "no red"
+    assert (images[:, 0].int() - images[:, 1].int()).abs().max() < 32, "red is 255 apart"
 
 
 def test_modes_of_files(tmp_path):

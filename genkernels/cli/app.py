@@ -17,6 +17,7 @@ from . import (
     train_gpt,
     train_hmm,
     train_rnn,
+    train_seq2seq,
     train_t5,
 )
 
@@ -28,6 +29,7 @@ train.command("rnn")(train_rnn.train_rnn)
 train.command("gpt")(train_gpt.train_gpt)
 train.command("bert")(train_bert.train_bert)
 train.command("t5")(train_t5.train_t5)
+train.command("seq2seq")(train_seq2seq.train_seq2seq)
 train.command("hmm")(train_hmm.train_hmm)
 train.command("bayesian-network")(train_bayesian_network.train_bayesian_network)
 app.add_typer(train, name="train")

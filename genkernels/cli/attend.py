@@ -10,7 +10,7 @@ import typer
 from torch import Tensor
 
 from ..data import MASK, InputError, Tokenizer, spell_answer, spell_masked
-from ..models import BERT, T5, attention_maps
+from ..models import BERT, EncoderDecoder, attention_maps
 from ..training import TokenTask, load_checkpoint, plot_attention, replace_file, task_of
 from . import options
 
@@ -32,11 +32,12 @@ def attend(
     ] = None,
     which: options.WhichWeights = "best",
 ) -> None:
-    """Draw which tokens a gpt, bert or t5 looks at.
+    """Draw which tokens a gpt, bert, t5 or seq2seq looks at.
 
     A row of the picture is a token, and the brighter a column, the more of that token it takes in;
-    each head has a picture of its own. Of a t5 the rows are the tokens of its answer. Prints at
-    which tokens the last row looks most, or that of bert's first [MASK], in the mean of the heads.
+    each head has a picture of its own. Of a t5 or seq2seq the rows are the tokens of its answer.
+    Prints at which tokens the last row looks most, or that of bert's first [MASK], in the mean of
+    the heads.
 
     Examples:
 
@@ -47,7 +48,9 @@ def attend(
     options.check_picture(output)
     model, tokenizer, _ = load_checkpoint(checkpoint, which)
     if not hasattr(model, "functions"):
-        raise InputError(f"{checkpoint}: a {model.name} has no attention; expected gpt, bert or t5")
+        raise InputError(
+            f"{checkpoint}: a {model.name} has no attention; expected gpt, bert, t5 or seq2seq"
+        )
     task_class = task_of(model)
     assert issubclass(task_class, TokenTask)
     tokens = task_class.read_prompt(model, tokenizer, text)  # [1, S]
@@ -56,7 +59,7 @@ def attend(
         raise InputError(f"--prompt: {tokens.shape[1]} tokens; expected at most {longest}")
     with attention_maps(model) as maps, torch.no_grad():
         answer = None
-        if isinstance(model, T5):
+        if isinstance(model, EncoderDecoder):
             answer = model.generate(tokens, _MOST_ANSWERED, temperature=0)  # [1, L]
             model(tokens, answer)
         else:
@@ -88,7 +91,7 @@ def _spelled(model: Any, tokenizer: Tokenizer, token: Tensor) -> str:
         special = model.special_tokens
         names = {special.cls: "[CLS]", special.sep: "[SEP]"}
         return names.get(int(token)) or repr(spell_masked(token[None], tokenizer))
-    if isinstance(model, T5):
+    if isinstance(model, EncoderDecoder):
         is_end = token == model.special_tokens.end
         return "end" if is_end else repr(spell_answer(token[None], tokenizer))
     return repr(tokenizer.decode(token[None]))

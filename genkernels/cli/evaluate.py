@@ -28,9 +28,9 @@ def evaluate(
     """Measure how well a trained model predicts what it was not trained on.
 
     rnn, gpt, hmm and bayesian-network: bits per byte, cross-entropy, perplexity and token accuracy
-    of a text. bert: the cross-entropy and accuracy of masked tokens, or of labels; t5: those of the
-    tokens of answers, and how many answers are exact. On a held-out split also what a simpler model
-    reaches that has learned from the rest.
+    of a text. bert: the cross-entropy and accuracy of masked tokens, or of labels; t5 and seq2seq:
+    those of the tokens of answers, and how many are exact. On a held-out split also what a simpler
+    model reaches that has learned from the rest.
 
     Examples:
 

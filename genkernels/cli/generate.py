@@ -21,9 +21,14 @@ def generate(
         int, typer.Option(min=1, max=MAX_SIZE, help="How many tokens to add.")
     ] = 400,
     temperature: Annotated[
-        float,
-        typer.Option(min=0, max=1e6, help="Below 1 is safer, above 1 bolder; 0 is greedy."),
-    ] = 0.8,
+        float | None,
+        typer.Option(
+            min=0,
+            max=1e6,
+            help="Below 1 is safer, above 1 bolder; 0 is greedy.",
+            show_default="0.8; 0 for seq2seq",
+        ),
+    ] = None,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Draw among the k likeliest tokens only.")
     ] = None,
@@ -36,6 +41,16 @@ def generate(
             help="Draw among the likeliest tokens only that together have this probability.",
         ),
     ] = None,
+    beam_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1_000,
+            help="Of t5 or seq2seq the best answer that so many beginnings side by side find, "
+            "instead of one that is drawn.",
+            show_default="none",
+        ),
+    ] = None,
     num_samples: Annotated[
         int, typer.Option(min=1, max=10_000, help="How many texts, drawn side by side.")
     ] = 1,
@@ -45,9 +60,10 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained model, fill in its gaps, or answer it.
 
-    rnn, gpt, hmm and bayesian-network continue the prompt, and t5 answers it, with <extra_id_0>,
-    <extra_id_1>, ... where spans are missing; a single text is printed as it comes. bert fills in
-    each [MASK], and shows the --top-k likeliest tokens of each, or says how likely each label is.
+    rnn, gpt, hmm and bayesian-network continue the prompt; t5 and seq2seq answer it, t5 with
+    <extra_id_0>, <extra_id_1>, ... where spans are missing; a single text is printed as it comes.
+    bert fills in each [MASK], and shows the --top-k likeliest tokens of each, or says how likely
+    each label is.
 
     Examples:
 
@@ -55,9 +71,17 @@ def generate(
         genkernels generate runs/gpt --num-samples 3 --top-p 0.9
         genkernels generate runs/bert --prompt "The [MASK] of a class"
         genkernels generate runs/t5 --prompt "The <extra_id_0> of a class"
+        genkernels generate runs/seq2seq --prompt "the 3rd of May 1998" --beam-size 4
     """
     request = Request(
-        options.cleaned(prompt), max_new_tokens, temperature, top_k, top_p, num_samples, seed
+        options.cleaned(prompt),
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        beam_size,
+        num_samples,
+        seed,
     )
     loaded = load_checkpoint(checkpoint, which)
     task_class = task_of(loaded.model)

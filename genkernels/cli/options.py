@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data import DEFAULT_CORPUS, InputError, clean_text
+from ..data import DATES, DEFAULT_CORPUS, InputError, clean_text
 from ..models.config import MAX_LAYERS, MAX_SIZE
 from ..training import OptimizerName, Preset, ScheduleName, Which
 
@@ -108,8 +108,16 @@ LabelData = Annotated[
 PairData = Annotated[
     Path | None,
     typer.Option(
-        help="UTF-8 text file; or, ending in .tsv, a source, a tab and a target in each line.",
+        help="UTF-8 text file; or, ending in .tsv, a source, a tab and a target in each line; "
+        f"or {DATES}, for those that seq2seq learns.",
         show_default=DEFAULT_CORPUS,
+    ),
+]
+Pairs = Annotated[
+    Path | None,
+    typer.Option(
+        help="UTF-8 file with a source, a tab and a target in each line.",
+        show_default=f"{DATES}, in words and in ISO 8601",
     ),
 ]
 Measured = Annotated[
@@ -160,6 +168,12 @@ FeedforwardDim = Annotated[
 HiddenSize = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_SIZE, help="GRU units.", rich_help_panel=_MODEL),
+]
+Bidirectional = Annotated[
+    bool | None,
+    typer.Option(
+        help="Whether the encoder reads a source from its end, too.", rich_help_panel=_MODEL
+    ),
 ]
 NumStates = Annotated[
     int | None,

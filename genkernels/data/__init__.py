@@ -42,11 +42,21 @@ from .special import (
     spell_masked,
 )
 from .streams import SequenceBatches, batchify, sequence_batches
-from .text import DEFAULT_CORPUS, Corpus, TextCleaner, TextStream, clean_text, load_text, split_text
+from .text import (
+    DATES,
+    DEFAULT_CORPUS,
+    Corpus,
+    TextCleaner,
+    TextStream,
+    clean_text,
+    load_text,
+    split_text,
+)
 from .token_file import load_tokens, write_tokens
 from .tokenizers import BPETokenizer, ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 
 __all__ = [
+    "DATES",
     "DEFAULT_CORPUS",
     "IMAGE_SETS",
     "MASK",

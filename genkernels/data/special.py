@@ -24,9 +24,12 @@ def encode_masked(text: str, tokenizer: Tokenizer) -> Tensor:
     return framed(_encode(text, mask, lambda _: special.mask, tokenizer), special)
 
 
-def encode_source(text: str, tokenizer: Tokenizer) -> Tensor:
-    """Return the tokens of a source with <extra_id_0>, ... in it, and its end, int64 [N]."""
+def encode_source(text: str, tokenizer: Tokenizer, has_spans: bool = True) -> Tensor:
+    """Return the tokens of a source and its end, int64 [N]; with spans, <extra_id_0>, ... in it are
+    sentinels."""
     special = TextToTextTokens.above(tokenizer.vocab_size)
+    if not has_spans:
+        return torch.cat([tokenizer.encode(text), torch.tensor([special.end])])
     numbers = "|".join(map(str, range(SENTINELS)))
     tokens = _encode(
         text,
@@ -64,7 +67,7 @@ def spell_masked(tokens: Tensor, tokenizer: Tokenizer) -> str:
 
 
 def spell_answer(tokens: Tensor, tokenizer: Tokenizer) -> str:
-    """Decode a source or a target of a T5, int64 [N], without its end."""
+    """Decode a source or a target, int64 [N], without its end."""
     special = TextToTextTokens.above(tokenizer.vocab_size)
     names = {special.sentinel + i: f"<extra_id_{i}>" for i in range(SENTINELS)}
     return spell(tokens, tokenizer, names | {special.pad: "", special.end: ""})

@@ -12,9 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dates import date_pairs
 from .errors import InputError
 
 DEFAULT_CORPUS = "pydoc_data.topics"
+DATES = "dates"
+_DATES = 20_000
 
 _BYTE_ORDER_MARK = "\ufeff"
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -108,7 +111,9 @@ def load_text(path: str | os.PathLike[str] | None = None) -> str:
     """Read and clean a UTF-8 text file.
 
     Without a path: the text of Python's own documentation topics (`pydoc_data.topics`, about
-    465 KB of English and code, in every CPython), joined in the order of the module.
+    465 KB of English and code, in every CPython), joined in the order of the module. The path
+    "dates" stands for no file but for dates of `date_pairs`, some 15,000 different ones, each a
+    line of its words, a tab and its form in ISO 8601.
 
     Raises:
         InputError: no such file, not a readable file, not UTF-8 (names the byte), or no text in it.
@@ -117,6 +122,10 @@ def load_text(path: str | os.PathLike[str] | None = None) -> str:
         from pydoc_data.topics import topics
 
         return clean_text("\n".join(topics.values()))
+    if os.fspath(path) == DATES:
+        # Each date once, so that none of those that are held out is learned from.
+        words_of = {date: words for words, date in date_pairs(_DATES)}
+        return "\n".join(f"{words}\t{date}" for date, words in words_of.items())
     try:
         text = clean_text(Path(path).read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:

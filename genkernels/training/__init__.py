@@ -31,6 +31,7 @@ from .presets import (
     HMM_PRESETS,
     MARKOV_PRESETS,
     RNN_PRESETS,
+    SEQ2SEQ_PRESETS,
     T5_PRESETS,
     Preset,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "LOSS_CURVE",
     "MARKOV_PRESETS",
     "RNN_PRESETS",
+    "SEQ2SEQ_PRESETS",
     "T5_PRESETS",
     "TASKS",
     "Baseline",

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..models import BERTConfig, GPTConfig, HMMConfig, MarkovConfig, RNNConfig, T5Config
+from ..models import (
+    BERTConfig,
+    GPTConfig,
+    HMMConfig,
+    MarkovConfig,
+    RNNConfig,
+    Seq2SeqConfig,
+    T5Config,
+)
 from .fitting import EMConfig, FittingConfig
 from .loop import TrainingConfig
 
@@ -108,6 +116,23 @@ T5_PRESETS = {
         ),
         TrainingConfig(
             learning_rate=1e-3, warmup=0.05, batch_size=32, sequence_length=64, minutes=4.0
+        ),
+    ),
+}
+
+SEQ2SEQ_PRESETS = {
+    "bytes": Preset(
+        Seq2SeqConfig(vocab_size=256, embedding_dim=64, hidden_size=256, dropout=0.1),
+        TrainingConfig(
+            learning_rate=3e-3, warmup=0.05, batch_size=64, sequence_length=64, minutes=2.0
+        ),
+    ),
+    "words": Preset(
+        Seq2SeqConfig(
+            vocab_size=2_000, embedding_dim=256, hidden_size=512, num_layers=2, dropout=0.2
+        ),
+        TrainingConfig(
+            learning_rate=1e-3, warmup=0.05, batch_size=64, sequence_length=64, minutes=10.0
         ),
     ),
 }

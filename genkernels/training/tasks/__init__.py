@@ -5,13 +5,14 @@ from typing import Any
 from ...data import InputError
 from .bert import BERTTask
 from .language import GPTTask, HMMTask, MarkovTask, RNNTask
+from .seq2seq import Seq2SeqTask
 from .t5 import T5Task
 from .task import Baseline, Request, SampleFile, Task, TokenTask
 
 # By the model's name; `Task.of` then goes by the data.
 TASKS: dict[str, type[Task]] = {
     task.model_class.name: task
-    for task in (RNNTask, GPTTask, BERTTask, T5Task, HMMTask, MarkovTask)
+    for task in (RNNTask, GPTTask, BERTTask, T5Task, Seq2SeqTask, HMMTask, MarkovTask)
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data import (
+    DATES,
     DEFAULT_CORPUS,
     Batches,
     InputError,
@@ -36,6 +37,7 @@ from ..loop import Training, TrainingConfig
 from ..presets import Preset
 
 _HELD_OUT = 0.1
+_TEMPERATURE = 0.8
 _DRY_CHARACTERS = 20_000
 _DRY_CHARACTERS_OF_A_TOKEN = 100
 _DRY_ROWS = 200
@@ -68,9 +70,10 @@ class Request:
 
     prompt: str | None
     max_new_tokens: int
-    temperature: float
+    temperature: float | None
     top_k: int | None
     top_p: float | None
+    beam_size: int | None
     num_samples: int
     seed: int
 
@@ -81,11 +84,12 @@ class Request:
     @property
     def drawing(self) -> tuple[Any, ...]:
         """The arguments of `stream` and `generate` after the prompt."""
-        return self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.generator
+        temperature = _TEMPERATURE if self.temperature is None else self.temperature
+        return self.max_new_tokens, temperature, self.top_k, self.top_p, self.generator
 
 
 # The fields of a `Request` to a model that draws one token after another.
-DRAWING = frozenset(field.name for field in dataclasses.fields(Request))
+DRAWING = frozenset(field.name for field in dataclasses.fields(Request)) - {"beam_size"}
 
 
 class Task(abc.ABC):
@@ -303,6 +307,7 @@ class RowsTask(Task):
 
     columns: ClassVar[tuple[str, str]]
     tokenizer: Tokenizer
+    default: ClassVar[Path | None] = None  # what is read where no file is given
 
     def __init__(
         self,
@@ -313,6 +318,7 @@ class RowsTask(Task):
         tokenizer: Tokenizer | None = None,
         is_dry: bool = False,
     ) -> None:
+        data = data or self.default
         assert data is not None
         self.source = str(data)
         self.digest = digest_of(load_text(data))
@@ -387,7 +393,7 @@ def targets_of(batches: Sequence[tuple[Tensor, ...]]) -> Tensor:
 
 def is_table(data: Path | None) -> bool:
     """Return whether a file has two columns, which its name says."""
-    return data is not None and data.suffix.lower() == ".tsv"
+    return data is not None and (data.suffix.lower() == ".tsv" or str(data) == DATES)
 
 
 def digest_of(text: str) -> str:
