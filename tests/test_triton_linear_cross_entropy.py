@@ -124,7 +124,7 @@ def test_prediction_among_equals_and_nan() -> None:
     values["linear_weight"].zero_()
     values["linear_bias"].fill_(-torch.inf)
     assert genkernels.linear_log_prob(**values).prediction.tolist() == [0, 0, 0]
-    values["linear_bias"][[150, 151, 650]] = 2.0
+    values["linear_bias"][[150, 151, *range(200, 700, 50)]] = 2.0  # of one range, and of several
     assert genkernels.linear_log_prob(**values).prediction.tolist() == [150, 150, 150]
     values["linear_bias"][[333, 699]] = torch.nan
     log_prob, prediction = genkernels.linear_log_prob(**values)
