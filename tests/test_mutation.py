@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 MUTANTS = {
     "gate_order": (  # W_r and W_z change places
-        "gru.cpp",
+        "recurrent_layer.h",
         "(n / kUnits * H + unit) * K",
         "((n / kUnits < 2 ? 1 - n / kUnits : 2) * H + unit) * K",
         "output: largest error",

@@ -3,7 +3,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +21,11 @@ from ..reference.gru import (
 from ..reference.gru import gru_backward as reference_backward
 from ..reference.gru import gru_forward as reference_forward
 from .library import _library, apply, autocast, define, is_transformed, map_slices, needs_autograd
+from .recurrent import GRADIENTS, INPUTS, check_layer, fake_gradients, new_rows, or_none
 
-_INPUTS = (
-    "Tensor input, Tensor hx, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh"
-)
 _REVERSE = (
     "Tensor hx_reverse, Tensor weight_ih_reverse, Tensor weight_hh_reverse, "
     "Tensor? bias_ih_reverse, Tensor? bias_hh_reverse"
-)
-_GRADIENTS = (
-    "Tensor grad_input, Tensor grad_hx, Tensor grad_weight_ih, Tensor grad_weight_hh, "
-    "Tensor grad_bias_ih, Tensor grad_bias_hh"
 )
 
 
@@ -287,74 +281,13 @@ def _reject_packed(op: str, packed: Tensor | None, *tensors: Tensor | None) -> N
         )
 
 
-def _check(
-    op: str,
-    input: Tensor,
-    hx: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    *,
-    batch_sizes: Tensor | None = None,
-    resets: Tensor | None = None,
-) -> None:
-    def reject(name: str, expected: str, got: object) -> NoReturn:
-        raise RuntimeError(f"genkernels.{op}: {name}: expected {expected}, got {got}")
-
-    is_sequence = op != "gru_cell" and batch_sizes is None
-    if input.dim() != (3 if is_sequence else 2):
-        reject("input", f"{3 if is_sequence else 2} dimensions", f"shape {list(input.shape)}")
-    if hx.dim() != 2:
-        reject("hx", "2 dimensions", f"shape {list(hx.shape)}")
-    (B, H), I = hx.shape, input.size(-1)
-    if is_sequence and input.size(0) == 0:
-        reject("input", "a sequence length larger than 0", f"shape {list(input.shape)}")
-    if (bias_ih is None) != (bias_hh is None):
-        reject("bias_ih and bias_hh", "both or none", "one")
-    shapes: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
-        ("input", None if batch_sizes is not None else input, (*input.shape[:-2], B, I)),
-        ("hx", hx, (B, H)),
-        ("weight_ih", weight_ih, (3 * H, I)),
-        ("weight_hh", weight_hh, (3 * H, H)),
-        ("bias_ih", bias_ih, (3 * H,)),
-        ("bias_hh", bias_hh, (3 * H,)),
-    )
-    for name, tensor, shape in shapes:
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            reject(name, f"shape {list(shape)}", f"{list(tensor.shape)}")
-        if tensor.dtype != input.dtype:
-            reject(name, f"input's dtype {input.dtype}", tensor.dtype)
-        if tensor.device != input.device:
-            reject(name, f"input's device {input.device}", tensor.device)
-    if batch_sizes is not None:
-        is_cpu_int64 = batch_sizes.dtype == torch.int64 and batch_sizes.device.type == "cpu"
-        if not is_cpu_int64 or batch_sizes.dim() != 1:
-            got = f"{batch_sizes.dtype} on {batch_sizes.device}, shape {list(batch_sizes.shape)}"
-            reject("batch_sizes", "an int64 CPU tensor of 1 dimension", got)
-        if batch_sizes.size(0) == 0:
-            reject("batch_sizes", "a sequence length larger than 0", "shape [0]")
-        if resets is not None:
-            reject("resets", "None beside batch_sizes", f"shape {list(resets.shape)}")
-    if resets is not None:
-        if resets.dtype != torch.bool:
-            reject("resets", "dtype torch.bool", resets.dtype)
-        if resets.shape != input.shape[:2]:
-            reject("resets", f"shape {list(input.shape[:2])}", f"{list(resets.shape)}")
-        if resets.device != input.device:
-            reject("resets", f"input's device {input.device}", resets.device)
-
-
-def _rows(input: Tensor, columns: int) -> Tensor:
-    return input.new_empty((*input.shape[:-1], columns))
+_check = functools.partial(check_layer, 3)
 
 
 def _fake_gates_forward(
     projected: Tensor, recurrent: Tensor, hx: Tensor, save_gates: bool
 ) -> tuple[Tensor, Tensor]:
-    return hx.new_empty(hx.shape), _rows(hx, 4 * hx.size(1)) if save_gates else hx.new_empty(0)
+    return hx.new_empty(hx.shape), new_rows(hx, 4 * hx.size(1)) if save_gates else hx.new_empty(0)
 
 
 def _fake_forward(
@@ -374,30 +307,9 @@ def _fake_forward(
     _check("gru", input, hx, *weights, batch_sizes=batch_sizes, resets=resets)
     H = hx.size(1)
     return (
-        _rows(input, H),
+        new_rows(input, H),
         hx.new_empty(hx.shape),
-        _rows(input, 4 * H) if save_gates else input.new_empty(0),
-    )
-
-
-def _fake_gradients(
-    input: Tensor,
-    hx: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    input_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, ...]:
-    def gradient(of: Tensor | None, needed: bool) -> Tensor:
-        return input.new_empty(of.shape if of is not None and needed else 0)
-
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh)
-    return (
-        gradient(input, input_grad),
-        gradient(hx, True),
-        *(gradient(w, weight_grad) for w in weights),
+        new_rows(input, 4 * H) if save_gates else input.new_empty(0),
     )
 
 
@@ -419,10 +331,10 @@ def _fake_backward(
     weight_grad: bool,
     states_grad: bool,
 ) -> tuple[Tensor, ...]:
-    gradients = _fake_gradients(
+    gradients = fake_gradients(
         input, hx, weight_ih, weight_hh, bias_ih, bias_hh, input_grad, weight_grad
     )
-    return *gradients, _rows(input, hx.size(1)) if states_grad else input.new_empty(0)
+    return *gradients, new_rows(input, hx.size(1)) if states_grad else input.new_empty(0)
 
 
 def _reference_forward(*args: Any, step: Step = PLAIN) -> tuple[Tensor, Tensor, Tensor]:
@@ -475,9 +387,9 @@ def _fake_cell_forward(
     packed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     _check("gru_cell", input, hx, weight_ih, weight_hh, bias_ih, bias_hh)
-    return hx.new_empty(hx.shape), _rows(input, 4 * hx.size(1)) if save_gates else input.new_empty(
-        0
-    )
+    return hx.new_empty(hx.shape), new_rows(
+        input, 4 * hx.size(1)
+    ) if save_gates else input.new_empty(0)
 
 
 def _reference_cell_backward(
@@ -524,7 +436,7 @@ def _fake_cell_backward(
     input_grad: bool,
     weight_grad: bool,
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients(
+    return fake_gradients(
         input, hx, weight_ih, weight_hh, bias_ih, bias_hh, input_grad, weight_grad
     )
 
@@ -561,22 +473,22 @@ def _with_gates(reference: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _gru_forward = define(
-    f"gru_forward({_INPUTS}, Tensor? batch_sizes, Tensor? resets, bool reverse, bool save_gates, "
+    f"gru_forward({INPUTS}, Tensor? batch_sizes, Tensor? resets, bool reverse, bool save_gates, "
     "Tensor? packed) -> (Tensor output, Tensor h_n, Tensor gates)",
     _reference_forward,
     _fake_forward,
     on_cuda=_with_gates(_reference_forward),
 )
 _gru_backward = define(
-    f"gru_backward(Tensor? grad_output, Tensor? grad_h_n, {_INPUTS}, Tensor output, Tensor gates, "
+    f"gru_backward(Tensor? grad_output, Tensor? grad_h_n, {INPUTS}, Tensor output, Tensor gates, "
     "Tensor? batch_sizes, Tensor? resets, bool reverse, bool input_grad, bool weight_grad, "
-    f"bool states_grad) -> ({_GRADIENTS}, Tensor grad_states)",
+    f"bool states_grad) -> ({GRADIENTS}, Tensor grad_states)",
     reference_backward,
     _fake_backward,
     on_cuda=_with_gates(reference_backward),
 )
 _bidirectional_gru_forward = define(
-    f"bidirectional_gru_forward({_INPUTS}, {_REVERSE}, Tensor? batch_sizes, bool save_gates, "
+    f"bidirectional_gru_forward({INPUTS}, {_REVERSE}, Tensor? batch_sizes, bool save_gates, "
     "Tensor? packed, Tensor? packed_reverse) -> (Tensor output, Tensor h_n, Tensor gates, "
     "Tensor output_reverse, Tensor h_n_reverse, Tensor gates_reverse)",
     _reference_bidirectional_forward,
@@ -585,36 +497,27 @@ _bidirectional_gru_forward = define(
 )
 _bidirectional_gru_backward = define(
     "bidirectional_gru_backward(Tensor? grad_output, Tensor? grad_h_n, "
-    f"Tensor? grad_output_reverse, Tensor? grad_h_n_reverse, {_INPUTS}, {_REVERSE}, "
+    f"Tensor? grad_output_reverse, Tensor? grad_h_n_reverse, {INPUTS}, {_REVERSE}, "
     "Tensor output, Tensor gates, Tensor output_reverse, Tensor gates_reverse, "
-    f"Tensor? batch_sizes, bool input_grad, bool weight_grad) -> ({_GRADIENTS}, "
-    f"{_GRADIENTS.replace(',', '_reverse,')}_reverse)",
+    f"Tensor? batch_sizes, bool input_grad, bool weight_grad) -> ({GRADIENTS}, "
+    f"{GRADIENTS.replace(',', '_reverse,')}_reverse)",
     _reference_bidirectional_backward,
     _fake_bidirectional_backward,
     on_cuda=_with_gates(_reference_bidirectional_backward),
 )
 _gru_cell_forward = define(
-    f"gru_cell_forward({_INPUTS}, bool save_gates, Tensor? packed) -> (Tensor h, Tensor gates)",
+    f"gru_cell_forward({INPUTS}, bool save_gates, Tensor? packed) -> (Tensor h, Tensor gates)",
     _reference_cell_forward,
     _fake_cell_forward,
     on_cuda=_with_gates(_reference_cell_forward),
 )
 _gru_cell_backward = define(
-    f"gru_cell_backward(Tensor grad_h, {_INPUTS}, Tensor gates, bool input_grad, bool weight_grad) "
-    f"-> ({_GRADIENTS})",
+    f"gru_cell_backward(Tensor grad_h, {INPUTS}, Tensor gates, bool input_grad, bool weight_grad) "
+    f"-> ({GRADIENTS})",
     _reference_cell_backward,
     _fake_cell_backward,
     on_cuda=_with_gates(_reference_cell_backward),
 )
-
-
-def _or_none(
-    gradients: Sequence[Tensor], of: tuple[Tensor | None, ...], needed: list[bool]
-) -> list[Tensor | None]:
-    return [
-        gradient if tensor is not None and need else None
-        for gradient, tensor, need in zip(gradients, of, needed, strict=True)
-    ]
 
 
 class _Gru(torch.autograd.Function):
@@ -645,7 +548,7 @@ class _Gru(torch.autograd.Function):
             *gradients, _ = apply(_GruBackward, *args, *wanted)
         else:
             *gradients, _ = _gru_backward(*args, *wanted, False)
-        return *_or_none(gradients, tuple(inputs), needed), None, None, None, None
+        return *or_none(gradients, tuple(inputs), needed), None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -724,7 +627,7 @@ class _BidirectionalGru(torch.autograd.Function):
             gradients = _bidirectional_gru_backward(*args)
             first, second = gradients[:6], gradients[6:]
         grad_input = first[0] + second[0] if needed[0] else None
-        others = _or_none((*first[1:], *second[1:]), tuple(inputs[1:]), needed[1:])
+        others = or_none((*first[1:], *second[1:]), tuple(inputs[1:]), needed[1:])
         return grad_input, *others, None, None
 
     @staticmethod
@@ -755,7 +658,7 @@ class _GruCell(torch.autograd.Function):
             gradients = apply(_GruCellBackward, *args)
         else:
             gradients = _gru_cell_backward(*args)
-        return tuple(_or_none(gradients, tuple(inputs), needed))
+        return tuple(or_none(gradients, tuple(inputs), needed))
 
     @staticmethod
     def vmap(info, in_dims, *args):

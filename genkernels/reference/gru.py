@@ -14,6 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .recurrent import (
+    entering_states,
+    handed_on,
+    join,
+    joined,
+    of_tanh,
+    order_of,
+    steps_of,
+)
+
 
 def gru_cell(
     input: Tensor,
@@ -90,22 +100,20 @@ def gru_forward(
     step: Step = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, h_n and what the backward formula needs of each step: r, z, n, W_hn h + b_hn."""
-    projected = _steps(linear(input, weight_ih, bias_ih), batch_sizes)  # T of [B_t, 3H]
+    projected = steps_of(linear(input, weight_ih, bias_ih), batch_sizes)  # T of [B_t, 3H]
     outputs: dict[int, Tensor] = {}
     gates: dict[int, Tensor] = {}
     h = hx
-    for t in _times(len(projected), reverse):
+    for t in order_of(len(projected), reverse):
         rows = projected[t].size(0)
         entering = h[:rows]
         if resets is not None:
             entering = entering.masked_fill(resets[t].unsqueeze(1), 0)
         recurrent = linear(entering, weight_hh, bias_hh)
         outputs[t], gates[t] = step.forward(projected[t], recurrent, entering, save_gates)
-        h = _carry(outputs[t], h, t, None)
-    join = torch.stack if batch_sizes is None else torch.cat
-    times = range(len(projected))
-    saved = join([gates[t] for t in times]) if save_gates else input.new_empty(0)
-    return join([outputs[t] for t in times]), h.clone(), saved
+        h = handed_on(outputs[t], h, t, None)
+    saved = joined(gates, batch_sizes) if save_gates else input.new_empty(0)
+    return joined(outputs, batch_sizes), h.clone(), saved
 
 
 def gru_backward(
@@ -136,19 +144,19 @@ def gru_backward(
     if gates.numel() == 0:
         weights = (weight_ih, weight_hh, bias_ih, bias_hh)
         _, _, gates = gru_forward(input, hx, *weights, batch_sizes, resets, reverse, True, step)
-    saved = _steps(gates, batch_sizes)
-    grads = None if grad_output is None else _steps(grad_output, batch_sizes)
-    entering = _entering(output, hx, batch_sizes, resets, reverse)
+    saved = steps_of(gates, batch_sizes)
+    grads = None if grad_output is None else steps_of(grad_output, batch_sizes)
+    entering = entering_states(output, hx, batch_sizes, resets, reverse)
     carry = hx.new_zeros(hx.shape) if grad_h_n is None else grad_h_n
     deltas: dict[int, Tensor] = {}
     states: dict[int, Tensor] = {}
-    for t in _times(len(saved), not reverse):
+    for t in order_of(len(saved), not reverse):
         passed = carry[: len(saved[t])]
         states[t] = passed if grads is None else passed + grads[t]
         deltas[t], passed = step.backward(states[t], saved[t], entering[t])
-        carry = _carry(passed + deltas[t][:, H:] @ weight_hh, carry, t, resets)
-    delta = _join(deltas)  # [N, 4H], N the rows of all steps
-    x, state = input.reshape(-1, input.size(-1)), _join(entering)
+        carry = handed_on(passed + deltas[t][:, H:] @ weight_hh, carry, t, resets)
+    delta = join(deltas)  # [N, 4H], N the rows of all steps
+    x, state = input.reshape(-1, input.size(-1)), join(entering)
 
     def gradient(needed: bool, compute: Callable[[], Tensor]) -> Tensor:
         return compute() if needed else input.new_empty(0)
@@ -161,7 +169,7 @@ def gru_backward(
         gradient(weight_grad, lambda: delta[:, H:].t() @ state),
         gradient(bias_grad, lambda: _rzn(delta[:, : 3 * H].sum(0))),
         gradient(bias_grad, lambda: delta[:, H:].sum(0)),
-        gradient(states_grad, lambda: _join(states).view(output.shape)),
+        gradient(states_grad, lambda: join(states).view(output.shape)),
     )
 
 
@@ -204,21 +212,21 @@ def gru_double_backward(
     d_input, d_hx, d_weight_ih, d_weight_hh, d_bias_ih, d_bias_hh = cotangents
     x = input.reshape(-1, input.size(-1))  # [N, I]
     d_x = None if d_input is None else d_input.reshape(x.shape)
-    saved = _steps(gates, batch_sizes)
-    states = _steps(grad_states, batch_sizes)
-    entering = _entering(output, hx, batch_sizes, resets, reverse)
+    saved = steps_of(gates, batch_sizes)
+    states = steps_of(grad_states, batch_sizes)
+    entering = entering_states(output, hx, batch_sizes, resets, reverse)
 
     projected = linear(x.new_zeros(x.shape) if d_x is None else d_x, weight_ih, d_bias_ih)
     if d_weight_ih is not None:
         projected = torch.addmm(projected, x, d_weight_ih.t())
     if batch_sizes is None:
         projected = projected.view(*input.shape[:-1], 3 * H)
-    from_input = _steps(projected, batch_sizes)
+    from_input = steps_of(projected, batch_sizes)
     d_entering: dict[int, Tensor] = {}
     d_gates: dict[int, Tensor] = {}
     d_outputs: dict[int, Tensor] = {}
     d_h = hx.new_zeros(hx.shape) if d_hx is None else d_hx
-    for t in _times(len(saved), reverse):
+    for t in order_of(len(saved), reverse):
         r, z, n, q = saved[t].chunk(4, -1)
         d_state = d_h[: len(z)]
         if resets is not None:
@@ -229,18 +237,18 @@ def gru_double_backward(
         d_rz = _of_sigmoid(from_input[t][:, : 2 * H] + recurrent[:, : 2 * H], saved[t][:, : 2 * H])
         (d_r, d_z), d_q = d_rz.chunk(2, -1), recurrent[:, 2 * H :]
         d_n = torch.addcmul(torch.addcmul(from_input[t][:, 2 * H :], d_r, q), r, d_q)
-        d_n = _of_tanh(d_n, n)
+        d_n = of_tanh(d_n, n)
         d_outputs[t] = torch.addcmul(torch.addcmul(d_n, d_z, entering[t] - n), z, d_state - d_n)
         d_entering[t], d_gates[t] = d_state, torch.cat([d_rz, d_n, d_q], -1)
-        d_h = _carry(d_outputs[t], d_h, t, None)
+        d_h = handed_on(d_outputs[t], d_h, t, None)
 
-    inputs = _steps(input, batch_sizes)
-    d_inputs = None if d_input is None else _steps(d_input, batch_sizes)
+    inputs = steps_of(input, batch_sizes)
+    d_inputs = None if d_input is None else steps_of(d_input, batch_sizes)
     grad_inputs: dict[int, Tensor] = {}
     grad_weight_ih, grad_weight_hh = hx.new_zeros(3 * H, x.size(1)), hx.new_zeros(3 * H, H)
     grad_bias = hx.new_zeros(4 * H)
     d_carry = hx.new_zeros(hx.shape)
-    for times in _blocks(_times(len(saved), not reverse), len(hx)):
+    for times in _blocks(order_of(len(saved), not reverse), len(hx)):
         deltas: list[Tensor] = []
         d_deltas: list[Tensor] = []
         for t in times:
@@ -256,7 +264,7 @@ def gru_double_backward(
             d_passed = torch.addcmul(d_passed, d_dh, z)
             if d_weight_hh is not None:
                 d_passed = torch.addmm(d_passed, delta[:, H:], d_weight_hh)
-            d_carry = _carry(d_passed, d_carry, t, resets)
+            d_carry = handed_on(d_passed, d_carry, t, resets)
             deltas.append(delta)
             d_deltas.append(d_delta)
         delta, d_delta = torch.cat(deltas), torch.cat(d_deltas)  # [rows of the block, 4H]
@@ -277,9 +285,9 @@ def gru_double_backward(
         grad_weight_hh = torch.addmm(grad_weight_hh, delta[:, H:].t(), rows(d_entering))
         grad_bias = grad_bias + d_delta.sum(0)
     return [
-        None if grad_output is None else _join(d_outputs).view(grad_output.shape),
+        None if grad_output is None else join(d_outputs).view(grad_output.shape),
         None if grad_h_n is None else d_h,
-        _join(grad_inputs).view(input.shape),
+        join(grad_inputs).view(input.shape),
         d_carry,
         _rzn(grad_weight_ih),
         grad_weight_hh,
@@ -318,7 +326,7 @@ def _blocks(times: range, batch: int) -> list[range]:
 def _slopes(gates: Tensor, state: Tensor) -> Tensor:
     """What dh is multiplied with to give the gradients of n, r, z and W_hn h + b_hn: [B, 4, H]."""
     r, z, n, q = gates.chunk(4, -1)
-    of_n = _of_tanh(1 - z, n)
+    of_n = of_tanh(1 - z, n)
     return torch.stack([of_n, _of_sigmoid(of_n * q, r), _of_sigmoid(state - n, z), of_n * r], 1)
 
 
@@ -328,7 +336,7 @@ def _d_slopes(
     r, z, n, q = gates.chunk(4, -1)
     d_r, d_z, d_n, d_q = d_gates.chunk(4, -1)
     of_n = slopes[:, 0]
-    d_of_n = torch.addcmul(_of_tanh(-d_z, n), (1 - z) * n, d_n, value=-2)
+    d_of_n = torch.addcmul(of_tanh(-d_z, n), (1 - z) * n, d_n, value=-2)
     d_of_r = _of_sigmoid(torch.addcmul(d_of_n * q, of_n, d_q), r)
     d_of_r = torch.addcmul(d_of_r, of_n * q * d_r, 1 - 2 * r)
     d_of_z = torch.addcmul(_of_sigmoid(d_state - d_n, z), (state - n) * d_z, 1 - 2 * z)
@@ -340,18 +348,6 @@ def _of_sigmoid(grad: Tensor, y: Tensor) -> Tensor:
     return torch.ops.aten.sigmoid_backward(grad, y)
 
 
-def _of_tanh(grad: Tensor, y: Tensor) -> Tensor:
-    """grad (1 - y^2), in one operation."""
-    return torch.ops.aten.tanh_backward(grad, y)
-
-
-def _carry(rows: Tensor, carry: Tensor, t: int, resets: Tensor | None) -> Tensor:
-    """The rows of a step handed on; those of a packed sequence that it lacks wait as they are."""
-    if resets is not None:
-        rows = rows.masked_fill(resets[t].unsqueeze(1), 0)
-    return rows if len(rows) == len(carry) else torch.cat([rows, carry[len(rows) :]])
-
-
 def _nrz(rows: Tensor) -> Tensor:
     """From the weights' order r, z, n to n, r, z, in which the gates' gradients stand."""
     return rows.roll(len(rows) // 3, 0)
@@ -359,30 +355,3 @@ def _nrz(rows: Tensor) -> Tensor:
 
 def _rzn(rows: Tensor) -> Tensor:
     return rows.roll(-(len(rows) // 3), 0)
-
-
-def _join(steps: dict[int, Tensor]) -> Tensor:
-    return torch.cat([steps[t] for t in range(len(steps))])
-
-
-def _steps(rows: Tensor, batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
-    return rows.unbind(0) if batch_sizes is None else rows.split(batch_sizes.tolist())
-
-
-def _times(steps: int, reverse: bool) -> range:
-    return range(steps - 1, -1, -1) if reverse else range(steps)
-
-
-def _entering(
-    output: Tensor, hx: Tensor, batch_sizes: Tensor | None, resets: Tensor | None, reverse: bool
-) -> dict[int, Tensor]:
-    """The states that the rows of each step start from."""
-    outputs = _steps(output, batch_sizes)
-    states: dict[int, Tensor] = {}
-    h = hx
-    for t in _times(len(outputs), reverse):
-        states[t] = h[: len(outputs[t])]
-        if resets is not None:
-            states[t] = states[t].masked_fill(resets[t].unsqueeze(1), 0)
-        h = _carry(outputs[t], h, t, None)
-    return states

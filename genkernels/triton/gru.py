@@ -24,17 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..reference.gru import (
-    _carry,
-    _entering,
-    _join,
-    _nrz,
-    _rzn,
-    _steps,
-    _times,
-    each_backward,
-    each_forward,
-)
+from ..reference.gru import _nrz, _rzn, each_backward, each_forward
+from ..reference.recurrent import entering_states, handed_on, join, order_of, steps_of
 from . import DTYPES, Config, architecture_of, check_like
 from .math import tanh
 
@@ -557,10 +548,10 @@ def _run_forward_steps(
     tensors: Sequence[Tensor], sizes: Tensor | None, flags: dict[str, bool], reverse: bool
 ) -> Tensor:
     projected, h, weight_hh, bias_hh, resets, *results = tensors
-    rows_of, (outputs, gates) = _steps(projected, sizes), (_steps(t, sizes) for t in results)
+    rows_of, (outputs, gates) = steps_of(projected, sizes), (steps_of(t, sizes) for t in results)
     H = h.size(1)
     given = _step_of(architecture_of(h.device), h.dtype, H)
-    for t in _times(len(outputs), reverse):
+    for t in order_of(len(outputs), reverse):
         rows = len(outputs[t])
         grid = triton.cdiv(rows, given["BLOCK_B"]), triton.cdiv(H, given["BLOCK_H"])
         _forward_step[grid](
@@ -576,7 +567,7 @@ def _run_forward_steps(
             **flags,
             **given,
         )
-        h = _carry(outputs[t], h, t, None)
+        h = handed_on(outputs[t], h, t, None)
     return h
 
 
@@ -584,7 +575,7 @@ def _run_backward_steps(
     tensors: Sequence[Tensor], sizes: Tensor | None, flags: dict[str, bool], reverse: bool
 ) -> None:
     carry, weight_hh, resets, *of_steps = tensors
-    grads, states, gates, deltas, grad_states = (_steps(t, sizes) for t in of_steps)
+    grads, states, gates, deltas, grad_states = (steps_of(t, sizes) for t in of_steps)
     H = weight_hh.size(1)
     given = _step_of(architecture_of(weight_hh.device), weight_hh.dtype, H)
 
@@ -608,7 +599,7 @@ def _run_backward_steps(
         )
 
     later, known = 0, 0
-    for t in _times(len(deltas), not reverse):
+    for t in order_of(len(deltas), not reverse):
         launch(t, len(deltas[t]), later, known)
         later, known = t, len(deltas[t])
     launch(later, 0, later, known)  # what the first step hands on to hx
@@ -620,7 +611,7 @@ def _states_before(
     """The states that the rows of each step start from, as output; a few operations for all steps
     where these are of one length."""
     if batch_sizes is not None:
-        return _join(_entering(output, hx, batch_sizes, resets, reverse))
+        return join(entering_states(output, hx, batch_sizes, resets, reverse))
     first = hx.unsqueeze(0)
     states = torch.cat([output[1:], first] if reverse else [first, output[:-1]])
     return states if resets is None else states.masked_fill(resets.unsqueeze(2), 0)

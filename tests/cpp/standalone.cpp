@@ -166,7 +166,7 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
   Memory memory, saved;
   const genkernels::Runtime runtime{threads.count,    cache,           threads.parallel, std::this_thread::yield,
                                     Memory::allocate, Memory::release, &memory};
-  genkernels::Gru gru{};
+  genkernels::Recurrent gru{};
   gru.dtype = dtype;
   gru.steps = T;
   gru.batch = B;
@@ -185,7 +185,7 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
   gru.h_n = h_n.data();
   kernels.gru_forward(&gru, 1, runtime);
 
-  genkernels::GruGradients grad{};
+  genkernels::RecurrentGradients grad{};
   grad.grad_output = from_output.data();
   grad.grad_output_stride_t = B * H;
   grad.grad_output_stride_b = H;
@@ -204,8 +204,8 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
     std::vector<S> output, h_n, gradients[6];
   };
   Direction apart[2], together[2];
-  genkernels::Gru both[2];
-  genkernels::GruGradients both_grad[2];
+  genkernels::Recurrent both[2];
+  genkernels::RecurrentGradients both_grad[2];
   const auto prepare = [&](Direction(&results)[2]) {
     for (int d = 0; d < 2; ++d) {
       Direction& to = results[d];
