@@ -13,6 +13,7 @@ GENKERNELS_DECLARE_DROPOUT(avx2)
 GENKERNELS_DECLARE_GRU(avx2)
 GENKERNELS_DECLARE_LINEAR(avx2)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx2)
+GENKERNELS_DECLARE_RNN(avx2)
 #endif
 #if defined(GENKERNELS_HAVE_AVX512)
 GENKERNELS_DECLARE_ATTENTION(avx512)
@@ -20,6 +21,7 @@ GENKERNELS_DECLARE_DROPOUT(avx512)
 GENKERNELS_DECLARE_GRU(avx512)
 GENKERNELS_DECLARE_LINEAR(avx512)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx512)
+GENKERNELS_DECLARE_RNN(avx512)
 #endif
 #if defined(GENKERNELS_HAVE_AVX512_BF16)
 GENKERNELS_DECLARE_ATTENTION(avx512_bf16)
@@ -27,6 +29,7 @@ GENKERNELS_DECLARE_DROPOUT(avx512_bf16)
 GENKERNELS_DECLARE_GRU(avx512_bf16)
 GENKERNELS_DECLARE_LINEAR(avx512_bf16)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(avx512_bf16)
+GENKERNELS_DECLARE_RNN(avx512_bf16)
 #endif
 
 namespace genkernels {
@@ -45,7 +48,9 @@ namespace {
    level::gru_backward,                          \
    level::linear_forward,                        \
    level::linear_backward,                       \
-   level::linear_cross_entropy}
+   level::linear_cross_entropy,                  \
+   level::rnn_forward,                           \
+   level::rnn_backward}
 
 // Of float16's conversions __builtin_cpu_supports does not know in every compiler.
 [[maybe_unused]] bool has_f16c() {

@@ -6,12 +6,14 @@
 #include "kernels/gru.h"
 #include "kernels/linear.h"
 #include "kernels/linear_cross_entropy.h"
+#include "kernels/rnn.h"
 
 GENKERNELS_DECLARE_ATTENTION(baseline)
 GENKERNELS_DECLARE_DROPOUT(baseline)
 GENKERNELS_DECLARE_GRU(baseline)
 GENKERNELS_DECLARE_LINEAR(baseline)
 GENKERNELS_DECLARE_LINEAR_CROSS_ENTROPY(baseline)
+GENKERNELS_DECLARE_RNN(baseline)
 
 namespace genkernels {
 
@@ -30,6 +32,8 @@ struct Kernels {
   decltype(&baseline::linear_forward) linear_forward;
   decltype(&baseline::linear_backward) linear_backward;
   decltype(&baseline::linear_cross_entropy) linear_cross_entropy;
+  decltype(&baseline::rnn_forward) rnn_forward;
+  decltype(&baseline::rnn_backward) rnn_backward;
 };
 
 // The levels of this build, lowest first, ended by one without a name.

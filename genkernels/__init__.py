@@ -13,6 +13,7 @@ from .ops import (
     linear,
     linear_cross_entropy,
     linear_log_prob,
+    rnn,
     scaled_dot_product_attention,
     varlen_attn,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "linear_log_prob",
     "nn",
     "ops",
+    "rnn",
     "scaled_dot_product_attention",
     "stats",
     "unfreeze",

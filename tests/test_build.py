@@ -21,6 +21,8 @@ SCRIPTS = sysconfig.get_path("scripts")
 KERNELS = (
     "gru_forward",
     "gru_backward",
+    "rnn_forward",
+    "rnn_backward",
     "linear_forward",
     "linear_backward",
     "linear_cross_entropy",
@@ -113,10 +115,11 @@ def test_kernels_run_without_torch(build, level):
         pytest.skip(result.stderr.strip())
     assert result.returncode == 0, result.stdout + result.stderr
     lines = re.findall(r"^(\w+) +(\w+) ", result.stdout, re.MULTILINE)
-    # Ways to share out the threads, caches, dtypes; of attention and the GRU, sizes too.
+    # Ways to share out the threads, caches, dtypes; of attention and the recurrent cells, which
+    # are two, sizes too.
     others = [(level, op) for op in ("linear", "loss", "dropout", *["attention"] * 7)] * (6 * 2 * 2)
     gates = [("gates", name) for name in ("float32", "float64", "bfloat16") for _ in range(2)]
-    assert lines == gates + others + [(level, "float32"), (level, "float64")] * (2 * 6 * 2)
+    assert lines == gates + others + [(level, "float32"), (level, "float64")] * (2 * 2 * 6 * 2)
 
 
 def test_cuda_kernels_are_built_beside_a_torch_for_cuda(build):

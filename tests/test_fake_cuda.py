@@ -52,6 +52,7 @@ def lengths(query: Tensor, key: Tensor, value: Tensor, key_lengths: Tensor) -> T
 attention = partial(Call, genkernels.scaled_dot_product_attention)
 QKV = [(2, 4, 33, 16)] * 3
 GRU = [(4, 6), (18, 5), (18, 6), (18,), (18,)]
+RNN = [(4, 6), (6, 5), (6, 6), (6,), (6,)]
 INT, BOOL = torch.int64, torch.bool
 LOSS = [(512, 256), (1000, 256), (1000,), (INT, 512)]
 # The ops that a case runs, what is traced, and the shapes of its arguments.
@@ -59,6 +60,7 @@ CASES: dict[str, tuple[tuple[str, ...], Any, list[tuple[Any, ...]]]] = {
     "gru": (("gru",), lambda: Call(genkernels.gru), [(3, 4, 5), *GRU]),
     "gru, reverse": (("gru",), lambda: Call(genkernels.gru, reverse=True), [(3, 4, 5), *GRU]),
     "gru_cell": (("gru_cell",), lambda: Call(genkernels.gru_cell), [(4, 5), *GRU]),
+    "rnn": (("rnn",), lambda: Call(genkernels.rnn), [(3, 4, 5), *RNN]),
     "attention": ((ATTENTION,), lambda: attention(), QKV),
     "attention, causal": ((ATTENTION,), lambda: attention(is_causal=True), QKV),
     "attention, lse": ((ATTENTION,), lambda: attention(return_lse=True), QKV),
@@ -85,6 +87,7 @@ CASES: dict[str, tuple[tuple[str, ...], Any, list[tuple[Any, ...]]]] = {
         [(3, 4, 5)],
     ),
     "nn.GRUCell": (("gru_cell",), lambda: nn.GRUCell(5, 6), [(4, 5)]),
+    "nn.RNN, both": (("rnn",), lambda: nn.RNN(5, 6, 2, bidirectional=True), [(3, 4, 5)]),
     "nn.Linear": (("linear",), lambda: nn.Linear(5, 6), [(4, 5)]),
     "nn.MultiheadAttention": (
         (ATTENTION,),
@@ -162,8 +165,9 @@ def test_one_graph(name: str, autocast: bool) -> None:
             assert f"genkernels.{RAW_OPS.get(op, op)}.default" in targets
     outputs = [node.meta["val"] for node in program.graph.output_node().args[0] if node]
     assert {output.device.type for output in outputs} == {"cuda"}
-    # A GRU's outputs have its input's dtype; layer norms and losses are float32.
-    is_wide = not autocast or any(word in name for word in ("gru", "GRU", "Transformer", "loss"))
+    # A recurrent layer's outputs have its input's dtype; layer norms and losses are float32.
+    wide = ("gru", "GRU", "rnn", "RNN", "Transformer", "loss")
+    is_wide = not autocast or any(word in name for word in wide)
     expected = {torch.float32} if is_wide else {torch.bfloat16}
     if name == "attention, lse":
         expected |= {torch.float32}

@@ -98,8 +98,9 @@ def arguments(
     *,
     bias: bool = True,
     seed: int = 0,
+    gates: int = 3,
 ) -> dict[str, Any]:
-    """Arguments of gru at the scale that nn.GRU starts from."""
+    """Arguments of gru, or of a cell of other gates, at the scale that nn.GRU starts from."""
     generator = torch.Generator().manual_seed(seed)
     bound = hidden_size**-0.5 if hidden_size else 0.0
 
@@ -109,19 +110,24 @@ def arguments(
     values = {
         "input": torch.randn(steps, batch, input_size, generator=generator).to(dtype),
         "hx": torch.randn(batch, hidden_size, generator=generator).to(dtype),
-        "weight_ih": uniform(3 * hidden_size, input_size),
-        "weight_hh": uniform(3 * hidden_size, hidden_size),
+        "weight_ih": uniform(gates * hidden_size, input_size),
+        "weight_hh": uniform(gates * hidden_size, hidden_size),
     }
     if bias:
-        values |= {"bias_ih": uniform(3 * hidden_size), "bias_hh": uniform(3 * hidden_size)}
+        values |= {"bias_ih": uniform(gates * hidden_size), "bias_hh": uniform(gates * hidden_size)}
     return values
 
 
 def packed_arguments(
-    batch_sizes: list[int], input_size: int, hidden_size: int, dtype: torch.dtype, seed: int = 0
+    batch_sizes: list[int],
+    input_size: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    seed: int = 0,
+    gates: int = 3,
 ) -> dict[str, Any]:
     """The same for a packed sequence."""
-    values = arguments(1, batch_sizes[0], input_size, hidden_size, dtype, seed=seed)
+    values = arguments(1, batch_sizes[0], input_size, hidden_size, dtype, seed=seed, gates=gates)
     generator = torch.Generator().manual_seed(seed + 1)
     values["input"] = torch.randn(sum(batch_sizes), input_size, generator=generator).to(dtype)
     return {**values, "batch_sizes": torch.tensor(batch_sizes)}

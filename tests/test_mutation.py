@@ -33,6 +33,12 @@ MUTANTS = {
         "store(to + 3 * H + u, dn, count);",
         "grad of hx: largest error",
     ),
+    "slope": (  # of tanh
+        "rnn.cpp",
+        "dh * (A(1) - h * h)",
+        "dh * (A(1) - h)",
+        "grad of input: largest error",
+    ),
     "one_chain": (  # right, but summed less accurately than PyTorch sums
         "gemm.h",
         "kChain = 256;",
@@ -87,6 +93,7 @@ SUITES = {
     "linear.cpp": ("test_linear.py", "TestParity and (many_rows or activations)"),
     "dropout.cpp": ("test_dropout.py", "TestParity and test_shapes"),
     "linear_cross_entropy.cpp": ("test_linear_cross_entropy.py", "TestParity and shapes"),
+    "rnn.cpp": ("test_rnn_op.py", "TestParity and test_shapes"),
     **dict.fromkeys(
         ("attention_forward.cpp", "attention_gradients.h", "attention_decode.cpp"),
         ("test_attention.py", "TestParity and (test_order_of_scores or test_long)"),

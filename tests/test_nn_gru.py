@@ -19,7 +19,11 @@ from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import genkernels
 
-MODULES = {nn.GRU: genkernels.nn.GRU, nn.GRUCell: genkernels.nn.GRUCell}
+MODULES = {
+    nn.GRU: genkernels.nn.GRU,
+    nn.GRUCell: genkernels.nn.GRUCell,
+    nn.RNN: genkernels.nn.RNN,  # see test_nn_rnn.py, too
+}
 OPTIONS = [
     dict(zip(("num_layers", "bias", "batch_first", "bidirectional"), values, strict=True))
     for values in product((1, 3), (True, False), (False, True), (False, True))
@@ -295,12 +299,12 @@ class TestCompile:
 
 
 def module_samples() -> list[Any]:
-    """PyTorch's own samples for both modules, as its test suite runs them."""
+    """PyTorch's own samples for the modules, as its test suite runs them."""
     torch.manual_seed(0)
     samples = []
     for info in module_db:
         if info.module_cls in MODULES:
-            packed = {"with_packed_sequence": True} if info.module_cls is nn.GRU else {}
+            packed = {} if info.module_cls is nn.GRUCell else {"with_packed_sequence": True}
             for training in (True, False):
                 inputs = info.module_inputs_func(
                     info,
@@ -315,6 +319,7 @@ def module_samples() -> list[Any]:
                         info, sample, training, id=f"{info.name}-{training=}-{i}".replace("=", "_")
                     )
                     for i, sample in enumerate(inputs)
+                    if sample.constructor_input.kwargs.get("nonlinearity") != "relu"
                 ]
     return samples
 

@@ -5,6 +5,7 @@ from .dropout import dropout
 from .gru import bidirectional_gru, gru, gru_cell
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy, linear_log_prob
+from .rnn import rnn
 from .varlen_attn import varlen_attn
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_log_prob",
+    "rnn",
     "scaled_dot_product_attention",
     "varlen_attn",
 ]

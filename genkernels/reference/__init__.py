@@ -9,6 +9,7 @@ from .linear_cross_entropy import (
     linear_cross_entropy_pass,
     linear_log_prob,
 )
+from .rnn import rnn
 from .varlen_attn import (
     varlen_attn_backward,
     varlen_attn_double_backward,
@@ -28,6 +29,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_pass",
     "linear_log_prob",
+    "rnn",
     "through_activation",
     "varlen_attn_backward",
     "varlen_attn_double_backward",

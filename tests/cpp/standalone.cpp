@@ -25,6 +25,7 @@ struct Sizes {
 constexpr Sizes kSizes[] = {{5, 3, 19, 21}, {4, 9, 19, 64}};
 constexpr int64_t kTiny = 64, kUsual = 1 << 20;
 int64_t T, B, I, H;
+int64_t G;  // gates of the recurrent cell: 3 of the GRU, 1 of the RNN with tanh
 
 using Values = std::vector<double>;
 
@@ -32,7 +33,7 @@ using Values = std::vector<double>;
 using Arguments = std::array<Values, 6>;
 const char* const kNames[6] = {"input", "hx", "weight_ih", "weight_hh", "bias_ih", "bias_hh"};
 std::array<size_t, 6> sizes() {
-  return {size_t(T * B * I), size_t(B * H), size_t(3 * H * I), size_t(3 * H * H), size_t(3 * H), size_t(3 * H)};
+  return {size_t(T * B * I), size_t(B * H), size_t(G * H * I), size_t(G * H * H), size_t(G * H), size_t(G * H)};
 }
 
 // Values that float32 holds exactly, so that only the arithmetic differs between the types.
@@ -54,16 +55,21 @@ Values plain_forward(const Arguments& arguments) {
       const double* h = t == 0 ? &hx[b * H] : &output[((t - 1) * B + b) * H];
       for (int64_t u = 0; u < H; ++u) {
         double from_x[3], from_h[3];
-        for (int64_t gate = 0; gate < 3; ++gate) {
+        for (int64_t gate = 0; gate < G; ++gate) {
           const int64_t row = gate * H + u;
           from_x[gate] = bias_ih[row];
           from_h[gate] = bias_hh[row];
           for (int64_t k = 0; k < I; ++k) from_x[gate] += weight_ih[row * I + k] * x[k];
           for (int64_t k = 0; k < H; ++k) from_h[gate] += weight_hh[row * H + k] * h[k];
         }
+        double& next = output[(t * B + b) * H + u];
+        if (G == 1) {
+          next = std::tanh(from_x[0] + from_h[0]);
+          continue;
+        }
         const double r = sigmoid(from_x[0] + from_h[0]), z = sigmoid(from_x[1] + from_h[1]);
         const double n = std::tanh(from_x[2] + r * from_h[2]);
-        output[(t * B + b) * H + u] = (1 - z) * n + z * h[u];
+        next = (1 - z) * n + z * h[u];
       }
     }
   return output;
@@ -166,24 +172,26 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
   Memory memory, saved;
   const genkernels::Runtime runtime{threads.count,    cache,           threads.parallel, std::this_thread::yield,
                                     Memory::allocate, Memory::release, &memory};
-  genkernels::Recurrent gru{};
-  gru.dtype = dtype;
-  gru.steps = T;
-  gru.batch = B;
-  gru.input_size = I;
-  gru.hidden_size = H;
-  gru.input = values[0].data();
-  gru.input_stride_t = B * I;
-  gru.input_stride_b = I;
-  gru.hx = values[1].data();
-  gru.weight_ih = values[2].data();
-  gru.weight_hh = values[3].data();
-  gru.bias_ih = values[4].data();
-  gru.bias_hh = values[5].data();
-  gru.output = output.data();
-  gru.gates = Memory::allocate(&saved, size_t(T * B * 4 * H) * sizeof(S));  // of whole lines where H is
-  gru.h_n = h_n.data();
-  kernels.gru_forward(&gru, 1, runtime);
+  const auto forward = G == 1 ? kernels.rnn_forward : kernels.gru_forward;
+  const auto backward = G == 1 ? kernels.rnn_backward : kernels.gru_backward;
+  genkernels::Recurrent layer{};
+  layer.dtype = dtype;
+  layer.steps = T;
+  layer.batch = B;
+  layer.input_size = I;
+  layer.hidden_size = H;
+  layer.input = values[0].data();
+  layer.input_stride_t = B * I;
+  layer.input_stride_b = I;
+  layer.hx = values[1].data();
+  layer.weight_ih = values[2].data();
+  layer.weight_hh = values[3].data();
+  layer.bias_ih = values[4].data();
+  layer.bias_hh = values[5].data();
+  layer.output = output.data();
+  layer.gates = Memory::allocate(&saved, size_t(T * B * 4 * H) * sizeof(S));  // of whole lines where H is
+  layer.h_n = h_n.data();
+  forward(&layer, 1, runtime);
 
   genkernels::RecurrentGradients grad{};
   grad.grad_output = from_output.data();
@@ -197,7 +205,7 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
   grad.grad_weight_hh = gradients[3].data();
   grad.grad_bias_ih = gradients[4].data();
   grad.grad_bias_hh = gradients[5].data();
-  kernels.gru_backward(&gru, &grad, 1, runtime);
+  backward(&layer, &grad, 1, runtime);
 
   // Both directions in one call give what a call of each gives.
   struct Direction {
@@ -212,7 +220,7 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
       to.output.assign(output.size(), S(NAN));
       to.h_n.assign(h_n.size(), S(NAN));
       for (int i = 0; i < 6; ++i) to.gradients[i].assign(size[i], S(NAN));
-      both[d] = gru;
+      both[d] = layer;
       both[d].reverse = d == 1;
       both[d].output = to.output.data();
       both[d].h_n = to.h_n.data();
@@ -228,12 +236,12 @@ bool check(const genkernels::Kernels& kernels, const Threads& threads, int64_t c
   };
   prepare(apart);
   for (int d = 0; d < 2; ++d) {
-    kernels.gru_forward(&both[d], 1, runtime);
-    kernels.gru_backward(&both[d], &both_grad[d], 1, runtime);
+    forward(&both[d], 1, runtime);
+    backward(&both[d], &both_grad[d], 1, runtime);
   }
   prepare(together);
-  kernels.gru_forward(both, 2, runtime);
-  kernels.gru_backward(both, both_grad, 2, runtime);
+  forward(both, 2, runtime);
+  backward(both, both_grad, 2, runtime);
   bool agrees = apart[0].output == output && apart[1].output != output;
   for (int d = 0; d < 2; ++d) {
     agrees = agrees && together[d].output == apart[d].output && together[d].h_n == apart[d].h_n;
@@ -600,8 +608,8 @@ bool check_dropout(const genkernels::Kernels& kernels, const genkernels::Runtime
 }
 
 template <class S>
-bool check_all_but_gru(const genkernels::Kernels& kernels, const Threads& threads, int64_t cache,
-                       genkernels::DType dtype, double tolerance) {
+bool check_all_but_recurrent(const genkernels::Kernels& kernels, const Threads& threads, int64_t cache,
+                             genkernels::DType dtype, double tolerance) {
   most_ranges = threads.count;
   Memory memory;
   const genkernels::Runtime runtime{threads.count,    cache,           threads.parallel, std::this_thread::yield,
@@ -730,17 +738,18 @@ int main(int argc, char** argv) {
     found = true;
     for (const Threads& threads : kThreads)
       for (const int64_t cache : {kTiny, kUsual}) {
-        agrees &= check_all_but_gru<float>(**level, threads, cache, genkernels::DType::float32, 1e-5);
-        agrees &= check_all_but_gru<double>(**level, threads, cache, genkernels::DType::float64, 1e-12);
+        agrees &= check_all_but_recurrent<float>(**level, threads, cache, genkernels::DType::float32, 1e-5);
+        agrees &= check_all_but_recurrent<double>(**level, threads, cache, genkernels::DType::float64, 1e-12);
       }
-    for (const Sizes& each : kSizes) {
-      T = each.T, B = each.B, I = each.I, H = each.H;
-      for (const Threads& threads : kThreads)
-        for (const int64_t cache : {kTiny, kUsual}) {
-          agrees &= check<float>(**level, threads, cache, genkernels::DType::float32, "float32", 1e-5);
-          agrees &= check<double>(**level, threads, cache, genkernels::DType::float64, "float64", 1e-7);
-        }
-    }
+    for (const int64_t gates : {3, 1})
+      for (const Sizes& each : kSizes) {
+        T = each.T, B = each.B, I = each.I, H = each.H, G = gates;
+        for (const Threads& threads : kThreads)
+          for (const int64_t cache : {kTiny, kUsual}) {
+            agrees &= check<float>(**level, threads, cache, genkernels::DType::float32, "float32", 1e-5);
+            agrees &= check<double>(**level, threads, cache, genkernels::DType::float64, "float64", 1e-7);
+          }
+      }
   }
   if (!found) std::fprintf(stderr, "this CPU or this build has no level %s\n", argv[1]);
   return found && agrees ? 0 : 1;
