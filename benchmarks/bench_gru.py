@@ -36,23 +36,23 @@ def label(shape: tuple[int, int, int, int]) -> str:
     return "GRU T={} B={} I={} H={}".format(*shape)
 
 
-def flops(shape: tuple[int, int, int, int], direction: str) -> float:
+def flops(shape: tuple[int, int, int, int], direction: str, gates: int = 3) -> float:
     """Multiplications and additions of the matrix products; a backward pass has twice as many."""
     T, B, I, H = shape
-    return 2.0 * T * B * 3 * H * (I + H) * (1 if direction == "forward" else 3)
+    return 2.0 * T * B * gates * H * (I + H) * (1 if direction == "forward" else 3)
 
 
-def draw(shape: tuple[int, int, int, int], dtype: torch.dtype) -> dict[str, Tensor]:
+def draw(shape: tuple[int, int, int, int], dtype: torch.dtype, gates: int = 3) -> dict[str, Tensor]:
     """What every contestant computes with, rounded to `dtype`, under torch.nn.GRU's names."""
     T, B, I, H = shape
     generator = torch.Generator().manual_seed(0)
     values = {
         name: torch.empty(size).uniform_(-(H**-0.5), H**-0.5, generator=generator)
         for name, size in (
-            ("weight_ih", (3 * H, I)),
-            ("weight_hh", (3 * H, H)),
-            ("bias_ih", (3 * H,)),
-            ("bias_hh", (3 * H,)),
+            ("weight_ih", (gates * H, I)),
+            ("weight_hh", (gates * H, H)),
+            ("bias_ih", (gates * H,)),
+            ("bias_hh", (gates * H,)),
         )
     } | {
         name: torch.randn(size, generator=generator)
@@ -73,15 +73,18 @@ def make_step(
     dtype: torch.dtype,
     compute_dtype: torch.dtype | None = None,
     device: str = "cpu",
+    gates: int = 3,
 ) -> Callable[[], Sequence[Tensor]]:
     """One call of a module, from the same values whatever the module.
 
     Returns (output, h_n), and with the backward pass also the gradients of the input, of hx and of
-    the parameters. `compute_dtype` computes with the values of `dtype` in another one.
+    the parameters. `compute_dtype` computes with the values of `dtype` in another one. `gates`:
+    how many blocks of rows the module's weights have.
     """
     _, _, I, H = shape
     compute_dtype = compute_dtype or dtype
-    values = {name: value.to(device, compute_dtype) for name, value in draw(shape, dtype).items()}
+    drawn = draw(shape, dtype, gates)
+    values = {name: value.to(device, compute_dtype) for name, value in drawn.items()}
     module = make_module(I, H, dtype=compute_dtype, device=device)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
