@@ -122,6 +122,20 @@ def test_the_kernel_shown_is_the_one_that_ran(model, notes, tmp_path, capsys):
     assert "cpp" not in out
 
 
+def test_cell(notes, tmp_path, capsys):
+    """A model of tanh cells trains, is compared with torch.nn.RNN, and goes on as what it is."""
+    arguments = ["--data", str(notes), "--output", str(tmp_path / "rnn")]
+    assert main(["train", "rnn", *TINY, *arguments, "--cell=tanh", "--steps=4"]) == 0
+    out = capsys.readouterr().out
+    for shown in (", cell tanh", "rnn_backward cpp x 4", "x over torch.nn.RNN"):
+        assert shown in out
+    assert load_checkpoint(tmp_path / "rnn").model.config.cell == "tanh"
+    again = ["train", "rnn", *arguments, "--resume", "--steps=6"]
+    assert main([*again, "--cell=gru"]) != 0
+    assert "--cell: gru, but the run" in capsys.readouterr().err
+    assert main(again) == 0
+
+
 def test_seed_preset_learns_its_vocabulary(notes, tmp_path, capsys):
     output = tmp_path / "seed"
     arguments = ["--data", str(notes), "--output", str(output), "--steps=2", "--no-compare"]

@@ -20,9 +20,9 @@ from genkernels.models import (
 from genkernels.training import evaluate, load_checkpoint, save_checkpoint
 
 
-def small_model(num_layers: int = 1, dropout: float = 0.0) -> RNNLanguageModel:
+def small_model(num_layers: int = 1, dropout: float = 0.0, cell="gru") -> RNNLanguageModel:
     torch.manual_seed(0)
-    return RNNLanguageModel(RNNConfig(30, 8, 16, num_layers, dropout))
+    return RNNLanguageModel(RNNConfig(30, 8, 16, num_layers, dropout, cell))
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,7 @@ def small_model(num_layers: int = 1, dropout: float = 0.0) -> RNNLanguageModel:
         ("num_layers", True),
         ("num_layers", 10**7),
         ("dropout", 1.0),
+        ("cell", "lstm"),
     ],
 )
 def test_config_refuses_sizes_that_are_none(field, value):
@@ -43,12 +44,14 @@ def test_config_refuses_sizes_that_are_none(field, value):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-def test_is_the_model_on_torch_gru(num_layers):
+@pytest.mark.parametrize(("cell", "module"), [("gru", torch.nn.GRU), ("tanh", torch.nn.RNN)])
+def test_is_the_model_on_torch(cell, module, num_layers):
     genkernels.stats(reset=True)
-    model = small_model(num_layers)
-    twin = RNNLanguageModel(model.config, gru=torch.nn.GRU)
+    model = small_model(num_layers, cell=cell)
+    twin = RNNLanguageModel(model.config, gru=module)
+    assert type(model.gru) is getattr(genkernels.nn, module.__name__)
     assert type(model.linear) is genkernels.nn.Linear
-    assert type(twin.gru) is torch.nn.GRU
+    assert type(twin.gru) is module
     assert type(twin.linear) is torch.nn.Linear
     assert model.state_dict().keys() == twin.state_dict().keys()
     twin.load_state_dict(model.state_dict())

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from matplotlib.image import imread
 from safetensors.torch import load, load_file, save, save_file
 
+import genkernels
 from genkernels.data import (
     ByteTokenizer,
     InputError,
@@ -296,6 +297,18 @@ def test_checkpoint_round_trip(checkpoint):
         "last.safetensors",
         "tokenizer.json",
     ]
+
+
+def test_checkpoint_of_before_there_were_cells(checkpoint):
+    """Its config has none, and its model is a GRU."""
+    folder, model, _ = checkpoint
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    del values["config"]["cell"]
+    path.write_text(json.dumps(values))
+    loaded = load_checkpoint(folder).model
+    assert loaded.config == model.config
+    assert isinstance(loaded.gru, genkernels.nn.GRU)
 
 
 def edit_config(folder, **changes):

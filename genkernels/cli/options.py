@@ -13,6 +13,7 @@ import typer
 
 from ..data import DATES, DEFAULT_CORPUS, InputError, clean_text
 from ..models.config import MAX_LAYERS, MAX_SIZE
+from ..models.rnn import CellName
 from ..training import OptimizerName, Preset, ScheduleName, Which
 
 DEFAULT_CHECKPOINT = Path("runs/rnn")
@@ -167,7 +168,11 @@ FeedforwardDim = Annotated[
 ]
 HiddenSize = Annotated[
     int | None,
-    typer.Option(min=1, max=MAX_SIZE, help="GRU units.", rich_help_panel=_MODEL),
+    typer.Option(min=1, max=MAX_SIZE, help="Recurrent units.", rich_help_panel=_MODEL),
+]
+Cell = Annotated[
+    CellName | None,
+    typer.Option(help="gru, or tanh: Elman's, a third as large.", rich_help_panel=_MODEL),
 ]
 Bidirectional = Annotated[
     bool | None,

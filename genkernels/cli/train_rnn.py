@@ -22,6 +22,7 @@ def train_rnn(
     embedding_dim: options.EmbeddingDim = None,
     hidden_size: options.HiddenSize = None,
     num_layers: options.NumLayers = None,
+    cell: options.Cell = None,
     dropout: options.Dropout = None,
     steps: options.Steps = None,
     minutes: options.Minutes = None,
@@ -41,7 +42,7 @@ def train_rnn(
     tensorboard: options.TensorBoard = None,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Train a GRU language model on a text file.
+    """Train a recurrent language model on a text file.
 
     The last tenth of the text is held out and only measured on. At every row of the table the
     output folder gets the weights with the lowest held-out loss so far (best) and those of now
@@ -53,6 +54,7 @@ def train_rnn(
         genkernels train rnn --data notes.txt --minutes 2
         genkernels train rnn --preset seed --output runs/seed
         genkernels train rnn --resume --output runs/seed
+        genkernels train rnn --cell tanh --max-grad-norm 0.5
         genkernels train rnn --optimizer sgd --batch-size full --learning-rate 1
     """
     train_model("rnn", **locals())

@@ -1,15 +1,23 @@
-"""A recurrent language model: Embedding, GRU, Linear."""
+"""A recurrent language model: Embedding, GRU or RNN, Linear."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
 from .. import ops, reference
-from ..nn import GRU, Linear
+from ..nn import GRU, RNN, Linear
 from .config import check_dropout, check_sizes
 from .sampling import CausalModel
+
+CellName = Literal["gru", "tanh"]
+# The recurrent layers of genkernels, and the same of PyTorch.
+CELLS: dict[CellName, tuple[type[nn.Module], type[nn.Module]]] = {
+    "gru": (GRU, nn.GRU),
+    "tanh": (RNN, nn.RNN),
+}
 
 
 @dataclass(frozen=True)
@@ -17,9 +25,11 @@ class RNNConfig:
     """Sizes of an `RNNLanguageModel`: at most 1,000,000, and at most 1,000 layers.
 
     `dropout` is the probability after the embedding, between the layers and before the last Linear.
+    `cell` is what the layers are: "gru", or "tanh" for Elman's, a third as large and as slow.
 
     Raises:
-        ValueError: a size that is no int or out of range, or a dropout outside [0, 1).
+        ValueError: a size that is no int or out of range, a dropout outside [0, 1), or another
+            cell.
     """
 
     vocab_size: int
@@ -27,26 +37,33 @@ class RNNConfig:
     hidden_size: int
     num_layers: int = 1
     dropout: float = 0.0
+    cell: CellName = "gru"
 
     def __post_init__(self) -> None:
         check_sizes(self, "vocab_size", "embedding_dim", "hidden_size", "num_layers")
         check_dropout(self.dropout)
+        if self.cell not in CELLS:
+            raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {self.cell!r}")
 
 
 class RNNLanguageModel(CausalModel):
     """Predicts each next token from the tokens before it.
 
-    Equivalent to: `Linear(GRU(Embedding(input)))`, with dropout between them.
+    Equivalent to: `Linear(GRU(Embedding(input)))`, with dropout between them; RNN for GRU where
+    the config's cell is "tanh".
 
-    `gru` is the class of the recurrent layers: `genkernels.nn.GRU`, with `genkernels.nn.Linear`
-    after it and `genkernels.linear_cross_entropy` as its loss, or `torch.nn.GRU` for the very same
-    model in plain PyTorch. Both have one `state_dict`.
+    `gru` is the class of the recurrent layers: by default `genkernels.nn.GRU` (or `RNN`), with
+    `genkernels.nn.Linear` after it and `genkernels.linear_cross_entropy` as its loss, or
+    `torch.nn.GRU` (or `RNN`) for the very same model in plain PyTorch. Both have one `state_dict`,
+    in which the layers are "gru" whatever their cell.
     """
 
     name = "rnn"
 
-    def __init__(self, config: RNNConfig, gru: type[nn.Module] = GRU) -> None:
+    def __init__(self, config: RNNConfig, gru: type[nn.Module] | None = None) -> None:
         super().__init__()
+        fused, _ = CELLS[config.cell]
+        gru = gru or fused
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.embedding_dim)
         self.gru = gru(
@@ -54,11 +71,12 @@ class RNNLanguageModel(CausalModel):
             config.hidden_size,
             config.num_layers,
             batch_first=True,
-            # Between the layers only: one layer has no place for it, and torch.nn.GRU warns.
+            # Between the layers only: one layer has no place for it, and torch.nn's warn.
             dropout=config.dropout if config.num_layers > 1 else 0.0,
         )
-        self.linear = (Linear if gru is GRU else nn.Linear)(config.hidden_size, config.vocab_size)
-        self._is_fused = gru is GRU
+        self._is_fused = gru is fused
+        linear = Linear if self._is_fused else nn.Linear
+        self.linear = linear(config.hidden_size, config.vocab_size)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from ...data import (
     windows_of,
 )
 from ...models import GPT, HMM, MarkovModel, RNNLanguageModel
+from ...models.rnn import CELLS
 from ..checkpoint import Checkpoint
 from ..evaluation import Evaluation, evaluate
 from ..fitting import EMConfig, Fitting, FittingConfig
@@ -141,15 +142,20 @@ class RNNTask(LanguageTask):
         "batch_size": 4,
         "sequence_length": 16,
     }
-    kernel = "gru"
-    plain = "torch.nn.GRU"
+
+    def prepare(self, tokens: Tensor, held_out: Tensor, config: TrainingConfig, seed: int) -> None:
+        super().prepare(tokens, held_out, config, seed)
+        _, plain = CELLS[self.sizes.cell]
+        self.kernel = plain.__name__.lower()
+        self.plain = f"torch.nn.{plain.__name__}"
 
     def make_batches(self, tokens: Tensor, config: TrainingConfig, seed: int) -> Batches:
         assert config.sequence_length
         return sequence_batches(tokens, config.batch_size, config.sequence_length)
 
     def twin(self, model: RNNLanguageModel) -> nn.Module:
-        return with_weights_of(model, RNNLanguageModel(model.config, gru=torch.nn.GRU))
+        _, plain = CELLS[model.config.cell]
+        return with_weights_of(model, RNNLanguageModel(model.config, gru=plain))
 
 
 class GPTTask(LanguageTask):

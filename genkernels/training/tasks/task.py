@@ -111,8 +111,8 @@ class Task(abc.ABC):
     config_class: ClassVar[type[Any]] = TrainingConfig
     presets: ClassVar[dict[str, Preset]]
     tiny: ClassVar[dict[str, Any]]  # sizes and settings that take no time
-    kernel: ClassVar[str | None] = None  # what the names of its main op have in them, if it has one
-    plain: ClassVar[str | None] = None  # what `compare` times the model against, if there is such
+    kernel: str | None = None  # what the names of its main op have in them, if it has one
+    plain: str | None = None  # what `compare` times the model against, if there is such
     items: ClassVar[str] = "tokens"  # what a step counts
     unit: ClassVar[str]  # of the figure, and of `scale` times a loss
     options: ClassVar[frozenset[str]]  # the fields of a `Request` that mean something to it
