@@ -29,7 +29,14 @@ from genkernels.cli import main
 from genkernels.cli.app import app
 from genkernels.data import clean_text, encode_source, load_text, spell_answer
 from genkernels.models import RNNLanguageModel
-from genkernels.training import RunFolder, load_checkpoint, replace_folder, save_checkpoint
+from genkernels.training import (
+    RunFolder,
+    evaluation_gan,
+    load_checkpoint,
+    replace_folder,
+    save_checkpoint,
+)
+from genkernels.training.tasks import gan as gan_task
 
 TINY = ["--embedding-dim=8", "--hidden-size=16", "--batch-size=8", "--sequence-length=16"]
 _BLOCKS = ["--num-layers=1", "--num-heads=2", "--embedding-dim=16", "--batch-size=4"]
@@ -428,7 +435,7 @@ def test_compare_prints_a_board_and_draws(notes, tmp_path, capsys):
 
 def test_compare_refuses(notes, tmp_path, capsys):
     for arguments, message in (
-        (["lstm"], "'lstm' cannot be compared; expected of rnn, gpt"),
+        (["lstm"], "'lstm' cannot be compared; expected of rnn, rnn-tanh, gpt"),
         ([f"--output={notes}"], "is a file of another kind; expected a PNG"),
         (["--data=none.txt"], "none.txt: No such file"),
     ):
@@ -436,6 +443,93 @@ def test_compare_refuses(notes, tmp_path, capsys):
         assert main(["compare", *arguments, *output]) == 2
         assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+ADVERSARIAL = {
+    "gan": ["--latent-dim=8", "--width=4", "--batch-size=16", "--data={photos}", "--image-size=8"],
+    "recurrent-gan": ["--length=12", "--latent-dim=4", "--hidden-size=8", "--batch-size=16"],
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Images of two classes, which a glance tells apart."""
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    folder = tmp_path_factory.mktemp("photos")
+    generator = random.Random(0)
+    for name, least in (("dark", 0), ("light", 200)):
+        (folder / name).mkdir()
+        for i in range(30):
+            pixels = bytes(least + generator.randrange(55) for _ in range(64))
+            image.frombytes("L", (8, 8), pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("model", ADVERSARIAL)
+def test_adversarial_models_are_trained_go_on_and_draw(
+    model, photos, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("scipy", reason="needs scipy")
+    monkeypatch.setattr(gan_task, "_SERIES", 300)
+    monkeypatch.setattr(gan_task, "_HELD_OUT_SERIES", 300)
+    monkeypatch.setattr(evaluation_gan, "_CLASSIFIER_STEPS", 20)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = ["train", model, *(a.format(photos=photos) for a in ADVERSARIAL[model])]
+    assert main([*command, "--steps=5", "--output", str(whole)]) == 0
+    printed = capsys.readouterr().out
+    unit = {"gan": "FID-like", "recurrent-gan": "KS"}[model]
+    assert f"loss {unit:>10} " in printed
+    assert f"sample          {whole / 'sample.png'} (" in printed
+    pictures = [whole / f"sample-{step}.png" for step in range(1, 6)]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    assert pictures[0].read_bytes() != pictures[4].read_bytes(), "of the same noise, trained more"
+    assert main([*command, "--steps=5", "--stop-after=3", "--output", str(parts)]) == 0
+    assert main(["train", model, "--resume", "--output", str(parts)]) == 0
+    expected, actual = (load_checkpoint(run, "last").model.state_dict() for run in (whole, parts))
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+    capsys.readouterr()
+    assert main(["evaluate", str(whole)]) == 0
+    assert capsys.readouterr().out in printed
+    labels = load_checkpoint(whole).training["labels"]
+    drawn = tmp_path / "drawn.png"
+    arguments = [str(whole), "--output", str(drawn), "--num-samples=4", "--label", labels[1]]
+    assert f"{drawn}: 4\n" in generated(capsys, *arguments)
+    first = drawn.read_bytes()
+    generated(capsys, *arguments)
+    assert drawn.read_bytes() == first, "the same seed"
+    generated(capsys, *arguments, "--seed=1")
+    assert drawn.read_bytes() != first
+    if model == "recurrent-gan":
+        generated(capsys, str(whole), "--output", str(tmp_path / "x.csv"), "--num-samples=4")
+        rows = [row.split(",") for row in (tmp_path / "x.csv").read_text().splitlines()]
+        assert [row[0] for row in rows] == ["label", *labels, labels[0]]
+        assert {len(row) for row in rows} == {13}
+    before = tree(tmp_path)
+    for options, message in (
+        (["--label=7th"], f"--label: '7th'; expected one of {labels[0]}"),
+        (["--temperature=1"], f"--temperature: means nothing to a {model}; expected --label"),
+        (["--output", str(whole / "config.json")], "expected .png"),
+    ):
+        assert main(["generate", *arguments[:1], *options]) == 2
+        assert message in capsys.readouterr().err
+    assert main([*command, "--steps=5", "--output", str(whole), "--latent-dim=0"]) == 2
+    assert "'--latent-dim'" in capsys.readouterr().err
+    assert tree(tmp_path) == before
+
+
+def test_gan_refuses(photos, notes, tmp_path, capsys):
+    for arguments, message in (
+        (["--data", str(tmp_path / "none")], "none: No such file"),
+        (["--data", str(photos / "dark")], "dark: no classes; expected a folder for each"),
+        (["--image-size=9"], "image_size must be 4, 5, 6 or 7 times a power of two above one"),
+        (["--image-size=16"], "--data: missing; expected a folder of images"),
+        (["--width=6"], "width must be a multiple of num_heads 4, got 6"),
+    ):
+        output = tmp_path / "gan"
+        assert main(["train", "gan", *arguments, "--output", str(output)]) == 2
+        assert message in capsys.readouterr().err
+        assert not output.exists()
 
 
 def test_an_option_that_means_nothing_is_refused(transformers, capsys):
@@ -803,6 +897,8 @@ EXAMPLES = {
     "train hmm": ["genkernels train hmm --data notes.txt --num-states 32"],
     "train bayesian-network": ["genkernels train bayesian-network --data notes.txt"],
     "compare": ["genkernels compare --data notes.txt --minutes 2"],
+    "train gan": ["genkernels train gan --preset mnist --output runs/mnist"],
+    "train recurrent-gan": ["genkernels train recurrent-gan --minutes 5"],
     "train gpt": ["genkernels train gpt --preset nanogpt-cpu --output runs/nanogpt"],
     "train rnn": ["genkernels train rnn --preset seed --output runs/seed"],
     "generate": [
@@ -829,7 +925,7 @@ def test_help_explains_every_option(capsys):
     for command in commands:
         commands += getattr(command, "commands", {}).values()
         assert all(parameter.help for parameter in command.params), command.name
-    assert len(commands) == 14
+    assert len(commands) == 16
     assert main(["train", "rnn", "--help"]) == 0
     out = capsys.readouterr().out
     for value in ("hidden-size 384", "hidden-size 512", "learning-rate 0.003"):
@@ -925,10 +1021,7 @@ OTHER = {
     "neither best nor last": (["generate", "{run}", "--which", "first"], "'best', 'last'"),
     "no candidates": (["generate", "{run}", "--top-k", "0"], "'--top-k'"),
     "no tokens": (["generate", "{run}", "--max-new-tokens", "0"], "'--max-new-tokens'"),
-    "no beam": (
-        ["generate", "{run}", "--beam-size=2"],
-        "--beam-size: means nothing to a rnn;",
-    ),
+    "no beam": (["generate", "{run}", "--beam-size=2"], "--beam-size: a rnn has none; expected t5"),
     "no text": (["evaluate", "{run}", "--data", "{tmp}/none.txt"], "none.txt: No such file"),
     "one token": (["evaluate", "{run}", "--data", "{tmp}/x", "--whole"], "expected at least 2"),
 }

@@ -14,8 +14,10 @@ from . import (
     generate,
     train_bayesian_network,
     train_bert,
+    train_gan,
     train_gpt,
     train_hmm,
+    train_recurrent_gan,
     train_rnn,
     train_seq2seq,
     train_t5,
@@ -32,6 +34,8 @@ train.command("t5")(train_t5.train_t5)
 train.command("seq2seq")(train_seq2seq.train_seq2seq)
 train.command("hmm")(train_hmm.train_hmm)
 train.command("bayesian-network")(train_bayesian_network.train_bayesian_network)
+train.command("gan")(train_gan.train_gan)
+train.command("recurrent-gan")(train_recurrent_gan.train_recurrent_gan)
 app.add_typer(train, name="train")
 app.command("generate")(generate.generate)
 app.command("attend")(attend.attend)

@@ -32,6 +32,7 @@ class _Contestant(NamedTuple):
 
 CONTESTANTS = {
     "rnn": _Contestant("rnn", {}),
+    "rnn-tanh": _Contestant("rnn", {"cell": "tanh"}),
     "gpt": _Contestant("gpt", {}),
     "hmm": _Contestant("hmm", {}),
     "bayesian-network": _Contestant("markov", {}),

@@ -29,8 +29,9 @@ def evaluate(
 
     rnn, gpt, hmm and bayesian-network: bits per byte, cross-entropy, perplexity and token accuracy
     of a text. bert: the cross-entropy and accuracy of masked tokens, or of labels; t5 and seq2seq:
-    those of the tokens of answers, and how many are exact. On a held-out split also what a simpler
-    model reaches that has learned from the rest.
+    those of the tokens of answers, and how many answers are exact. gan and recurrent-gan: how far
+    what they draw is from what was held out. On a held-out split also what a simpler model
+    reaches that has learned from the rest.
 
     Examples:
 

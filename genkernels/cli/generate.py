@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..data import InputError
 from ..models.config import MAX_SIZE
-from ..training import Request, load_checkpoint, task_of
+from ..training import TEMPERATURE, Request, load_checkpoint, task_of
 from . import options
 
 
@@ -26,7 +27,7 @@ def generate(
             min=0,
             max=1e6,
             help="Below 1 is safer, above 1 bolder; 0 is greedy.",
-            show_default="0.8; 0 for seq2seq",
+            show_default=f"{TEMPERATURE}; 0 for seq2seq",
         ),
     ] = None,
     top_k: Annotated[
@@ -52,18 +53,35 @@ def generate(
         ),
     ] = None,
     num_samples: Annotated[
-        int, typer.Option(min=1, max=10_000, help="How many texts, drawn side by side.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            max=10_000,
+            help="How many texts, images or series, drawn side by side.",
+            show_default="1 text, 64 images or series",
+        ),
+    ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=options.MAX_SEED, help="The same seed gives the same text.")
+        int, typer.Option(min=0, max=options.MAX_SEED, help="The same seed gives the same again.")
     ] = 0,
+    label: Annotated[
+        str | None,
+        typer.Option(help="Class of the images or series.", show_default="each in turn"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="File for images (.png) or series (.png, a plot, or .csv).",
+            show_default="images.png or series.png",
+        ),
+    ] = None,
 ) -> None:
-    """Continue a prompt with a trained model, fill in its gaps, or answer it.
+    """Continue a prompt with a trained model, fill in its gaps, answer it, or draw.
 
-    rnn, gpt, hmm and bayesian-network continue the prompt; t5 and seq2seq answer it, t5 with
-    <extra_id_0>, <extra_id_1>, ... where spans are missing; a single text is printed as it comes.
+    rnn, gpt, hmm and bayesian-network continue the prompt, and t5 answers it, with <extra_id_0>,
+    <extra_id_1>, ... where spans are missing, and seq2seq; a single text is printed as it comes.
     bert fills in each [MASK], and shows the --top-k likeliest tokens of each, or says how likely
-    each label is.
+    each label is. gan draws images and recurrent-gan series, into the file --output.
 
     Examples:
 
@@ -72,6 +90,8 @@ def generate(
         genkernels generate runs/bert --prompt "The [MASK] of a class"
         genkernels generate runs/t5 --prompt "The <extra_id_0> of a class"
         genkernels generate runs/seq2seq --prompt "the 3rd of May 1998" --beam-size 4
+        genkernels generate runs/gan --label 7 --num-samples 25 --output sevens.png
+        genkernels generate runs/recurrent-gan --output series.csv
     """
     request = Request(
         options.cleaned(prompt),
@@ -79,9 +99,11 @@ def generate(
         temperature,
         top_k,
         top_p,
-        beam_size,
         num_samples,
         seed,
+        beam_size,
+        label,
+        output,
     )
     loaded = load_checkpoint(checkpoint, which)
     task_class = task_of(loaded.model)

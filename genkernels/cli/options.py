@@ -14,7 +14,7 @@ import typer
 from ..data import DATES, DEFAULT_CORPUS, InputError, clean_text
 from ..models.config import MAX_LAYERS, MAX_SIZE
 from ..models.rnn import CellName
-from ..training import OptimizerName, Preset, ScheduleName, Which
+from ..training import AdversarialLossName, OptimizerName, Preset, ScheduleName, Which
 
 DEFAULT_CHECKPOINT = Path("runs/rnn")
 MAX_SEED = 2**63 - 1
@@ -99,6 +99,13 @@ Prompt = Annotated[
     str | None, typer.Option(help="Text that is read.", show_default="a new line for rnn and gpt")
 ]
 Data = Annotated[Path | None, typer.Option(help="UTF-8 text file.", show_default=DEFAULT_CORPUS)]
+ImageData = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with a folder of PNG or JPEG files for each class; or digits, or mnist.",
+        show_default="the data set of the preset's name",
+    ),
+]
 LabelData = Annotated[
     Path | None,
     typer.Option(
@@ -174,11 +181,39 @@ Cell = Annotated[
     CellName | None,
     typer.Option(help="gru, or tanh: Elman's, a third as large.", rich_help_panel=_MODEL),
 ]
-Bidirectional = Annotated[
+ImageSize = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_SIZE, help="Height and width.", rich_help_panel=_MODEL),
+]
+Channels = Annotated[
+    int | None,
+    typer.Option(min=1, max=3, help="1: grey; 3: RGB.", rich_help_panel=_MODEL),
+]
+LatentDim = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=MAX_SIZE, help="Width of the noise and of a class.", rich_help_panel=_MODEL
+    ),
+]
+Width = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_SIZE,
+        help="Channels inside at the full image size; each halving doubles them.",
+        rich_help_panel=_MODEL,
+    ),
+]
+SpectralNorm = Annotated[
     bool | None,
     typer.Option(
-        help="Whether the encoder reads a source from its end, too.", rich_help_panel=_MODEL
+        help="Whether the discriminator's weights are divided by their largest singular value.",
+        rich_help_panel=_MODEL,
     ),
+]
+SeriesLength = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_SIZE, help="Numbers in a series.", rich_help_panel=_MODEL),
 ]
 NumStates = Annotated[
     int | None,
@@ -187,6 +222,12 @@ NumStates = Annotated[
 Order = Annotated[
     int | None,
     typer.Option(min=0, max=6, help="Bytes that the next one depends on.", rich_help_panel=_MODEL),
+]
+Bidirectional = Annotated[
+    bool | None,
+    typer.Option(
+        help="Whether the encoder reads a source from its end, too.", rich_help_panel=_MODEL
+    ),
 ]
 NumLayers = Annotated[
     int | None,
@@ -236,6 +277,41 @@ Minutes = Annotated[
         help="Length of the run, by the clock.",
         rich_help_panel=_TRAINING,
     ),
+]
+AdversarialLoss = Annotated[
+    AdversarialLossName | None,
+    typer.Option(help="What the two are at odds over.", rich_help_panel=_TRAINING),
+]
+Penalty = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        callback=finite,
+        help="Factor on the gradient penalty of wgan-gp.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+DiscriminatorSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=MAX_SIZE,
+        help="Of the discriminator, before each step of the generator.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+DiscriminatorLearningRate = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        callback=finite,
+        help="That of the discriminator, where it is another.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+ExampleBatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, max=MAX_SIZE, help="Examples in a step.", rich_help_panel=_TRAINING),
 ]
 Optimizer = Annotated[
     OptimizerName | None, typer.Option(help="That of torch.optim.", rich_help_panel=_TRAINING)

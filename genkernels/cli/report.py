@@ -112,5 +112,5 @@ def keep_sample(sample: SampleFile, folder: Path, name: str) -> str:
     """Write a sample into the folder of a run, and return the file's name."""
     name += sample.suffix
     with replace_file(folder / name) as path:
-        path.write_bytes(sample.content)
+        sample.write(path)
     return name

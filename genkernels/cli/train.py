@@ -31,7 +31,7 @@ from .report import evaluation_lines, keep_sample, kernel_calls
 
 _SAMPLE_TOKENS = 300
 _DRY_STEPS = 4
-_ABSENT = {"resume": False, "stop_after": None, "compare": False}
+_ABSENT = {"data": None, "resume": False, "stop_after": None, "compare": False}
 
 
 class Run(NamedTuple):
@@ -67,10 +67,11 @@ def train_model(model: str, context: typer.Context, **values: Any) -> None:
 def tiny(task_class: type[Task], given: dict[str, Any]) -> dict[str, Any]:
     """Return the sizes and settings of a dry run, such that they go with those that were given."""
     tiny = {"steps": _DRY_STEPS} | task_class.tiny
+    width = "width" if "width" in tiny else "embedding_dim"
     if "num_heads" in given:  # which have to divide the width
-        tiny["embedding_dim"] += -tiny["embedding_dim"] % given["num_heads"]
-    elif "num_heads" in tiny and "embedding_dim" in given:
-        tiny["num_heads"] = math.gcd(tiny["num_heads"], given["embedding_dim"])
+        tiny[width] += -tiny[width] % given["num_heads"]
+    elif "num_heads" in tiny and width in given:
+        tiny["num_heads"] = math.gcd(tiny["num_heads"], given[width])
     return tiny
 
 

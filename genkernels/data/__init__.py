@@ -9,7 +9,7 @@ from .audio import (
     mu_law_encode,
     save_audio,
 )
-from .batches import Batches, CropBatches, windows_of
+from .batches import Batches, CropBatches, RowBatches, windows_of
 from .dates import date_pairs, split_date_pairs
 from .errors import InputError, errors_in
 from .files import Errors, replace_file
@@ -32,6 +32,7 @@ from .masking import (
     masked_windows,
 )
 from .pairs import PairBatches, load_pairs
+from .series import PROCESSES, AutoRegression, Process, Sinusoid, synthetic_series
 from .spans import SpanBatches, TextToTextTokens, corrupt_spans, corrupted_windows
 from .special import (
     MASK,
@@ -60,7 +61,9 @@ __all__ = [
     "DEFAULT_CORPUS",
     "IMAGE_SETS",
     "MASK",
+    "PROCESSES",
     "AudioTokenizer",
+    "AutoRegression",
     "BPETokenizer",
     "Batches",
     "ByteTokenizer",
@@ -72,7 +75,10 @@ __all__ = [
     "LabelledBatches",
     "MaskedBatches",
     "PairBatches",
+    "Process",
+    "RowBatches",
     "SequenceBatches",
+    "Sinusoid",
     "SpanBatches",
     "SpecialTokens",
     "TextCleaner",
@@ -113,6 +119,7 @@ __all__ = [
     "split_date_pairs",
     "split_images",
     "split_text",
+    "synthetic_series",
     "train_tokenizer",
     "windows_of",
     "write_tokens",

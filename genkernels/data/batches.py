@@ -51,6 +51,31 @@ class CropBatches(Batches):
         return crops[:, :-1], crops[:, 1:]
 
 
+class RowBatches(Batches):
+    """Random rows of tensors that belong together, such as images and their classes: a tuple of as
+    many, each [batch_size, ..].
+
+    Raises:
+        InputError: no rows.
+        ValueError: tensors of different lengths.
+    """
+
+    def __init__(self, *tensors: Tensor, batch_size: int, seed: int = 0) -> None:
+        lengths = [len(tensor) for tensor in tensors]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"tensors must be of one length, got {lengths}")
+        if not lengths[0]:
+            raise InputError("no examples to train on; expected at least one")
+        self._tensors = tensors
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def batch(self, step: int) -> tuple[Tensor, ...]:
+        generator = generator_of(self.seed, step)
+        drawn = torch.randint(len(self._tensors[0]), (self.batch_size,), generator=generator)
+        return tuple(tensor[drawn] for tensor in self._tensors)
+
+
 def crops_of(tokens: Tensor, length: int) -> Tensor:
     """Every crop of `length` tokens of `tokens`, int64 [N]; a view [N - length + 1, length].
 

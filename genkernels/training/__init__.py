@@ -1,5 +1,7 @@
 """The training loop, evaluation, checkpoints and the timing against plain PyTorch."""
 
+from .adversarial import AdversarialConfig, AdversarialLossName, AdversarialTraining
+from .adversarial_losses import ADVERSARIAL_LOSSES, AdversarialLoss, gradient_penalty
 from .checkpoint import (
     LOSS_CURVE,
     Checkpoint,
@@ -13,10 +15,21 @@ from .checkpoint import (
 )
 from .comparison import Comparison, compare_step_time, kernel_share
 from .evaluation import Evaluation, Measures, TokenEvaluation, evaluate, evaluate_batches
+from .evaluation_gan import (
+    ImageClassifier,
+    ImageEvaluation,
+    SeriesEvaluation,
+    autocorrelations,
+    evaluate_images,
+    evaluate_series,
+    frechet_distance,
+    image_classifier,
+)
 from .fitting import EMConfig, Fitting, FittingConfig
-from .human import Preference, score_votes, write_sheet
+from .human import Kind, Preference, score_votes, write_sheet
 from .loop import (
     OptimizerName,
+    Run,
     ScheduleName,
     Step,
     Training,
@@ -24,29 +37,39 @@ from .loop import (
     train,
     training_step,
 )
-from .plot import plot_attention, plot_loss, plot_runs
+from .plot import plot_attention, plot_loss, plot_runs, plot_series
 from .presets import (
     BERT_PRESETS,
+    GAN_PRESETS,
     GPT_PRESETS,
     HMM_PRESETS,
     MARKOV_PRESETS,
+    RECURRENT_GAN_PRESETS,
     RNN_PRESETS,
     SEQ2SEQ_PRESETS,
     T5_PRESETS,
     Preset,
 )
-from .tasks import TASKS, Baseline, Request, SampleFile, Task, TokenTask, task_of
+from .tasks import TASKS, TEMPERATURE, Baseline, Request, SampleFile, Task, TokenTask, task_of
 
 __all__ = [
+    "ADVERSARIAL_LOSSES",
     "BERT_PRESETS",
+    "GAN_PRESETS",
     "GPT_PRESETS",
     "HMM_PRESETS",
     "LOSS_CURVE",
     "MARKOV_PRESETS",
+    "RECURRENT_GAN_PRESETS",
     "RNN_PRESETS",
     "SEQ2SEQ_PRESETS",
     "T5_PRESETS",
     "TASKS",
+    "TEMPERATURE",
+    "AdversarialConfig",
+    "AdversarialLoss",
+    "AdversarialLossName",
+    "AdversarialTraining",
     "Baseline",
     "Checkpoint",
     "Comparison",
@@ -54,14 +77,19 @@ __all__ = [
     "Evaluation",
     "Fitting",
     "FittingConfig",
+    "ImageClassifier",
+    "ImageEvaluation",
+    "Kind",
     "Measures",
     "OptimizerName",
     "Preference",
     "Preset",
     "Request",
+    "Run",
     "RunFolder",
     "SampleFile",
     "ScheduleName",
+    "SeriesEvaluation",
     "Step",
     "Task",
     "TokenEvaluation",
@@ -69,15 +97,22 @@ __all__ = [
     "Training",
     "TrainingConfig",
     "Which",
+    "autocorrelations",
     "compare_step_time",
     "evaluate",
     "evaluate_batches",
+    "evaluate_images",
+    "evaluate_series",
+    "frechet_distance",
+    "gradient_penalty",
+    "image_classifier",
     "kernel_share",
     "load_checkpoint",
     "load_state",
     "plot_attention",
     "plot_loss",
     "plot_runs",
+    "plot_series",
     "replace_file",
     "replace_folder",
     "save_checkpoint",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 import re
 import time
@@ -60,26 +61,37 @@ class Step(NamedTuple):
     learning_rate: float
 
 
-class Training:
+class Run(abc.ABC):
     """A run of training that can be saved between two steps and continued, to the last bit.
 
-    Iterating trains `model` in place on `batches.batch(0)`, `batch(1)`, ... and yields each `Step`
-    when done, from the step after the last one on. `model.loss(*batch, state=state)` returns the
-    loss and the state that goes on to the next batch, without its gradient, where that
-    `continues()` the text. The time the caller takes between two steps counts towards `minutes`.
+    Iterating trains `model` in place and yields each `Step` when done, from the step after the last
+    one on. The time the caller takes between two steps counts towards `minutes`.
+
+    Args:
+        optimizers: of parameters of the model, each with the learning rate that the schedule is of.
 
     Raises:
         FloatingPointError: the loss is no longer a finite number.
     """
 
-    def __init__(self, model: nn.Module, batches: Batches, config: TrainingConfig) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        config: TrainingConfig,
+        *optimizers: torch.optim.Optimizer,
+    ) -> None:
         self.model = model
         self.batches = batches
         self.config = config
-        self.optimizer = make_optimizer(model, config)
+        self.optimizers = optimizers
         self.number = 0
         self.seconds = 0.0
-        self._state: Tensor | None = None
+        self._rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+
+    @abc.abstractmethod
+    def _step(self) -> tuple[float, int]:
+        """Do step `number`; returns its loss, and how many tokens it was of."""
 
     @property
     def progress(self) -> float:
@@ -90,41 +102,38 @@ class Training:
         start = time.perf_counter() - self.seconds
         while self.progress < 1:
             step_start = time.perf_counter()
-            rate = self.config.learning_rate * _schedule(self.progress, self.config)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            batch = self.batches.batch(self.number)
-            state = self._state if self.batches.continues(self.number) else None
+            factor = _schedule(self.progress, self.config)
+            for optimizer, rate in zip(self.optimizers, self._rates, strict=True):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * factor
             self.model.train()
-            loss, self._state = training_step(
-                self.model, self.optimizer, batch, state, self.config.max_grad_norm
-            )
+            loss, tokens = self._step()
             self.number += 1
+            rate = self.config.learning_rate
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss} at step {self.number}; expected a finite number "
-                    f"(a learning rate below {self.config.learning_rate:g} may help)"
+                    f"(a learning rate below {rate:g} may help)"
                 )
             now = time.perf_counter()
             self.seconds = now - start
-            yield Step(self.number, loss, batch[0].numel(), now - step_start, self.progress, rate)
+            yield Step(self.number, loss, tokens, now - step_start, self.progress, rate * factor)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that the next step depends on but the weights, as tensors.
 
-        That is what the optimizer knows of each parameter, by the parameter's name, the state of
-        the random numbers, the model's state, and how far the run is.
+        That is what the optimizers know of each parameter, by the parameter's name, the state of
+        the random numbers, and how far the run is.
         """
         tensors = {
             "number": torch.tensor(self.number),
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
             "random": torch.get_rng_state(),
         }
-        if self._state is not None:
-            tensors["state"] = self._state.contiguous()  # as safetensors wants it
-        for name, parameter in self.model.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer.{key}.{name}"] = value
+        for optimizer, names in self._names():
+            for index, values in optimizer.state_dict()["state"].items():
+                for key, value in values.items():
+                    tensors[f"optimizer.{key}.{names[index]}"] = value
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -135,15 +144,55 @@ class Training:
         """
         self.number = int(tensors["number"])
         self.seconds = float(tensors["seconds"])
-        self._state = tensors.get("state")
         torch.set_rng_state(tensors["random"])
         known = [re.fullmatch(r"optimizer\.(\w+)\.(.+)", name) for name in tensors]
-        names = [name for name, _ in self.model.named_parameters()]
-        state: dict[int, dict[str, Tensor]] = {index: {} for index in range(len(names))}
+        of_parameters: dict[str, dict[str, Tensor]] = {}
         for match in filter(None, known):
-            state[names.index(match[2])][match[1]] = tensors[match[0]]
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            of_parameters.setdefault(match[2], {})[match[1]] = tensors[match[0]]
+        for optimizer, names in self._names():
+            state = {index: of_parameters.get(name, {}) for index, name in enumerate(names)}
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def _names(self) -> Iterator[tuple[torch.optim.Optimizer, list[str]]]:
+        """Yield each optimizer with the names of its parameters, in its order."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for optimizer in self.optimizers:
+            groups = optimizer.param_groups
+            yield optimizer, [names[each] for group in groups for each in group["params"]]
+
+
+class Training(Run):
+    """A `Run` on one loss.
+
+    It trains on `batches.batch(0)`, `batch(1)`, ...; `model.loss(*batch, state=state)` returns the
+    loss and the state that goes on to the next batch, without its gradient, where that
+    `continues()` the text.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches, config: TrainingConfig) -> None:
+        self.optimizer = make_optimizer(model, config)
+        super().__init__(model, batches, config, self.optimizer)
+        self._state: Tensor | None = None
+
+    def _step(self) -> tuple[float, int]:
+        batch = self.batches.batch(self.number)
+        state = self._state if self.batches.continues(self.number) else None
+        loss, self._state = training_step(
+            self.model, self.optimizer, batch, state, self.config.max_grad_norm
+        )
+        return loss, batch[0].numel()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As `Run` has it, with the model's state."""
+        tensors = super().state_dict()
+        if self._state is not None:
+            tensors["state"] = self._state.contiguous()  # as safetensors wants it
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(tensors)
+        self._state = tensors.get("state")
 
 
 def share_done(number: int, seconds: float, config: Any) -> float:
@@ -175,15 +224,14 @@ def training_step(
     return loss.item(), None if state is None else state.detach()
 
 
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """Return the optimizer that `config` names, over all parameters of `model`."""
+def make_optimizer(
+    model: nn.Module, config: TrainingConfig, **options: Any
+) -> torch.optim.Optimizer:
+    """Return the optimizer that `config` names, over all parameters of `model`; `options` are
+    further ones of its class, or others than the config has."""
     optimizers = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    return optimizers[config.optimizer](
-        model.parameters(),
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "fused": True}
+    return optimizers[config.optimizer](model.parameters(), **settings | options)
 
 
 def _schedule(progress: float, config: TrainingConfig) -> float:

@@ -56,6 +56,19 @@ def plot_runs(
     figure.savefig(path, format="png")
 
 
+def plot_series(path: str | os.PathLike[str], series: Mapping[str, Tensor]) -> None:
+    """Write a PNG of series, [N, T, C] by their names, a picture for each name and channel."""
+    channels = max(part.shape[2] for part in series.values())
+    figure = _figure(8, 2 * len(series) * channels)
+    grid = figure.subplots(len(series) * channels, 1, squeeze=False, sharex=True, sharey=True)
+    names = [(name, channel) for name in series for channel in range(channels)]
+    for axes, (name, channel) in zip(grid.flat, names, strict=True):
+        axes.plot(series[name][:, :, channel].T.numpy(), linewidth=0.8)
+        axes.set_title(name, fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+
+
 def plot_attention(
     path: str | os.PathLike[str],
     weights: Tensor,

@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 
 from ..models import (
     BERTConfig,
+    GANConfig,
     GPTConfig,
     HMMConfig,
     MarkovConfig,
+    RecurrentGANConfig,
     RNNConfig,
     Seq2SeqConfig,
     T5Config,
 )
+from .adversarial import AdversarialConfig
 from .fitting import EMConfig, FittingConfig
 from .loop import TrainingConfig
 
@@ -120,6 +123,39 @@ T5_PRESETS = {
     ),
 }
 
+HMM_PRESETS = {
+    "bytes": Preset(HMMConfig(num_states=64, vocab_size=256), EMConfig(minutes=2.0)),
+}
+
+MARKOV_PRESETS = {
+    "bytes": Preset(MarkovConfig(order=5), FittingConfig(steps=1)),
+}
+
+GAN_PRESETS = {
+    # scikit-learn's digits.
+    "digits": Preset(
+        GANConfig(image_size=8, width=48),
+        AdversarialConfig(learning_rate=4e-4, schedule="cosine", minutes=8.0),
+    ),
+    "mnist": Preset(
+        GANConfig(image_size=28, width=24),
+        AdversarialConfig(learning_rate=4e-4, schedule="cosine", minutes=12.0),
+    ),
+}
+
+RECURRENT_GAN_PRESETS = {
+    "series": Preset(
+        RecurrentGANConfig(length=24, num_classes=3),
+        AdversarialConfig(
+            learning_rate=1e-3,
+            schedule="cosine",
+            loss="wgan-gp",
+            discriminator_steps=5,
+            minutes=8.0,
+        ),
+    ),
+}
+
 SEQ2SEQ_PRESETS = {
     "bytes": Preset(
         Seq2SeqConfig(vocab_size=256, embedding_dim=64, hidden_size=256, dropout=0.1),
@@ -135,12 +171,4 @@ SEQ2SEQ_PRESETS = {
             learning_rate=1e-3, warmup=0.05, batch_size=64, sequence_length=64, minutes=10.0
         ),
     ),
-}
-
-HMM_PRESETS = {
-    "bytes": Preset(HMMConfig(num_states=64, vocab_size=256), EMConfig(minutes=2.0)),
-}
-
-MARKOV_PRESETS = {
-    "bytes": Preset(MarkovConfig(order=5), FittingConfig(steps=1)),
 }

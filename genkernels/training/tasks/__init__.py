@@ -4,15 +4,26 @@ from typing import Any
 
 from ...data import InputError
 from .bert import BERTTask
+from .gan import GANTask, RecurrentGANTask
 from .language import GPTTask, HMMTask, MarkovTask, RNNTask
 from .seq2seq import Seq2SeqTask
 from .t5 import T5Task
-from .task import Baseline, Request, SampleFile, Task, TokenTask
+from .task import TEMPERATURE, Baseline, Request, SampleFile, Task, TokenTask
 
 # By the model's name; `Task.of` then goes by the data.
 TASKS: dict[str, type[Task]] = {
     task.model_class.name: task
-    for task in (RNNTask, GPTTask, BERTTask, T5Task, Seq2SeqTask, HMMTask, MarkovTask)
+    for task in (
+        RNNTask,
+        GPTTask,
+        BERTTask,
+        T5Task,
+        Seq2SeqTask,
+        HMMTask,
+        MarkovTask,
+        GANTask,
+        RecurrentGANTask,
+    )
 }
 
 
@@ -27,4 +38,13 @@ def task_of(model: Any) -> type[Task]:
     return TASKS[model.name]
 
 
-__all__ = ["TASKS", "Baseline", "Request", "SampleFile", "Task", "TokenTask", "task_of"]
+__all__ = [
+    "TASKS",
+    "TEMPERATURE",
+    "Baseline",
+    "Request",
+    "SampleFile",
+    "Task",
+    "TokenTask",
+    "task_of",
+]

@@ -43,6 +43,7 @@ from .task import (
     frequencies,
     in_order,
     is_table,
+    labels_of,
     required,
     split_rows,
     targets_of,
@@ -228,18 +229,6 @@ def _classified(model: BERT, input: Tensor, labels: list[str]) -> Iterator[str]:
     shares, order = model.classify(input)[0].softmax(-1).sort(descending=True)
     for share, index in zip(shares.tolist(), order.tolist(), strict=True):
         yield f"{share:7.2%}  {labels[index]}\n"
-
-
-def labels_of(model: BERT, training: dict[str, Any]) -> list[str]:
-    """Return the names of the classes of `model`, by what its training wrote down.
-
-    Raises:
-        InputError: it has not as many of them.
-    """
-    labels, count = training.get("labels"), model.config.num_classes
-    if not isinstance(labels, list) or len(labels) != count or {*map(type, labels)} != {str}:
-        raise InputError(f"the checkpoint's labels are {labels!r}; expected {count} texts")
-    return labels
 
 
 def _labelled(

@@ -98,7 +98,7 @@ class CausalTask(TextTask):
     def generate(cls, checkpoint: Checkpoint, request: Request) -> Iterator[str]:
         model, tokenizer, _ = checkpoint
         prompt = cls.read_prompt(model, tokenizer, request.prompt)
-        prompt = prompt.expand(request.num_samples, -1)  # [B, P]
+        prompt = prompt.expand(request.num_samples or 1, -1)  # [B, P]
         yield from texts_of(prompt, model.stream(prompt, *request.drawing), tokenizer.decode)
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from ..checkpoint import Checkpoint
 from ..evaluation import TokenEvaluation, evaluate_batches
 from ..loop import TrainingConfig
 from .task import (
+    DRAWING,
     MEASURED_ROWS,
     Baseline,
     BatchesTask,
@@ -45,32 +46,33 @@ class AnswersTask(BatchesTask):
     """The target of a source."""
 
     scale = 1.0
-    has_spans: ClassVar[bool] = False  # whether <extra_id_0>, ... of a prompt are sentinels
-    options = BatchesTask.options | {"beam_size"}
+    options = DRAWING | {"beam_size"}
+    has_spans: ClassVar[bool] = False  # whether <extra_id_0>, .. of a source are tokens
+    temperature: ClassVar[float | None] = None  # where none is asked for, another than usual
 
     @classmethod
     def generate(cls, checkpoint: Checkpoint, request: Request) -> Iterator[str]:
         model, tokenizer, _ = checkpoint
-        source = cls.read_prompt(model, tokenizer, request.prompt)
-        decode = functools.partial(spell_answer, tokenizer=tokenizer)
-        if request.beam_size is not None:
-            drawn = (request.temperature, request.top_k, request.top_p, request.num_samples)
-            if drawn != (None, None, None, 1):
+        source = cls.read_prompt(model, tokenizer, request.prompt)  # [1, S]
+        if request.beam_size is None:
+            source = source.expand(request.num_samples or 1, -1)  # [B, S]
+            if request.temperature is None:
+                request = dataclasses.replace(request, temperature=cls.temperature)
+            answers: Iterable[Tensor] = model.stream(source, *request.drawing)
+        else:
+            drawn = request.temperature, request.top_k, request.top_p, request.num_samples
+            if drawn != (None, None, None, None):
                 raise InputError(
                     "--beam-size: draws nothing; expected it without --temperature, --top-k, "
                     "--top-p and --num-samples"
                 )
-            answer = model.beam_search(source, request.max_new_tokens, request.beam_size)
-            yield from texts_of(source[:, :0], [answer], decode)
-            return
-        if request.temperature is None and not cls.has_spans:
-            request = dataclasses.replace(request, temperature=0)  # pairs have one answer
-        source = source.expand(request.num_samples, -1)  # [B, S]
-        yield from texts_of(source[:, :0], model.stream(source, *request.drawing), decode)
+            answers = [model.beam_search(source, request.max_new_tokens, request.beam_size)]
+        decode = functools.partial(spell_answer, tokenizer=tokenizer)
+        yield from texts_of(source[:, :0], answers, decode)
 
     @classmethod
     def read_prompt(cls, model: Any, tokenizer: Tokenizer, text: str | None) -> Tensor:
-        return encode_source(required(text, model), tokenizer, cls.has_spans)[None]
+        return encode_source(required(text, model), tokenizer, has_spans=cls.has_spans)[None]
 
     @classmethod
     def measured(cls, model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> TokenEvaluation:

@@ -25,4 +25,5 @@ class Seq2SeqTask(PairsTask):
         "sequence_length": 16,
     }
     kernel = "gru"
+    temperature = 0
     default = Path(DATES)

@@ -37,11 +37,11 @@ from ..loop import Training, TrainingConfig
 from ..presets import Preset
 
 _HELD_OUT = 0.1
-_TEMPERATURE = 0.8
 _DRY_CHARACTERS = 20_000
 _DRY_CHARACTERS_OF_A_TOKEN = 100
 _DRY_ROWS = 200
 _QUICK_BATCHES = 8
+TEMPERATURE = 0.8  # where none is asked for
 MEASURED_ROWS = 32  # at once
 
 
@@ -58,10 +58,10 @@ class Baseline(NamedTuple):
 
 
 class SampleFile(NamedTuple):
-    """A sample that a terminal cannot show; `suffix` is that of a file that holds `content`."""
+    """A sample that a terminal cannot show; `write` makes a file of it, whose name has `suffix`."""
 
     suffix: str
-    content: bytes
+    write: Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,11 @@ class Request:
     temperature: float | None
     top_k: int | None
     top_p: float | None
-    beam_size: int | None
-    num_samples: int
+    num_samples: int | None
     seed: int
+    beam_size: int | None = None
+    label: str | None = None
+    output: Path | None = None
 
     @property
     def generator(self) -> torch.Generator:
@@ -84,12 +86,14 @@ class Request:
     @property
     def drawing(self) -> tuple[Any, ...]:
         """The arguments of `stream` and `generate` after the prompt."""
-        temperature = _TEMPERATURE if self.temperature is None else self.temperature
+        temperature = TEMPERATURE if self.temperature is None else self.temperature
         return self.max_new_tokens, temperature, self.top_k, self.top_p, self.generator
 
 
 # The fields of a `Request` to a model that draws one token after another.
-DRAWING = frozenset(field.name for field in dataclasses.fields(Request)) - {"beam_size"}
+DRAWING = frozenset(
+    {"prompt", "max_new_tokens", "temperature", "top_k", "top_p", "num_samples", "seed"}
+)
 
 
 class Task(abc.ABC):
@@ -306,8 +310,8 @@ class RowsTask(Task):
     """A task about a file of two columns, of which some rows are held out."""
 
     columns: ClassVar[tuple[str, str]]
-    tokenizer: Tokenizer
     default: ClassVar[Path | None] = None  # what is read where no file is given
+    tokenizer: Tokenizer
 
     def __init__(
         self,
@@ -358,6 +362,18 @@ def required(prompt: str | None, model: Any) -> str:
     if prompt is None:
         raise InputError(f"--prompt: missing; expected a text for the {model.name} to read")
     return prompt
+
+
+def labels_of(model: Any, training: dict[str, Any]) -> list[str]:
+    """Return the names of the classes of `model`, by what its training wrote down.
+
+    Raises:
+        InputError: it has not as many of them.
+    """
+    labels, count = training.get("labels"), model.config.num_classes
+    if not isinstance(labels, list) or len(labels) != count or {*map(type, labels)} != {str}:
+        raise InputError(f"the checkpoint's labels are {labels!r}; expected {count} texts")
+    return labels
 
 
 def split_rows(rows: list[tuple[str, str]]) -> Rows:

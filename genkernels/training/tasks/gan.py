@@ -1,0 +1,352 @@
+"""Generative adversarial networks: images, or series of numbers."""
+
+from __future__ import annotations
+
+import abc
+import csv
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...data import (
+    IMAGE_SETS,
+    PROCESSES,
+    ImageSet,
+    InputError,
+    RowBatches,
+    errors_in,
+    load_image_set,
+    load_images,
+    normalize_images,
+    save_grid,
+    split_images,
+    synthetic_series,
+)
+from ...models import GAN, GANConfig, RecurrentGAN, RecurrentGANConfig
+from ..adversarial import AdversarialConfig, AdversarialTraining
+from ..checkpoint import Checkpoint, replace_file
+from ..evaluation_gan import (
+    ImageClassifier,
+    ImageEvaluation,
+    SeriesEvaluation,
+    evaluate_images,
+    evaluate_series,
+    frechet_distance,
+    image_classifier,
+)
+from ..plot import plot_series
+from ..presets import GAN_PRESETS, RECURRENT_GAN_PRESETS
+from .task import Baseline, Request, SampleFile, Task, labels_of
+
+_OF_A_CLASS = 8  # in a sample
+_SAMPLES = 64
+_HELD_OUT = 0.2  # a distance of few images says little
+_DRY_EXAMPLES = 300
+_DRY_STEPS = 10  # of the classifier
+_SERIES = 9_000
+_HELD_OUT_SERIES = 3_000
+_SYNTHETIC = "synthetic series"
+
+
+class AdversarialTask(Task):
+    """Examples like those of the data, of a class where there are classes."""
+
+    config_class = AdversarialConfig
+    options = frozenset({"num_samples", "seed", "label", "output"})
+    file: ClassVar[str]  # that is written if no other is named
+
+    examples: Tensor
+    classes: Tensor
+    _seed: int
+
+    def describe_training(self, config: AdversarialConfig) -> str:
+        return (
+            f"{config.optimizer}, {config.loss} loss, batches of {config.batch_size} {self.items}, "
+            f"{config.discriminator_steps} to 1 steps"
+        )
+
+    def training(self, model: Any, config: AdversarialConfig) -> AdversarialTraining:
+        assert config.batch_size != "full"
+        batches = RowBatches(
+            self.examples, self.classes, batch_size=config.batch_size, seed=self._seed
+        )
+        return AdversarialTraining(model, batches, config)
+
+    def sample(self, model: Any, max_new_tokens: int, seed: int) -> SampleFile:
+        """Of the same noise each time, so that one sees what training changes."""
+        labels = self.record["labels"]
+        made, classes = _drawn(model, _OF_A_CLASS * len(labels), None, torch.Generator())
+        return SampleFile(".png", lambda path: self.write(path, made, classes, labels))
+
+    @classmethod
+    def generate(cls, checkpoint: Checkpoint, request: Request) -> Iterator[str]:
+        model, _, training = checkpoint
+        labels, label = labels_of(model, training), request.label
+        if label is not None and label not in labels:
+            raise InputError(f"--label: {label!r}; expected one of {', '.join(labels)}")
+        output = request.output or Path(cls.file)
+        check_kind(output)
+        wanted = None if label is None else labels.index(label)
+        made, classes = _drawn(model, request.num_samples or _SAMPLES, wanted, request.generator)
+        with replace_file(output) as path:
+            cls.write(path, made, classes, labels, output.suffix)
+        yield f"{cls.items:<15} {output}: {len(made):,}\n"
+
+    @classmethod
+    @abc.abstractmethod
+    def write(
+        cls,
+        path: Path,
+        made: Tensor,
+        classes: Tensor,
+        labels: list[str],
+        suffix: str = ".png",
+    ) -> None:
+        """Write what was drawn, [N, ..], of classes int64 [N], as a file of that kind."""
+
+
+def check_kind(output: Path) -> None:
+    """Let a file of the same kind be replaced, but no other."""
+    begins = {".png": b"\x89PNG", ".csv": b"label,"}
+    if output.suffix not in begins:
+        raise InputError(f"--output: {output} is not of a kind that can be written; expected .png")
+    if output.is_file() and output.stat().st_size:
+        with output.open("rb") as file:
+            if not file.read(6).startswith(begins[output.suffix]):
+                raise InputError(
+                    f"--output: {output} is a file of another kind; expected a "
+                    f"{output.suffix[1:].upper()}, or none"
+                )
+
+
+def _drawn(
+    model: Any, count: int, wanted: int | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw of one class, or of all in turn."""
+    classes = torch.arange(count) % model.config.num_classes
+    if wanted is not None:
+        classes = torch.full_like(classes, wanted)
+    return model.generate(count, classes, generator), classes
+
+
+def _digest(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class GANTask(AdversarialTask):
+    """Images like those of a folder or a data set."""
+
+    model_class = GAN
+    presets = GAN_PRESETS
+    tiny: ClassVar = {"latent_dim": 8, "width": 4, "num_heads": 2, "batch_size": 16}
+    kernel = "attention"
+    items = "images"
+    unit = "FID-like"
+    sample_heading = f"{_OF_A_CLASS} images of each class, a column each"
+    file = "images.png"
+
+    def __init__(
+        self,
+        data: Path | None,
+        sizes: GANConfig,
+        config: AdversarialConfig,
+        seed: int = 0,
+        tokenizer: None = None,
+        is_dry: bool = False,
+    ) -> None:
+        self._seed = seed
+        self.source = str(_source(data, sizes))
+        images = _load(data, sizes)
+        self.digest = _digest_of(images)
+        if is_dry:
+            chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+            images = images[chosen[:_DRY_EXAMPLES]]
+        with errors_in(self.source):
+            self._parts = split_images(images, _HELD_OUT)
+        self.record = {"labels": list(images.classes)}
+        self.sizes = dataclasses.replace(sizes, num_classes=len(images.classes))
+        self.examples, self.classes = _normalized(self._parts[0])
+        self._measured = _normalized(self._parts[1])
+        steps = {"steps": _DRY_STEPS} if is_dry else {}
+        self._classifier = image_classifier(self.examples, self.classes, **steps)
+        self.baseline = _floor(self._classifier, self.examples, self._measured[0])
+
+    def describe(self) -> str:
+        training, held_out = map(len, self._parts)
+        return f"{training:,} images to train on, {held_out:,} held out"
+
+    def evaluate(self, model: Any, quickly: bool = False) -> ImageEvaluation:
+        return evaluate_images(model, self._classifier, *self._measured)
+
+    @classmethod
+    def measure(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[ImageEvaluation, Baseline | None]:
+        model, _, training = checkpoint
+        images, labels = _load(data, model.config), labels_of(model, training)
+        if list(images.classes) != labels:
+            raise InputError(
+                f"{data}: has the classes {', '.join(images.classes)}; expected {', '.join(labels)}"
+            )
+        with errors_in(_source(data, model.config)):
+            parts = (images, images) if whole else split_images(images, _HELD_OUT)
+        known, measured = map(_normalized, parts)
+        classifier = image_classifier(*known)
+        result = evaluate_images(model, classifier, *measured)
+        return result, None if whole else _floor(classifier, known[0], measured[0])
+
+    @classmethod
+    def digest_of(cls, data: Path | None, sizes: GANConfig) -> str:
+        return _digest_of(_load(data, sizes))
+
+    @classmethod
+    def write(
+        cls,
+        path: Path,
+        made: Tensor,
+        classes: Tensor,
+        labels: list[str],
+        suffix: str = ".png",
+    ) -> None:
+        if suffix != ".png":
+            raise InputError(f"--output: images are no {suffix}; expected .png")
+        save_grid(path, made, columns=len(labels) if len(classes.unique()) > 1 else None)
+
+
+@torch.no_grad()
+def _floor(classifier: ImageClassifier, known: Tensor, measured: Tensor) -> Baseline:
+    """The distance of the images that were learned from."""
+    distance = frechet_distance(*map(classifier.features, (measured, known)))
+    return Baseline("training images", distance, [f"{distance:.4f}"])
+
+
+def _source(data: Path | None, sizes: GANConfig) -> Path:
+    """The data set that is meant: of no name, the one of that size."""
+    of_sizes = {8: "digits", 28: "mnist"}
+    if data is None and sizes.image_size not in of_sizes:
+        raise InputError(
+            f"--data: missing; expected a folder of images, a folder for each class, "
+            f"since no data set has images of {sizes.image_size} x {sizes.image_size}"
+        )
+    return data or Path(of_sizes[sizes.image_size])
+
+
+def _load(data: Path | None, sizes: GANConfig) -> ImageSet:
+    source = _source(data, sizes)
+    if str(source) in IMAGE_SETS and not source.is_dir():
+        images = load_image_set(str(source))
+    else:
+        images = load_images(source, sizes.image_size, sizes.channels)
+    channels, size, _ = images.images.shape[1:]
+    if (size, channels) != (sizes.image_size, sizes.channels):
+        raise InputError(
+            f"{source}: {channels} x {size} x {size} an image; expected --image-size {size} and "
+            f"--channels {channels}, as with --preset {source}"
+        )
+    if len(images.classes) < 2:
+        raise InputError(f"{source}: no classes; expected a folder for each, at least two")
+    return images
+
+
+def _digest_of(images: ImageSet) -> str:
+    assert images.labels is not None
+    return _digest(images.images, images.labels)
+
+
+def _normalized(images: ImageSet) -> tuple[Tensor, Tensor]:
+    assert images.labels is not None
+    return normalize_images(images.images), images.labels
+
+
+class RecurrentGANTask(AdversarialTask):
+    """Series like those of some processes."""
+
+    model_class = RecurrentGAN
+    presets = RECURRENT_GAN_PRESETS
+    tiny: ClassVar = {"length": 8, "latent_dim": 4, "hidden_size": 8, "batch_size": 16}
+    kernel = "gru"
+    items = "series"
+    unit = "KS"
+    sample_heading = f"{_OF_A_CLASS} series of each process"
+    file = "series.png"
+
+    def __init__(
+        self,
+        data: Path | None,
+        sizes: RecurrentGANConfig,
+        config: AdversarialConfig,
+        seed: int = 0,
+        tokenizer: None = None,
+        is_dry: bool = False,
+    ) -> None:
+        self._seed = seed
+        self.source = _SYNTHETIC
+        _check_synthetic(data)
+        count = _DRY_EXAMPLES if is_dry else _SERIES
+        self.examples, self.classes = synthetic_series(count, sizes.length)
+        self.digest = _digest(self.examples, self.classes)
+        self._measured = _held_out(_DRY_EXAMPLES if is_dry else _HELD_OUT_SERIES, sizes)
+        self.record = {"labels": list(PROCESSES)}
+        self.sizes = dataclasses.replace(sizes, channels=1, num_classes=len(PROCESSES))
+
+    def describe(self) -> str:
+        return (
+            f"{len(self.examples):,} series of {len(PROCESSES)} processes to train on, "
+            f"{len(self._measured[0]):,} held out"
+        )
+
+    def evaluate(self, model: Any, quickly: bool = False) -> SeriesEvaluation:
+        return evaluate_series(model, *self._measured)
+
+    @classmethod
+    def measure(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[SeriesEvaluation, Baseline | None]:
+        _check_synthetic(data)
+        model = checkpoint.model
+        measured = (
+            synthetic_series(_SERIES, model.config.length)
+            if whole
+            else _held_out(_HELD_OUT_SERIES, model.config)
+        )
+        return evaluate_series(model, *measured), None
+
+    @classmethod
+    def digest_of(cls, data: Path | None, sizes: RecurrentGANConfig) -> str:
+        return _digest(*synthetic_series(_SERIES, sizes.length))
+
+    @classmethod
+    def write(
+        cls,
+        path: Path,
+        made: Tensor,
+        classes: Tensor,
+        labels: list[str],
+        suffix: str = ".png",
+    ) -> None:
+        if suffix == ".png":
+            parts = {labels[c]: made[classes == c] for c in classes.unique().tolist()}
+            plot_series(path, parts)
+            return
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["label", *range(made[0].numel())])
+            for series, index in zip(made.flatten(1).tolist(), classes.tolist(), strict=True):
+                writer.writerow([labels[index], *series])
+
+
+def _held_out(count: int, sizes: RecurrentGANConfig) -> tuple[Tensor, Tensor]:
+    return synthetic_series(count, sizes.length, seed=1)
+
+
+def _check_synthetic(data: Path | None) -> None:
+    if data is not None and str(data) != _SYNTHETIC:
+        raise InputError(f"{data}: series are drawn from known processes; expected no --data")
