@@ -73,7 +73,7 @@ bench-gpt: .venv/built .venv/installed  ## a GPT's training step and generation 
 bench-gpu: .venv/built .venv/installed  ## the Triton kernels on a GPU beside FlashAttention, cuDNN and torch.compile
 	$(PY) -m benchmarks.gpu $(ARGS)
 
-bench-models: .venv/built .venv/installed  ## a whole training step beside PyTorch's and Keras's (make peers)
+bench-models: .venv/built .venv/installed  ## a whole training step beside PyTorch's and Keras's (make peers; ARGS='--model gan')
 	GOMP_SPINCOUNT=100000 $(PY) -m benchmarks.models $(ARGS)
 
 convergence: .venv/built .venv/installed  ## train on real text with genkernels and in plain PyTorch, and compare (ARGS='--model gpt')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 import genkernels
 from benchmarks import limits
-from benchmarks.steps import Step, expected
+from benchmarks.steps import Step, expected, medians_of_turns
 from genkernels import backend
 from tests.parity import assert_parity
 
@@ -88,17 +87,9 @@ def level() -> str:
 
 
 def interleaved_ratio(baseline: Step, step: Step, seconds: float = 2.0) -> float:
-    """How many times as fast `step` is: medians of calls made in turns, so that a drift of the
-    machine meets both alike.
-    """
-    times: tuple[list[float], list[float]] = ([], [])
-    deadline = time.perf_counter() + seconds
-    while len(times[0]) < 5 or (time.perf_counter() < deadline and len(times[0]) < 1000):
-        for function, kept in zip((baseline, step), times, strict=True):
-            start = time.perf_counter()
-            function()
-            kept.append(time.perf_counter() - start)
-    return statistics.median(times[0]) / statistics.median(times[1])
+    """How many times as fast `step` is."""
+    medians = medians_of_turns({"baseline": baseline, "step": step}, seconds)
+    return medians["baseline"] / medians["step"]
 
 
 @pytest.hookimpl(trylast=True)  # below the tables of pytest-benchmark

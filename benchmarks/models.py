@@ -1,37 +1,35 @@
 """A whole training step beside PyTorch's and Keras's: `make bench-models`.
 
-The program is Embedding 10000 x 256, GRU 512, Linear 10000, softmax cross-entropy and Adam, on
-batches of 64 sequences of 100 tokens. Each contestant runs in a process of its own, from the same
-weights on the same tokens, and they take turns. One whose losses are not those of plain PyTorch in
-float64 is not timed.
+The program of `rnn` is Embedding 10000 x 256, GRU 512, Linear 10000, softmax cross-entropy and
+Adam, on batches of 64 sequences of 100 tokens. Each contestant runs in a process of its own, from
+the same weights on the same tokens, and they take turns. One whose losses are not those of plain
+PyTorch in float64 is not timed. `gan` and `recurrent-gan` are in benchmarks.adversarial.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks import bench_gru, bench_linear_cross_entropy, command, limits
+from benchmarks import adversarial, bench_gru, bench_linear_cross_entropy, command, limits
 from benchmarks.bars import machine
 from benchmarks.model_worker import CONFIG, OPTIMIZER, SHAPE, TorchProgram, initial_arrays
 from benchmarks.peers.peer import PYTHON, missing
+from benchmarks.steps import CHECKED_STEPS, TOLERANCES
 from benchmarks.workers import Failure, Worker
 from genkernels import backend
 
-CHECKED_STEPS = 3
-# Of the losses of the first steps, to those in float64. The second and third depend on gradients
-# (but for a factor of a whole tensor, which Adam takes out) and optimizer; bfloat16 has 8 bits.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}
 PARTS = ("forward", "backward", "optimizer")
 
 
@@ -227,41 +225,74 @@ def draw_chart(path: Path, measured: Mapping[str, Measured]) -> None:
     pyplot.close(figure)
 
 
-def run(options: argparse.Namespace) -> int:
-    settings = machine()
-    print(", ".join(f"{key} {value}" for key, value in settings.items()), file=sys.stderr)
+def run_rnn(settings: dict[str, Any], rounds: int, folder: Path | None) -> None:
     reason = missing("keras")
     if reason:
         print(f"models: without keras: {reason}", file=sys.stderr)
     chosen = [c for c in CONTESTANTS if c.library != "keras" or not reason]
-    measured, peak = run_all(chosen, settings["threads"], options.rounds)
+    measured, peak = run_all(chosen, settings["threads"], rounds)
     for name, row in measured.items():
         print(f"- {name}: {row.version}")
     print("\n".join(table(measured, peak)))
     print("\n".join(op_lines(measured)))
-    print("\n".join(bar_lines(measured)))
-    if options.save:
-        folder = Path(options.save)
+    print("\n".join(bar_lines(measured)), flush=True)
+    if folder:
         rows = {name: row._asdict() for name, row in measured.items()}
         report = {**settings, "peak": peak, "flops": flops(), "rows": rows}
         command.write_json(folder / "models.json", report)
         draw_chart(folder / "models.png", measured)
+
+
+def run_adversarial(name: str, settings: dict[str, Any], rounds: int, folder: Path | None) -> None:
+    measured = adversarial.measure_all(adversarial.CASES[name], rounds)
+    print("\n".join(adversarial.table(measured)))
+    print("\n".join(adversarial.bar_lines(measured)), flush=True)
+    if folder:
+        report = {**settings, "rows": adversarial.report(measured)}
+        command.write_json(folder / f"{name.replace('-', '_')}.json", report)
+
+
+PROGRAMS: dict[str, Callable[[dict[str, Any], int, Path | None], None]] = {
+    "rnn": run_rnn,
+    **{name: functools.partial(run_adversarial, name) for name in adversarial.CASES},
+}
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    settings = machine()
+    print(", ".join(f"{key} {value}" for key, value in settings.items()), file=sys.stderr)
+    for name in [options.model] if options.model else PROGRAMS:
+        PROGRAMS[name](settings, options.rounds, Path(options.save) if options.save else None)
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.models",
-        description="Time one training step of Embedding 10000 x 256, GRU 512, Linear 10000 and "
-        "Adam on 64 sequences of 100 tokens: genkernels, plain PyTorch and Keras on TensorFlow "
-        "(make peers) in turns, in float32 and under autocast in bfloat16. Prints seconds, peak "
-        "memory, where the time goes, and which bars are missed.",
+        description="Time one training step. rnn: Embedding 10000 x 256, GRU 512, Linear 10000 and "
+        "Adam on 64 sequences of 100 tokens, by genkernels, plain PyTorch and Keras on TensorFlow "
+        "(make peers) in turns, in float32 and under autocast in bfloat16. gan and recurrent-gan: "
+        "the presets of genkernels train, with a gradient penalty and without, beside the same in "
+        "plain PyTorch. One whose first losses are wrong is not timed. Prints seconds, where the "
+        "time goes, and which bars are missed. Takes about six minutes.",
         epilog="Exit code: 0 when everything ran, bars missed or not; 2 when it could not. "
-        "Example: python -m benchmarks.models --rounds 3",
+        "Example: python -m benchmarks.models --model gan --rounds 3 --threads 1",
     )
-    command.add_rounds(parser, "turns")
-    command.add_save(parser, "write models.json and models.png")
+    parser.add_argument("--model", choices=PROGRAMS, help="the only one to train (default: all)")
+    command.add_rounds(
+        parser, f"turns of rnn; {adversarial.SECONDS:g} s of each case of the others"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="of each contestant (default: PyTorch's own)"
+    )
+    command.add_save(
+        parser, "write models.json and models.png (rnn), gan.json and recurrent_gan.json"
+    )
     options = parser.parse_args(arguments)
+    if options.threads is not None and options.threads < 1:
+        parser.error(f"argument --threads: expected at least 1, got {options.threads}")
     command.check(parser, options)
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     return command.run("models", lambda: run(options))
