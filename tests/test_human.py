@@ -18,7 +18,7 @@ from genkernels.data import InputError, melody, save_audio, save_grid
 from genkernels.training import score_votes, write_sheet
 
 LEFT = [f"what the model wrote, number {i}" for i in range(6)]
-RIGHT = [f"<b>what</b> people & others wrote\n{i} $pair" for i in range(6)]
+RIGHT = [f"<b>what</b> people &amp; others wrote\n{i} $pair" for i in range(6)]
 BROWSERS = ["chromium", "chromium-browser", "google-chrome"]
 
 

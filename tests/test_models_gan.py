@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -215,20 +216,32 @@ def series_to_learn() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("make", "examples", "settings"),
+    ("make", "config", "examples", "settings"),
     [
-        (small_gan, images_to_learn(), {"loss": "hinge", "steps": 400, "learning_rate": 4e-3}),
+        (
+            small_gan,
+            SMALL,
+            images_to_learn(),
+            {"loss": "hinge", "steps": 400, "learning_rate": 4e-3},
+        ),
         (
             small_recurrent,
+            dataclasses.replace(SERIES, hidden_size=32),
             series_to_learn(),
-            {"loss": "wgan-gp", "steps": 300, "learning_rate": 1e-2, "discriminator_steps": 2},
+            {
+                "loss": "wgan-gp",
+                "penalty": 1.0,
+                "steps": 300,
+                "learning_rate": 1e-2,
+                "discriminator_steps": 2,
+            },
         ),
     ],
 )
-def test_learns_two_examples_by_heart(make, examples, settings):
-    model = make()
+def test_learns_two_examples_by_heart(make, config, examples, settings):
+    model = make(config)
     batches = RowBatches(examples, torch.arange(2), batch_size=8)
-    config = AdversarialConfig(schedule="cosine", **settings)
+    training = AdversarialConfig(schedule="cosine", **settings)
 
     def error() -> float:
         classes = torch.arange(2).repeat(16)
@@ -236,7 +249,7 @@ def test_learns_two_examples_by_heart(make, examples, settings):
         return (drawn - examples[classes]).abs().mean().item()
 
     before = error()
-    for _ in AdversarialTraining(model, batches, config):
+    for _ in AdversarialTraining(model, batches, training):
         pass
     assert error() < 0.2 * before
 
