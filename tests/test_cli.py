@@ -508,7 +508,7 @@ def test_adversarial_models_are_trained_go_on_and_draw(
     before = tree(tmp_path)
     for options, message in (
         (["--label=7th"], f"--label: '7th'; expected one of {labels[0]}"),
-        (["--temperature=1"], f"--temperature: means nothing to a {model}; expected --label"),
+        (["--temperature=1"], f"--temperature: means nothing to this {model}; expected --label"),
         (["--output", str(whole / "config.json")], "expected .png"),
     ):
         assert main(["generate", *arguments[:1], *options]) == 2
@@ -535,7 +535,7 @@ def test_gan_refuses(photos, notes, tmp_path, capsys):
 def test_an_option_that_means_nothing_is_refused(transformers, capsys):
     assert main(["generate", str(transformers / "bert"), "--prompt=[MASK]", "--seed=1"]) == 2
     err = capsys.readouterr().err
-    assert err == "genkernels: --seed: means nothing to a bert; expected --prompt, --top-k\n"
+    assert err == "genkernels: --seed: means nothing to this bert; expected --prompt, --top-k\n"
 
 
 def measures(out: str) -> dict[str, list[float]]:
@@ -543,7 +543,7 @@ def measures(out: str) -> dict[str, list[float]]:
     lines = {line[:15].rstrip(): line[15:] for line in out.splitlines()}
     return {
         name: [float(x) for x in re.findall(r"\d+\.\d+", lines[name])]
-        for name in ("cross-entropy", "accuracy", "exact match")
+        for name in ("cross-entropy", "accuracy", "exact match", "bits per sample")
         if name in lines
     }
 
@@ -736,7 +736,7 @@ TRANSFORMERS = {
     ),
     "full batch": ("gpt", ["--batch-size=full"], "'--batch-size'"),
     "batch beyond count": ("gpt", ["--batch-size", "9" * 30], "'--batch-size'"),
-    "short text": ("t5", ["--data={tmp}/short.txt"], "short.txt: text too short"),
+    "short text": ("t5", ["--data={tmp}/short.txt"], "short.txt: too short"),
     "one line": ("bert", ["--data={tmp}/one.tsv"], "one.tsv: nothing to hold out"),
     "three columns": ("bert", ["--data={tmp}/three.tsv"], "line 2: 2 tabs; expected label, one"),
     "one label": ("bert", ["--data={tmp}/SAME.TSV"], "SAME.TSV: every label is 'a'; expected at"),
@@ -941,12 +941,12 @@ def test_without_arguments_it_shows_the_help(capsys):
 
 TRAIN = {
     "no such file": (["--data", "{tmp}/none.txt"], "{tmp}/none.txt: No such file"),
-    "a folder": (["--data", "{tmp}"], "{tmp}: Is a directory"),
+    "a folder": (["--data", "{tmp}"], "{tmp}: no such files in it; expected a folder of .wav"),
     "empty file": (["--data", "{tmp}/empty.txt"], "{tmp}/empty.txt: no text"),
     "not UTF-8": (["--data", "{tmp}/latin1.txt"], "{tmp}/latin1.txt: not UTF-8 at byte 3 (0xe9)"),
-    "one sequence is longer": (["--data", "{tmp}/short.txt"], "{tmp}/short.txt: text too short"),
+    "one sequence is longer": (["--data", "{tmp}/short.txt"], "{tmp}/short.txt: too short"),
     "nothing to hold out": (["--data", "{tmp}/word.txt"], "{tmp}/word.txt: nothing to hold out"),
-    "unknown preset": (["--preset", "huge"], "'huge'; expected one of bytes, seed"),
+    "unknown preset": (["--preset", "huge"], "'huge'; expected one of bytes, seed, audio"),
     "negative steps": (["--steps", "-1"], "'--steps'"),
     "no steps": (["--steps", "0"], "'--steps'"),
     "steps in words": (["--steps", "many"], "'--steps'"),
@@ -1021,7 +1021,10 @@ OTHER = {
     "neither best nor last": (["generate", "{run}", "--which", "first"], "'best', 'last'"),
     "no candidates": (["generate", "{run}", "--top-k", "0"], "'--top-k'"),
     "no tokens": (["generate", "{run}", "--max-new-tokens", "0"], "'--max-new-tokens'"),
-    "no beam": (["generate", "{run}", "--beam-size=2"], "--beam-size: a rnn has none; expected t5"),
+    "no beam": (
+        ["generate", "{run}", "--beam-size=2"],
+        "--beam-size: means nothing to this rnn; expected",
+    ),
     "no text": (["evaluate", "{run}", "--data", "{tmp}/none.txt"], "none.txt: No such file"),
     "one token": (["evaluate", "{run}", "--data", "{tmp}/x", "--whole"], "expected at least 2"),
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import csv
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,7 +40,15 @@ from ..evaluation_gan import (
 )
 from ..plot import plot_series
 from ..presets import GAN_PRESETS, RECURRENT_GAN_PRESETS
-from .task import Baseline, Request, SampleFile, Task, labels_of
+from .task import (
+    Baseline,
+    Request,
+    SampleFile,
+    Task,
+    check_kind,
+    digest_of_tensors,
+    labels_of,
+)
 
 _OF_A_CLASS = 8  # in a sample
 _SAMPLES = 64
@@ -59,6 +66,7 @@ class AdversarialTask(Task):
     config_class = AdversarialConfig
     options = frozenset({"num_samples", "seed", "label", "output"})
     file: ClassVar[str]  # that is written if no other is named
+    suffixes: ClassVar[tuple[str, ...]]  # that it may have
 
     examples: Tensor
     classes: Tensor
@@ -90,7 +98,7 @@ class AdversarialTask(Task):
         if label is not None and label not in labels:
             raise InputError(f"--label: {label!r}; expected one of {', '.join(labels)}")
         output = request.output or Path(cls.file)
-        check_kind(output)
+        check_kind(output, *cls.suffixes)
         wanted = None if label is None else labels.index(label)
         made, classes = _drawn(model, request.num_samples or _SAMPLES, wanted, request.generator)
         with replace_file(output) as path:
@@ -110,20 +118,6 @@ class AdversarialTask(Task):
         """Write what was drawn, [N, ..], of classes int64 [N], as a file of that kind."""
 
 
-def check_kind(output: Path) -> None:
-    """Let a file of the same kind be replaced, but no other."""
-    begins = {".png": b"\x89PNG", ".csv": b"label,"}
-    if output.suffix not in begins:
-        raise InputError(f"--output: {output} is not of a kind that can be written; expected .png")
-    if output.is_file() and output.stat().st_size:
-        with output.open("rb") as file:
-            if not file.read(6).startswith(begins[output.suffix]):
-                raise InputError(
-                    f"--output: {output} is a file of another kind; expected a "
-                    f"{output.suffix[1:].upper()}, or none"
-                )
-
-
 def _drawn(
     model: Any, count: int, wanted: int | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
@@ -132,13 +126,6 @@ def _drawn(
     if wanted is not None:
         classes = torch.full_like(classes, wanted)
     return model.generate(count, classes, generator), classes
-
-
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 class GANTask(AdversarialTask):
@@ -152,6 +139,7 @@ class GANTask(AdversarialTask):
     unit = "FID-like"
     sample_heading = f"{_OF_A_CLASS} images of each class, a column each"
     file = "images.png"
+    suffixes = (".png",)
 
     def __init__(
         self,
@@ -204,8 +192,8 @@ class GANTask(AdversarialTask):
         return result, None if whole else _floor(classifier, known[0], measured[0])
 
     @classmethod
-    def digest_of(cls, data: Path | None, sizes: GANConfig) -> str:
-        return _digest_of(_load(data, sizes))
+    def digest_of(cls, data: Path | None, checkpoint: Checkpoint) -> str:
+        return _digest_of(_load(data, checkpoint.model.config))
 
     @classmethod
     def write(
@@ -216,8 +204,6 @@ class GANTask(AdversarialTask):
         labels: list[str],
         suffix: str = ".png",
     ) -> None:
-        if suffix != ".png":
-            raise InputError(f"--output: images are no {suffix}; expected .png")
         save_grid(path, made, columns=len(labels) if len(classes.unique()) > 1 else None)
 
 
@@ -258,7 +244,7 @@ def _load(data: Path | None, sizes: GANConfig) -> ImageSet:
 
 def _digest_of(images: ImageSet) -> str:
     assert images.labels is not None
-    return _digest(images.images, images.labels)
+    return digest_of_tensors(images.images, images.labels)
 
 
 def _normalized(images: ImageSet) -> tuple[Tensor, Tensor]:
@@ -277,6 +263,7 @@ class RecurrentGANTask(AdversarialTask):
     unit = "KS"
     sample_heading = f"{_OF_A_CLASS} series of each process"
     file = "series.png"
+    suffixes = (".png", ".csv")
 
     def __init__(
         self,
@@ -292,7 +279,7 @@ class RecurrentGANTask(AdversarialTask):
         _check_synthetic(data)
         count = _DRY_EXAMPLES if is_dry else _SERIES
         self.examples, self.classes = synthetic_series(count, sizes.length)
-        self.digest = _digest(self.examples, self.classes)
+        self.digest = digest_of_tensors(self.examples, self.classes)
         self._measured = _held_out(_DRY_EXAMPLES if is_dry else _HELD_OUT_SERIES, sizes)
         self.record = {"labels": list(PROCESSES)}
         self.sizes = dataclasses.replace(sizes, channels=1, num_classes=len(PROCESSES))
@@ -320,8 +307,8 @@ class RecurrentGANTask(AdversarialTask):
         return evaluate_series(model, *measured), None
 
     @classmethod
-    def digest_of(cls, data: Path | None, sizes: RecurrentGANConfig) -> str:
-        return _digest(*synthetic_series(_SERIES, sizes.length))
+    def digest_of(cls, data: Path | None, checkpoint: Checkpoint) -> str:
+        return digest_of_tensors(*synthetic_series(_SERIES, checkpoint.model.config.length))
 
     @classmethod
     def write(
