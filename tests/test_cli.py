@@ -518,10 +518,53 @@ def test_adversarial_models_are_trained_go_on_and_draw(
     assert tree(tmp_path) == before
 
 
+def test_a_gan_of_images_without_classes(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation_gan, "_CLASSIFIER_STEPS", 20)
+    whole, parts, drawn = tmp_path / "whole", tmp_path / "parts", tmp_path / "drawn.png"
+    command = ["train", "gan", *(a.format(photos=photos / "dark") for a in ADVERSARIAL["gan"])]
+    assert main([*command, "--steps=4", "--output", str(whole)]) == 0
+    printed = capsys.readouterr().out
+    assert f"sample          {whole / 'sample.png'} (64 images)\n" in printed
+    assert "FID-like distance " in printed
+    assert "(training images: " in printed
+    assert "class " not in printed.partition("FID-like distance")[2]
+    assert main([*command, "--steps=4", "--stop-after=2", "--output", str(parts)]) == 0
+    assert main(["train", "gan", "--resume", "--output", str(parts)]) == 0
+    expected, actual = (load_checkpoint(run, "last").model for run in (whole, parts))
+    assert expected.config.num_classes is None
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(actual.state_dict()[name], tensor), name
+    capsys.readouterr()
+    assert main(["evaluate", str(whole)]) == 0
+    measured = capsys.readouterr().out
+    assert measured in printed
+    (tmp_path / "one").mkdir()
+    shutil.copytree(photos / "dark", tmp_path / "one" / "class")
+    assert main(["evaluate", str(whole), "--data", str(tmp_path / "one")]) == 0
+    assert capsys.readouterr().out == measured, "a single folder is no class"
+    assert f"{drawn}: 64\n" in generated(capsys, str(whole), "--output", str(drawn))
+    first = drawn.read_bytes()
+    assert first == generated_file(capsys, whole, drawn)
+    assert first != generated_file(capsys, whole, drawn, "--seed=1")
+    for arguments, message in (
+        (["generate", str(whole), "--label=dark"], "--label: 'dark', but there are no classes"),
+        (
+            ["evaluate", str(whole), "--data", str(photos)],
+            "has the classes dark, light; expected n",
+        ),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def generated_file(capsys, checkpoint: Path, output: Path, *arguments: str) -> bytes:
+    generated(capsys, str(checkpoint), "--output", str(output), *arguments)
+    return output.read_bytes()
+
+
 def test_gan_refuses(photos, notes, tmp_path, capsys):
     for arguments, message in (
         (["--data", str(tmp_path / "none")], "none: No such file"),
-        (["--data", str(photos / "dark")], "dark: no classes; expected a folder for each"),
         (["--image-size=9"], "image_size must be 4, 5, 6 or 7 times a power of two above one"),
         (["--image-size=16"], "--data: missing; expected a folder of images"),
         (["--width=6"], "width must be a multiple of num_heads 4, got 6"),

@@ -99,7 +99,8 @@ SoundData = Annotated[
 ImageData = Annotated[
     Path | None,
     typer.Option(
-        help="Folder with a folder of PNG or JPEG files for each class; or digits, or mnist.",
+        help="Folder of PNG or JPEG files, or with a folder of them for each class; or digits, or "
+        "mnist.",
         show_default="the data set of the preset's name",
     ),
 ]

@@ -69,7 +69,7 @@ class AdversarialTask(Task):
     suffixes: ClassVar[tuple[str, ...]]  # that it may have
 
     examples: Tensor
-    classes: Tensor
+    classes: Tensor | None  # of the examples, where there are classes
     _seed: int
 
     def describe_training(self, config: AdversarialConfig) -> str:
@@ -80,21 +80,23 @@ class AdversarialTask(Task):
 
     def training(self, model: Any, config: AdversarialConfig) -> AdversarialTraining:
         assert config.batch_size != "full"
-        batches = RowBatches(
-            self.examples, self.classes, batch_size=config.batch_size, seed=self._seed
-        )
+        rows = [self.examples] if self.classes is None else [self.examples, self.classes]
+        batches = RowBatches(*rows, batch_size=config.batch_size, seed=self._seed)
         return AdversarialTraining(model, batches, config)
 
     def sample(self, model: Any, max_new_tokens: int, seed: int) -> SampleFile:
         """Of the same noise each time, so that one sees what training changes."""
         labels = self.record["labels"]
-        made, classes = _drawn(model, _OF_A_CLASS * len(labels), None, torch.Generator())
+        count = _OF_A_CLASS * len(labels) or _SAMPLES
+        made, classes = _drawn(model, count, None, torch.Generator())
         return SampleFile(".png", lambda path: self.write(path, made, classes, labels))
 
     @classmethod
     def generate(cls, checkpoint: Checkpoint, request: Request) -> Iterator[str]:
         model, _, training = checkpoint
         labels, label = labels_of(model, training), request.label
+        if label is not None and not labels:
+            raise InputError(f"--label: {label!r}, but there are no classes; expected none")
         if label is not None and label not in labels:
             raise InputError(f"--label: {label!r}; expected one of {', '.join(labels)}")
         output = request.output or Path(cls.file)
@@ -111,17 +113,20 @@ class AdversarialTask(Task):
         cls,
         path: Path,
         made: Tensor,
-        classes: Tensor,
+        classes: Tensor | None,
         labels: list[str],
         suffix: str = ".png",
     ) -> None:
-        """Write what was drawn, [N, ..], of classes int64 [N], as a file of that kind."""
+        """Write what was drawn, [N, ..], of classes int64 [N] if there are such, as a file of that
+        kind."""
 
 
 def _drawn(
     model: Any, count: int, wanted: int | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Draw of one class, or of all in turn."""
+) -> tuple[Tensor, Tensor | None]:
+    """Draw of one class, or of all in turn; of a model without classes anything."""
+    if model.config.num_classes is None:
+        return model.generate(count, generator=generator), None
     classes = torch.arange(count) % model.config.num_classes
     if wanted is not None:
         classes = torch.full_like(classes, wanted)
@@ -160,7 +165,9 @@ class GANTask(AdversarialTask):
         with errors_in(self.source):
             self._parts = split_images(images, _HELD_OUT)
         self.record = {"labels": list(images.classes)}
-        self.sizes = dataclasses.replace(sizes, num_classes=len(images.classes))
+        self.sizes = dataclasses.replace(sizes, num_classes=len(images.classes) or None)
+        if not images.classes:
+            self.sample_heading = f"{_SAMPLES} images"
         self.examples, self.classes = _normalized(self._parts[0])
         self._measured = _normalized(self._parts[1])
         steps = {"steps": _DRY_STEPS} if is_dry else {}
@@ -181,9 +188,8 @@ class GANTask(AdversarialTask):
         model, _, training = checkpoint
         images, labels = _load(data, model.config), labels_of(model, training)
         if list(images.classes) != labels:
-            raise InputError(
-                f"{data}: has the classes {', '.join(images.classes)}; expected {', '.join(labels)}"
-            )
+            found, expected = (", ".join(names) or "none" for names in (images.classes, labels))
+            raise InputError(f"{data}: has the classes {found}; expected {expected}")
         with errors_in(_source(data, model.config)):
             parts = (images, images) if whole else split_images(images, _HELD_OUT)
         known, measured = map(_normalized, parts)
@@ -200,11 +206,12 @@ class GANTask(AdversarialTask):
         cls,
         path: Path,
         made: Tensor,
-        classes: Tensor,
+        classes: Tensor | None,
         labels: list[str],
         suffix: str = ".png",
     ) -> None:
-        save_grid(path, made, columns=len(labels) if len(classes.unique()) > 1 else None)
+        has_columns = classes is not None and len(classes.unique()) > 1
+        save_grid(path, made, columns=len(labels) if has_columns else None)
 
 
 @torch.no_grad()
@@ -219,7 +226,7 @@ def _source(data: Path | None, sizes: GANConfig) -> Path:
     of_sizes = {8: "digits", 28: "mnist"}
     if data is None and sizes.image_size not in of_sizes:
         raise InputError(
-            f"--data: missing; expected a folder of images, a folder for each class, "
+            "--data: missing; expected a folder of images, or of a folder for each class, "
             f"since no data set has images of {sizes.image_size} x {sizes.image_size}"
         )
     return data or Path(of_sizes[sizes.image_size])
@@ -237,18 +244,15 @@ def _load(data: Path | None, sizes: GANConfig) -> ImageSet:
             f"{source}: {channels} x {size} x {size} an image; expected --image-size {size} and "
             f"--channels {channels}, as with --preset {source}"
         )
-    if len(images.classes) < 2:
-        raise InputError(f"{source}: no classes; expected a folder for each, at least two")
-    return images
+    return ImageSet(images.images) if len(images.classes) == 1 else images  # nothing to tell apart
 
 
 def _digest_of(images: ImageSet) -> str:
-    assert images.labels is not None
-    return digest_of_tensors(images.images, images.labels)
+    labels = [] if images.labels is None else [images.labels]
+    return digest_of_tensors(images.images, *labels)
 
 
-def _normalized(images: ImageSet) -> tuple[Tensor, Tensor]:
-    assert images.labels is not None
+def _normalized(images: ImageSet) -> tuple[Tensor, Tensor | None]:
     return normalize_images(images.images), images.labels
 
 
@@ -315,10 +319,12 @@ class RecurrentGANTask(AdversarialTask):
         cls,
         path: Path,
         made: Tensor,
-        classes: Tensor,
+        classes: Tensor | None,
         labels: list[str],
         suffix: str = ".png",
     ) -> None:
+        if classes is None:
+            classes, labels = torch.zeros(len(made), dtype=torch.int64), ["series"]
         if suffix == ".png":
             parts = {labels[c]: made[classes == c] for c in classes.unique().tolist()}
             plot_series(path, parts)
