@@ -312,6 +312,23 @@ def shapes(seed: int, count: int = 120) -> tuple[torch.Tensor, torch.Tensor]:
     return images, classes
 
 
+def test_measures_of_images_without_classes(monkeypatch):
+    """By a classifier that has learned to tell how they are turned."""
+    monkeypatch.setattr(evaluation_module, "_CLASSIFIER_STEPS", 150)
+    classifier = image_classifier(shapes(0)[0])
+    held_out, labels = shapes(1)
+    for count in range(4):
+        with torch.no_grad():
+            found = classifier(held_out.rot90(count, (2, 3))).argmax(1)
+        assert (found == count).double().mean() > 0.9
+    drawn = shapes(2)[0]
+    good = evaluate_images(Drawn(drawn, None), classifier, held_out)
+    assert good[1:] == (None, None, 0, 120)
+    assert [name for name, _ in good.rows()] == ["FID-like distance"]
+    two = torch.where((labels < 2)[:, None, None, None], drawn, drawn[:1])
+    assert evaluate_images(Drawn(two, None), classifier, held_out).figure > 3 * good.figure
+
+
 def test_measures_of_images(monkeypatch):
     monkeypatch.setattr(evaluation_module, "_CLASSIFIER_STEPS", 80)
     images, classes = shapes(0)

@@ -508,7 +508,7 @@ def test_adversarial_models_are_trained_go_on_and_draw(
     before = tree(tmp_path)
     for options, message in (
         (["--label=7th"], f"--label: '7th'; expected one of {labels[0]}"),
-        (["--temperature=1"], f"--temperature: means nothing to a {model}; expected --label"),
+        (["--temperature=1"], f"--temperature: means nothing to this {model}; expected --label"),
         (["--output", str(whole / "config.json")], "expected .png"),
     ):
         assert main(["generate", *arguments[:1], *options]) == 2
@@ -518,10 +518,53 @@ def test_adversarial_models_are_trained_go_on_and_draw(
     assert tree(tmp_path) == before
 
 
+def test_a_gan_of_images_without_classes(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluation_gan, "_CLASSIFIER_STEPS", 20)
+    whole, parts, drawn = tmp_path / "whole", tmp_path / "parts", tmp_path / "drawn.png"
+    command = ["train", "gan", *(a.format(photos=photos / "dark") for a in ADVERSARIAL["gan"])]
+    assert main([*command, "--steps=4", "--output", str(whole)]) == 0
+    printed = capsys.readouterr().out
+    assert f"sample          {whole / 'sample.png'} (64 images)\n" in printed
+    assert "FID-like distance " in printed
+    assert "(training images: " in printed
+    assert "class " not in printed.partition("FID-like distance")[2]
+    assert main([*command, "--steps=4", "--stop-after=2", "--output", str(parts)]) == 0
+    assert main(["train", "gan", "--resume", "--output", str(parts)]) == 0
+    expected, actual = (load_checkpoint(run, "last").model for run in (whole, parts))
+    assert expected.config.num_classes is None
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(actual.state_dict()[name], tensor), name
+    capsys.readouterr()
+    assert main(["evaluate", str(whole)]) == 0
+    measured = capsys.readouterr().out
+    assert measured in printed
+    (tmp_path / "one").mkdir()
+    shutil.copytree(photos / "dark", tmp_path / "one" / "class")
+    assert main(["evaluate", str(whole), "--data", str(tmp_path / "one")]) == 0
+    assert capsys.readouterr().out == measured, "a single folder is no class"
+    assert f"{drawn}: 64\n" in generated(capsys, str(whole), "--output", str(drawn))
+    first = drawn.read_bytes()
+    assert first == generated_file(capsys, whole, drawn)
+    assert first != generated_file(capsys, whole, drawn, "--seed=1")
+    for arguments, message in (
+        (["generate", str(whole), "--label=dark"], "--label: 'dark', but there are no classes"),
+        (
+            ["evaluate", str(whole), "--data", str(photos)],
+            "has the classes dark, light; expected n",
+        ),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def generated_file(capsys, checkpoint: Path, output: Path, *arguments: str) -> bytes:
+    generated(capsys, str(checkpoint), "--output", str(output), *arguments)
+    return output.read_bytes()
+
+
 def test_gan_refuses(photos, notes, tmp_path, capsys):
     for arguments, message in (
         (["--data", str(tmp_path / "none")], "none: No such file"),
-        (["--data", str(photos / "dark")], "dark: no classes; expected a folder for each"),
         (["--image-size=9"], "image_size must be 4, 5, 6 or 7 times a power of two above one"),
         (["--image-size=16"], "--data: missing; expected a folder of images"),
         (["--width=6"], "width must be a multiple of num_heads 4, got 6"),
@@ -535,7 +578,7 @@ def test_gan_refuses(photos, notes, tmp_path, capsys):
 def test_an_option_that_means_nothing_is_refused(transformers, capsys):
     assert main(["generate", str(transformers / "bert"), "--prompt=[MASK]", "--seed=1"]) == 2
     err = capsys.readouterr().err
-    assert err == "genkernels: --seed: means nothing to a bert; expected --prompt, --top-k\n"
+    assert err == "genkernels: --seed: means nothing to this bert; expected --prompt, --top-k\n"
 
 
 def measures(out: str) -> dict[str, list[float]]:
@@ -543,7 +586,7 @@ def measures(out: str) -> dict[str, list[float]]:
     lines = {line[:15].rstrip(): line[15:] for line in out.splitlines()}
     return {
         name: [float(x) for x in re.findall(r"\d+\.\d+", lines[name])]
-        for name in ("cross-entropy", "accuracy", "exact match")
+        for name in ("cross-entropy", "accuracy", "exact match", "bits per sample")
         if name in lines
     }
 
@@ -736,7 +779,7 @@ TRANSFORMERS = {
     ),
     "full batch": ("gpt", ["--batch-size=full"], "'--batch-size'"),
     "batch beyond count": ("gpt", ["--batch-size", "9" * 30], "'--batch-size'"),
-    "short text": ("t5", ["--data={tmp}/short.txt"], "short.txt: text too short"),
+    "short text": ("t5", ["--data={tmp}/short.txt"], "short.txt: too short"),
     "one line": ("bert", ["--data={tmp}/one.tsv"], "one.tsv: nothing to hold out"),
     "three columns": ("bert", ["--data={tmp}/three.tsv"], "line 2: 2 tabs; expected label, one"),
     "one label": ("bert", ["--data={tmp}/SAME.TSV"], "SAME.TSV: every label is 'a'; expected at"),
@@ -941,12 +984,12 @@ def test_without_arguments_it_shows_the_help(capsys):
 
 TRAIN = {
     "no such file": (["--data", "{tmp}/none.txt"], "{tmp}/none.txt: No such file"),
-    "a folder": (["--data", "{tmp}"], "{tmp}: Is a directory"),
+    "a folder": (["--data", "{tmp}"], "{tmp}: no such files in it; expected a folder of .wav"),
     "empty file": (["--data", "{tmp}/empty.txt"], "{tmp}/empty.txt: no text"),
     "not UTF-8": (["--data", "{tmp}/latin1.txt"], "{tmp}/latin1.txt: not UTF-8 at byte 3 (0xe9)"),
-    "one sequence is longer": (["--data", "{tmp}/short.txt"], "{tmp}/short.txt: text too short"),
+    "one sequence is longer": (["--data", "{tmp}/short.txt"], "{tmp}/short.txt: too short"),
     "nothing to hold out": (["--data", "{tmp}/word.txt"], "{tmp}/word.txt: nothing to hold out"),
-    "unknown preset": (["--preset", "huge"], "'huge'; expected one of bytes, seed"),
+    "unknown preset": (["--preset", "huge"], "'huge'; expected one of bytes, seed, audio"),
     "negative steps": (["--steps", "-1"], "'--steps'"),
     "no steps": (["--steps", "0"], "'--steps'"),
     "steps in words": (["--steps", "many"], "'--steps'"),
@@ -1021,7 +1064,10 @@ OTHER = {
     "neither best nor last": (["generate", "{run}", "--which", "first"], "'best', 'last'"),
     "no candidates": (["generate", "{run}", "--top-k", "0"], "'--top-k'"),
     "no tokens": (["generate", "{run}", "--max-new-tokens", "0"], "'--max-new-tokens'"),
-    "no beam": (["generate", "{run}", "--beam-size=2"], "--beam-size: a rnn has none; expected t5"),
+    "no beam": (
+        ["generate", "{run}", "--beam-size=2"],
+        "--beam-size: means nothing to this rnn; expected",
+    ),
     "no text": (["evaluate", "{run}", "--data", "{tmp}/none.txt"], "none.txt: No such file"),
     "one token": (["evaluate", "{run}", "--data", "{tmp}/x", "--whole"], "expected at least 2"),
 }

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ..data import MASK, InputError, Tokenizer, spell_answer, spell_masked
 from ..models import BERT, EncoderDecoder, attention_maps
-from ..training import TokenTask, load_checkpoint, plot_attention, replace_file, task_of
+from ..training import (
+    TokenTask,
+    check_contents,
+    load_checkpoint,
+    plot_attention,
+    replace_file,
+    task_of,
+)
 from . import options
 
 _MOST_TOKENS = 128  # that a picture shows so that one can read them
@@ -45,13 +52,14 @@ def attend(
         genkernels attend runs/t5 --prompt "The <extra_id_0> of a class" --head 0
     """
     text = options.cleaned(prompt)
-    options.check_picture(output)
-    model, tokenizer, _ = load_checkpoint(checkpoint, which)
+    check_contents(output, ".png")
+    loaded = load_checkpoint(checkpoint, which)
+    model, tokenizer, _ = loaded
     if not hasattr(model, "functions"):
         raise InputError(
             f"{checkpoint}: a {model.name} has no attention; expected gpt, bert, t5 or seq2seq"
         )
-    task_class = task_of(model)
+    task_class = task_of(loaded)
     assert issubclass(task_class, TokenTask)
     tokens = task_class.read_prompt(model, tokenizer, text)  # [1, S]
     longest = min(getattr(model.config, "context_length", _MOST_TOKENS), _MOST_TOKENS)

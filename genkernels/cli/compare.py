@@ -12,8 +12,8 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 
-from ..data import InputError
-from ..training import TASKS, Evaluation, kernel_share, plot_runs, replace_file
+from ..data import InputError, is_audio
+from ..training import TASKS, Evaluation, check_contents, kernel_share, plot_runs, replace_file
 from . import options
 from .report import plain_console, progress_bar
 from .train import new_run, tiny
@@ -65,6 +65,8 @@ def compare(
         genkernels compare --data notes.txt --minutes 2
         genkernels compare rnn gpt --output networks.png
     """
+    if data and is_audio(data):
+        raise InputError(f"{data}: is sound, or a folder; expected a UTF-8 text file")
     names = list(dict.fromkeys(models or CONTESTANTS))
     for name in names:
         if name not in CONTESTANTS:
@@ -74,7 +76,7 @@ def compare(
             pass
         print("dry run         all of it works; nothing was left behind")
         return
-    options.check_picture(output)
+    check_contents(output, ".png")
     with replace_file(output) as file:
         file.touch()  # a place that cannot be written to is found before the work
         runs = _runs(names, {"data": data, "seed": seed, "dry_run": False}, minutes)

@@ -28,10 +28,10 @@ def evaluate(
     """Measure how well a trained model predicts what it was not trained on.
 
     rnn, gpt, hmm and bayesian-network: bits per byte, cross-entropy, perplexity and token accuracy
-    of a text. bert: the cross-entropy and accuracy of masked tokens, or of labels; t5 and seq2seq:
-    those of the tokens of answers, and how many answers are exact. gan and recurrent-gan: how far
-    what they draw is from what was held out. On a held-out split also what a simpler model
-    reaches that has learned from the rest.
+    of a text; of sound the bits and the accuracy of its samples. bert: the cross-entropy and
+    accuracy of masked tokens, or of labels; t5 and seq2seq: those of the tokens of answers, and how
+    many answers are exact. gan and recurrent-gan: how far what they draw is from what was held out.
+    On a held-out split also what a simpler model reaches that has learned from the rest.
 
     Examples:
 
@@ -39,14 +39,11 @@ def evaluate(
         genkernels evaluate runs/gpt --which last
     """
     loaded = load_checkpoint(checkpoint, which)
-    task_class = task_of(loaded.model)
+    task_class = task_of(loaded)
     if data is None:
         data = data_of(loaded.training)
         digest = loaded.training.get("digest")  # older checkpoints have none
-        if not whole and digest not in (
-            None,
-            task_class.of(data).digest_of(data, loaded.model.config),
-        ):
+        if not whole and digest not in (None, task_class.of(data).digest_of(data, loaded)):
             raise InputError(
                 f"{data or DEFAULT_CORPUS}: has changed since {checkpoint} learned from it, "
                 "perhaps what would be held out; expected it as it was, --whole or --data"

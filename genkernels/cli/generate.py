@@ -9,7 +9,7 @@ import typer
 
 from ..data import InputError
 from ..models.config import MAX_SIZE
-from ..training import TEMPERATURE, Request, load_checkpoint, task_of
+from ..training import MAX_NEW_TOKENS, TEMPERATURE, Request, load_checkpoint, task_of
 from . import options
 
 
@@ -19,8 +19,14 @@ def generate(
     which: options.WhichWeights = "best",
     prompt: options.Prompt = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=MAX_SIZE, help="How many tokens to add.")
-    ] = 400,
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_SIZE,
+            help="How many tokens to add; of sound how many samples.",
+            show_default=f"{MAX_NEW_TOKENS}; of sound those of 4 seconds",
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(
@@ -71,8 +77,8 @@ def generate(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="File for images (.png) or series (.png, a plot, or .csv).",
-            show_default="images.png or series.png",
+            help="File for images (.png), series (.png, a plot, or .csv) or sound (.wav).",
+            show_default="images.png, series.png or sound.wav",
         ),
     ] = None,
 ) -> None:
@@ -81,7 +87,8 @@ def generate(
     rnn, gpt, hmm and bayesian-network continue the prompt, and t5 answers it, with <extra_id_0>,
     <extra_id_1>, ... where spans are missing, and seq2seq; a single text is printed as it comes.
     bert fills in each [MASK], and shows the --top-k likeliest tokens of each, or says how likely
-    each label is. gan draws images and recurrent-gan series, into the file --output.
+    each label is. gan draws images and recurrent-gan series, into the file --output; there an rnn
+    that has learned sound writes what comes after silence, without a prompt.
 
     Examples:
 
@@ -92,6 +99,7 @@ def generate(
         genkernels generate runs/seq2seq --prompt "the 3rd of May 1998" --beam-size 4
         genkernels generate runs/gan --label 7 --num-samples 25 --output sevens.png
         genkernels generate runs/recurrent-gan --output series.csv
+        genkernels generate runs/audio --max-new-tokens 80000 --output tune.wav
     """
     request = Request(
         options.cleaned(prompt),
@@ -106,12 +114,13 @@ def generate(
         output,
     )
     loaded = load_checkpoint(checkpoint, which)
-    task_class = task_of(loaded.model)
+    task_class = task_of(loaded)
     for name in options.given(context, vars(request)):
         if name not in task_class.options:
             known = ", ".join(map(options.spelled, sorted(task_class.options)))
             raise InputError(
-                f"{options.spelled(name)}: means nothing to a {loaded.model.name}; expected {known}"
+                f"{options.spelled(name)}: means nothing to this {loaded.model.name}; "
+                f"expected {known}"
             )
     for text in task_class.generate(loaded, request):
         print(text, end="", flush=True)

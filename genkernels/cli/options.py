@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data import DATES, DEFAULT_CORPUS, InputError, clean_text
+from ..data import DATES, DEFAULT_CORPUS, MELODY, InputError, clean_text
 from ..models.config import MAX_LAYERS, MAX_SIZE
 from ..models.rnn import CellName
 from ..training import AdversarialLossName, OptimizerName, Preset, ScheduleName, Which
@@ -57,16 +57,6 @@ def cleaned(prompt: str | None) -> str | None:
     return text
 
 
-def check_picture(output: Path) -> None:
-    """Let a PNG be replaced, but no file of another kind."""
-    if output.is_file() and output.stat().st_size:
-        with output.open("rb") as file:
-            if file.read(4) != b"\x89PNG":
-                raise InputError(
-                    f"--output: {output} is a file of another kind; expected a PNG, or none"
-                )
-
-
 def given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the values of options that were given on the command line."""
     return {
@@ -99,10 +89,18 @@ Prompt = Annotated[
     str | None, typer.Option(help="Text that is read.", show_default="a new line for rnn and gpt")
 ]
 Data = Annotated[Path | None, typer.Option(help="UTF-8 text file.", show_default=DEFAULT_CORPUS)]
+SoundData = Annotated[
+    Path | None,
+    typer.Option(
+        help=f"UTF-8 text file; or sound: a WAV or FLAC file, a folder of them, or {MELODY}.",
+        show_default=f"{DEFAULT_CORPUS}, or {MELODY} with --preset audio",
+    ),
+]
 ImageData = Annotated[
     Path | None,
     typer.Option(
-        help="Folder with a folder of PNG or JPEG files for each class; or digits, or mnist.",
+        help="Folder of PNG or JPEG files, or with a folder of them for each class; or digits, or "
+        "mnist.",
         show_default="the data set of the preset's name",
     ),
 ]
@@ -130,7 +128,7 @@ Pairs = Annotated[
 ]
 Measured = Annotated[
     Path | None,
-    typer.Option(help="UTF-8 file like that of training.", show_default="that of training"),
+    typer.Option(help="File or folder like that of training.", show_default="that of training"),
 ]
 Output = Annotated[
     Path, typer.Option(help="Folder for the checkpoints; those of a run there are replaced.")

@@ -24,6 +24,7 @@ from ..training import (
     load_state,
     plot_loss,
     replace_file,
+    task_of,
 )
 from . import options
 from .fit import History, fit
@@ -165,7 +166,8 @@ def new_run(task_class: type[Task], values: dict[str, Any], given: dict[str, Any
 def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> Run:
     """Return the run in `output`; what is `given` on the command line has to agree with it."""
     name = task_class.model_class.name
-    model, tokenizer, record = load_checkpoint(output, "last")
+    checkpoint = load_checkpoint(output, "last")
+    model, tokenizer, record = checkpoint
     if model.name != name:
         raise InputError(f"{output}: is a run of {model.name}; expected one of {name}")
     state = load_state(output)
@@ -182,7 +184,7 @@ def _continued(task_class: type[Task], given: dict[str, Any], output: Path) -> R
                 )
         data = given.get("data") or data_of(record)
         config = _with_length(config, given)
-        task = task_class.of(data)(data, model.config, config, seed, tokenizer)
+        task = task_of(checkpoint).of(data)(data, model.config, config, seed, tokenizer)
         if task.digest != digest:
             raise InputError(
                 f"{task.source}: is not what the run in {output} learns from; "

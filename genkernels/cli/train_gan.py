@@ -46,11 +46,12 @@ def train_gan(
 ) -> None:
     """Train a generator of images against a discriminator.
 
-    The images are of a folder with a folder for each class, or a data set that needs no download:
-    digits or mnist. A fifth is held out. What is measured is the Fréchet distance of the drawn
-    images to those, in the features of a classifier that is trained first, beside that of the
-    training images themselves. Every row of the table leaves a picture in the output folder, of
-    the same noise each time. Checkpoints and --resume are as with `genkernels train gpt`.
+    The images are of a folder, which may have a folder for each class, or a data set that needs no
+    download: digits or mnist. A fifth is held out. What is measured is the Fréchet distance of the
+    drawn images to those, in the features of a classifier that is trained first (of classes, or
+    where there are none of how images were turned), beside that of the training images themselves.
+    Every row of the table leaves a picture in the output folder, of the same noise each time.
+    Checkpoints and --resume are as with `genkernels train gpt`.
 
     Examples:
 

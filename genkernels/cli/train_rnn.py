@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..data import MELODY, is_audio
 from ..training import RNN_PRESETS
 from . import options
 from .train import train_model
@@ -14,8 +15,13 @@ from .train import train_model
 
 def train_rnn(
     context: typer.Context,
-    data: options.Data = None,
-    preset: Annotated[str, typer.Option(help=options.presets_help(RNN_PRESETS))] = "bytes",
+    data: options.SoundData = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help=options.presets_help(RNN_PRESETS), show_default="bytes, or audio of sound"
+        ),
+    ] = None,
     output: options.Output = Path("runs/rnn"),
     seed: options.Seed = 0,
     vocab_size: options.VocabSize = None,
@@ -42,12 +48,13 @@ def train_rnn(
     tensorboard: options.TensorBoard = None,
     dry_run: options.DryRun = False,
 ) -> None:
-    """Train a recurrent language model on a text file.
+    """Train a recurrent language model on a text file, or on sound.
 
-    The last tenth of the text is held out and only measured on. At every row of the table the
-    output folder gets the weights with the lowest held-out loss so far (best) and those of now
-    (last), in the end the loss curve too. Ctrl-C ends early and keeps what is learned; with
-    --resume the same command goes on, in steps to the last bit as if it had never stopped.
+    The tokens of sound are its samples, 8,000 a second, as mu-law levels. The last tenth is held
+    out and only measured on. At every row of the table the output folder gets the weights with the
+    lowest held-out loss so far (best) and those of now (last), and of sound a sample to listen to;
+    in the end the loss curve too. Ctrl-C ends early and keeps what is learned; with --resume the
+    same command goes on, in steps to the last bit as if it had never stopped.
 
     Examples:
 
@@ -56,5 +63,9 @@ def train_rnn(
         genkernels train rnn --resume --output runs/seed
         genkernels train rnn --cell tanh --max-grad-norm 0.5
         genkernels train rnn --optimizer sgd --batch-size full --learning-rate 1
+        genkernels train rnn --data songs --output runs/audio
     """
+    if data is None and preset == "audio":
+        data = Path(MELODY)
+    preset = preset or ("audio" if data and is_audio(data) else "bytes")
     train_model("rnn", **locals())

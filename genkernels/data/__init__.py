@@ -1,7 +1,9 @@
 """Text, images and sound: reading, cleaning, the held-out split, tokenizers and batches."""
 
 from .audio import (
+    MELODY,
     AudioTokenizer,
+    is_audio,
     load_audio,
     load_audio_folder,
     melody,
@@ -61,6 +63,7 @@ __all__ = [
     "DEFAULT_CORPUS",
     "IMAGE_SETS",
     "MASK",
+    "MELODY",
     "PROCESSES",
     "AudioTokenizer",
     "AutoRegression",
@@ -95,6 +98,7 @@ __all__ = [
     "encode_source",
     "errors_in",
     "framed",
+    "is_audio",
     "load_audio",
     "load_audio_folder",
     "load_image_set",

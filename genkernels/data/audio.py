@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import InputError, import_library
 from .files import Errors, files_in, read_each, replace_file
 
+MELODY = "melody"
 SAMPLE_RATE = 8000  # samples a second: what the 8 bits of mu-law were made for
 
 _SUFFIXES = (".wav", ".flac")
@@ -107,16 +108,26 @@ def load_audio(
     """Read a WAV or FLAC file as a float32 waveform [T] at `sample_rate`, in [-1, 1].
 
     Channels are averaged; another rate is resampled (`scipy.signal.resample_poly`), whose
-    overshoot, as what is louder than 1 in a file of floats, is cut off. Without a path: `melody()`.
+    overshoot, as what is louder than 1 in a file of floats, is cut off. Without a path, or of the
+    path "melody", if no such file is there: `melody()`.
 
     Raises:
         InputError: no such file, not audio, no samples in it, or NaN or infinity among them (names
             the first).
         ValueError: a sample_rate outside 1,000 to 768,000.
     """
-    if path is None:
+    if path is None or _is_melody(Path(path)):
         return melody(sample_rate=sample_rate)
     return _reader(sample_rate)(Path(path))
+
+
+def is_audio(path: Path) -> bool:
+    """Return whether `load_audio` reads what is there, or `load_audio_folder`, by its name."""
+    return path.suffix.lower() in _SUFFIXES or path.is_dir() or _is_melody(path)
+
+
+def _is_melody(path: Path) -> bool:
+    return str(path) == MELODY and not path.exists()
 
 
 def load_audio_folder(

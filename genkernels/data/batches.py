@@ -83,7 +83,7 @@ def crops_of(tokens: Tensor, length: int) -> Tensor:
         InputError: not even one.
     """
     if len(tokens) < length:
-        raise InputError(f"text too short: {len(tokens)} tokens; expected at least {length}")
+        raise InputError(f"too short: {len(tokens)} tokens; expected at least {length}")
     return tokens.unfold(0, length, 1)
 
 

@@ -72,7 +72,7 @@ def sequence_batches(
     sequences = (len(tokens) - 1) // sequence_length
     if sequences < 1:
         raise InputError(
-            f"text too short: {len(tokens)} tokens to train on; expected at least "
+            f"too short: {len(tokens)} tokens to train on; expected at least "
             f"{sequence_length + 1} (one sequence of {sequence_length} and its next token)"
         )
     inputs, targets = batchify(

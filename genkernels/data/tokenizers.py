@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .audio import AudioTokenizer
 from .errors import InputError
 
 
@@ -108,10 +109,12 @@ def train_tokenizer(text: str, vocab_size: int) -> Tokenizer:
     return ByteTokenizer() if vocab_size == 256 else BPETokenizer.train(text, vocab_size)
 
 
-def load_tokenizer(name: str, folder: Path) -> Tokenizer:
+def load_tokenizer(name: str, folder: Path) -> Tokenizer | AudioTokenizer:
     """Return the tokenizer `name` that `Tokenizer.save` left in `folder`."""
     if name == ByteTokenizer.name:
         return ByteTokenizer()
     if name == BPETokenizer.name:
         return BPETokenizer.load(folder)
-    raise InputError(f"{folder}: unknown tokenizer {name!r}; expected bytes or bpe")
+    if name == AudioTokenizer.name:
+        return AudioTokenizer.load(folder)
+    raise InputError(f"{folder}: unknown tokenizer {name!r}; expected bytes, bpe or mu-law")

@@ -50,7 +50,18 @@ from .presets import (
     T5_PRESETS,
     Preset,
 )
-from .tasks import TASKS, TEMPERATURE, Baseline, Request, SampleFile, Task, TokenTask, task_of
+from .tasks import (
+    MAX_NEW_TOKENS,
+    TASKS,
+    TEMPERATURE,
+    Baseline,
+    Request,
+    SampleFile,
+    Task,
+    TokenTask,
+    check_contents,
+    task_of,
+)
 
 __all__ = [
     "ADVERSARIAL_LOSSES",
@@ -60,6 +71,7 @@ __all__ = [
     "HMM_PRESETS",
     "LOSS_CURVE",
     "MARKOV_PRESETS",
+    "MAX_NEW_TOKENS",
     "RECURRENT_GAN_PRESETS",
     "RNN_PRESETS",
     "SEQ2SEQ_PRESETS",
@@ -98,6 +110,7 @@ __all__ = [
     "TrainingConfig",
     "Which",
     "autocorrelations",
+    "check_contents",
     "compare_step_time",
     "evaluate",
     "evaluate_batches",

@@ -15,7 +15,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..data import BPETokenizer, InputError, Tokenizer, load_tokenizer, replace_file
+from ..data import (
+    AudioTokenizer,
+    BPETokenizer,
+    InputError,
+    Tokenizer,
+    load_tokenizer,
+    replace_file,
+)
 from ..data.files import TEMPORARY
 from ..models import MODELS
 
@@ -36,7 +43,7 @@ _METADATA = "training"
 class Checkpoint(NamedTuple):
     """A trained model, its tokenizer, and what its training wrote down.
 
-    tokenizer: a `Tokenizer`; None of a model that reads no tokens.
+    tokenizer: a `Tokenizer`, or of sound an `AudioTokenizer`; None of a model that reads no tokens.
     """
 
     model: Any
@@ -60,7 +67,7 @@ class RunFolder(contextlib.ExitStack):
         self,
         path: Path,
         model: nn.Module,
-        tokenizer: Tokenizer | None,
+        tokenizer: Tokenizer | AudioTokenizer | None,
         training: dict[str, Any],
         resume: bool = False,
     ) -> None:
@@ -87,7 +94,10 @@ class RunFolder(contextlib.ExitStack):
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, tokenizer: Tokenizer | None, training: dict[str, Any]
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Tokenizer | AudioTokenizer | None,
+    training: dict[str, Any],
 ) -> None:
     """Write model, tokenizer and `training` (anything JSON takes) into an existing folder.
 
@@ -98,7 +108,10 @@ def save_checkpoint(
 
 
 def save_config(
-    folder: Path, model: nn.Module, tokenizer: Tokenizer | None, training: dict[str, Any]
+    folder: Path,
+    model: nn.Module,
+    tokenizer: Tokenizer | AudioTokenizer | None,
+    training: dict[str, Any],
 ) -> None:
     if tokenizer:
         tokenizer.save(folder)

@@ -15,6 +15,7 @@ from ..models import GAN, RecurrentGAN, evaluating
 LAGS = 10
 _FEATURES = 64
 _CLASSIFIER_STEPS = 500
+_BATCH_SIZE = 128
 _COVERED = 0.1
 
 
@@ -22,16 +23,17 @@ class ImageEvaluation(NamedTuple):
     """Measures of generated images, by a classifier of the real ones.
 
     distance: the Fréchet distance of the classifier's features. It is made like the FID of Heusel
-        et al. 2017, but with another network, so it is not to be compared with theirs.
+        et al. 2017, but with another network, so it is not to be compared with theirs, nor one by
+        classes with one by rotations.
     covered: how many classes are drawn, by the classifier: at least a tenth as often as in the
-        data.
+        data; None for images without classes.
     agreement: share of the images that are of the class that was asked for, by the classifier;
         None for a model without classes.
     classes, images: how many there are.
     """
 
     distance: float
-    covered: int
+    covered: int | None
     agreement: float | None
     classes: int
     images: int
@@ -43,10 +45,9 @@ class ImageEvaluation(NamedTuple):
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the measures in words, `figure` first."""
-        rows = [
-            ("FID-like distance", f"{self.distance:.4f} of {self.images:,} images"),
-            ("classes covered", f"{self.covered} of {self.classes}"),
-        ]
+        rows = [("FID-like distance", f"{self.distance:.4f} of {self.images:,} images")]
+        if self.covered is not None:
+            rows.append(("classes covered", f"{self.covered} of {self.classes}"))
         if self.agreement is not None:
             rows.append(("class agreement", f"{self.agreement:.2%}"))
         return rows
@@ -75,29 +76,43 @@ class ImageClassifier(nn.Module):
 
 @functools.lru_cache(maxsize=4)
 def image_classifier(
-    images: Tensor, classes: Tensor, seed: int = 0, steps: int | None = None
+    images: Tensor, classes: Tensor | None = None, seed: int = 0, steps: int | None = None
 ) -> ImageClassifier:
     """Train a classifier, in seconds; the same tensors are learned once in a process.
 
+    Of images without classes it learns by which of four right angles each was turned, for which it
+    has to know what they show (Gidaris et al. 2018, https://arxiv.org/abs/1803.07728, section 2).
     Torch's random numbers are left as they are.
 
     Args:
         images: square ones, float32 [N, C, H, H] in [-1, 1].
-        classes: int64 [N].
+        classes: int64 [N]; None for images without.
         steps: of its training, 500 by default.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         _, channels, size, _ = images.shape
-        model = ImageClassifier(channels, size, int(classes.max()) + 1)
+        if classes is None:
+            kinds, batches = 4, RowBatches(images, batch_size=_BATCH_SIZE // 4, seed=seed)
+        else:
+            kinds = int(classes.max()) + 1
+            batches = RowBatches(images, classes, batch_size=_BATCH_SIZE, seed=seed)
+        model = ImageClassifier(channels, size, kinds)
         optimizer = torch.optim.Adam(model.parameters(), fused=True)
-        batches = RowBatches(images, classes, batch_size=128, seed=seed)
         for step in range(_CLASSIFIER_STEPS if steps is None else steps):
             optimizer.zero_grad()
-            input, target = batches.batch(step)
+            batch = batches.batch(step)
+            input, target = _turned(*batch) if classes is None else batch
             F.cross_entropy(model(input), target).backward()
             optimizer.step()
     return model.eval()
+
+
+def _turned(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each of the images, [N, C, H, H], turned by no right angle, one, two and three, and by
+    how many, int64 [4 N]."""
+    turned = [images.rot90(count, (2, 3)) for count in range(4)]
+    return torch.cat(turned), torch.arange(4).repeat_interleave(len(images))
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -120,9 +135,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def evaluate_images(
-    model: GAN, classifier: ImageClassifier, images: Tensor, classes: Tensor, seed: int = 0
+    model: GAN,
+    classifier: ImageClassifier,
+    images: Tensor,
+    classes: Tensor | None = None,
+    seed: int = 0,
 ) -> ImageEvaluation:
-    """Measure `model` against real images, float32 [N, C, H, W] in [-1, 1], of classes int64 [N].
+    """Measure `model` against real images, float32 [N, C, H, W] in [-1, 1], of classes int64 [N] if
+    `classifier` is one of classes.
 
     As many are drawn, of the same classes; the same ones for the same seed.
     """
@@ -132,6 +152,8 @@ def evaluate_images(
         features = classifier.features(drawn)
         distance = frechet_distance(classifier.features(images), features)
         found = classifier.output(features).argmax(1)
+    if classes is None:
+        return ImageEvaluation(distance, None, None, 0, len(images))
     known = classes.bincount(minlength=classifier.output.out_features)
     is_covered = found.bincount(minlength=len(known)) >= _COVERED * known
     agreement = None if wanted is None else (found == wanted).double().mean().item()

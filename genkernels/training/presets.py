@@ -42,6 +42,11 @@ RNN_PRESETS = {
             optimizer="adam", learning_rate=2e-3, batch_size=64, sequence_length=100, minutes=4.0
         ),
     ),
+    # Sound: a token is a sample, of which a gradient has to reach more than of letters.
+    "audio": Preset(
+        RNNConfig(vocab_size=256, embedding_dim=64, hidden_size=384),
+        TrainingConfig(learning_rate=2e-3, batch_size=32, sequence_length=256, minutes=4.0),
+    ),
 }
 
 GPT_PRESETS = {

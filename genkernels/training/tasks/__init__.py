@@ -1,14 +1,23 @@
 """What each model is trained on and measured by; one file each."""
 
-from typing import Any
-
 from ...data import InputError
+from ..checkpoint import Checkpoint
 from .bert import BERTTask
 from .gan import GANTask, RecurrentGANTask
-from .language import GPTTask, HMMTask, MarkovTask, RNNTask
+from .language import GPTTask, HMMTask, MarkovTask
+from .rnn import RNNTask
 from .seq2seq import Seq2SeqTask
 from .t5 import T5Task
-from .task import TEMPERATURE, Baseline, Request, SampleFile, Task, TokenTask
+from .task import (
+    MAX_NEW_TOKENS,
+    TEMPERATURE,
+    Baseline,
+    Request,
+    SampleFile,
+    Task,
+    TokenTask,
+    check_contents,
+)
 
 # By the model's name; `Task.of` then goes by the data.
 TASKS: dict[str, type[Task]] = {
@@ -27,18 +36,20 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def task_of(model: Any) -> type[Task]:
+def task_of(checkpoint: Checkpoint) -> type[Task]:
     """Return the task of a model that was loaded.
 
     Raises:
         InputError: no command knows such a model.
     """
-    if model.name not in TASKS:
-        raise InputError(f"no command knows a {model.name}; expected one of {', '.join(TASKS)}")
-    return TASKS[model.name]
+    name = checkpoint.model.name
+    if name not in TASKS:
+        raise InputError(f"no command knows a {name}; expected one of {', '.join(TASKS)}")
+    return TASKS[name].of_checkpoint(checkpoint)
 
 
 __all__ = [
+    "MAX_NEW_TOKENS",
     "TASKS",
     "TEMPERATURE",
     "Baseline",
@@ -46,5 +57,6 @@ __all__ = [
     "SampleFile",
     "Task",
     "TokenTask",
+    "check_contents",
     "task_of",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import csv
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,7 +40,15 @@ from ..evaluation_gan import (
 )
 from ..plot import plot_series
 from ..presets import GAN_PRESETS, RECURRENT_GAN_PRESETS
-from .task import Baseline, Request, SampleFile, Task, labels_of
+from .task import (
+    Baseline,
+    Request,
+    SampleFile,
+    Task,
+    check_kind,
+    digest_of_tensors,
+    labels_of,
+)
 
 _OF_A_CLASS = 8  # in a sample
 _SAMPLES = 64
@@ -59,9 +66,10 @@ class AdversarialTask(Task):
     config_class = AdversarialConfig
     options = frozenset({"num_samples", "seed", "label", "output"})
     file: ClassVar[str]  # that is written if no other is named
+    suffixes: ClassVar[tuple[str, ...]]  # that it may have
 
     examples: Tensor
-    classes: Tensor
+    classes: Tensor | None  # of the examples, where there are classes
     _seed: int
 
     def describe_training(self, config: AdversarialConfig) -> str:
@@ -72,25 +80,27 @@ class AdversarialTask(Task):
 
     def training(self, model: Any, config: AdversarialConfig) -> AdversarialTraining:
         assert config.batch_size != "full"
-        batches = RowBatches(
-            self.examples, self.classes, batch_size=config.batch_size, seed=self._seed
-        )
+        rows = [self.examples] if self.classes is None else [self.examples, self.classes]
+        batches = RowBatches(*rows, batch_size=config.batch_size, seed=self._seed)
         return AdversarialTraining(model, batches, config)
 
     def sample(self, model: Any, max_new_tokens: int, seed: int) -> SampleFile:
         """Of the same noise each time, so that one sees what training changes."""
         labels = self.record["labels"]
-        made, classes = _drawn(model, _OF_A_CLASS * len(labels), None, torch.Generator())
+        count = _OF_A_CLASS * len(labels) or _SAMPLES
+        made, classes = _drawn(model, count, None, torch.Generator())
         return SampleFile(".png", lambda path: self.write(path, made, classes, labels))
 
     @classmethod
     def generate(cls, checkpoint: Checkpoint, request: Request) -> Iterator[str]:
         model, _, training = checkpoint
         labels, label = labels_of(model, training), request.label
+        if label is not None and not labels:
+            raise InputError(f"--label: {label!r}, but there are no classes; expected none")
         if label is not None and label not in labels:
             raise InputError(f"--label: {label!r}; expected one of {', '.join(labels)}")
         output = request.output or Path(cls.file)
-        check_kind(output)
+        check_kind(output, *cls.suffixes)
         wanted = None if label is None else labels.index(label)
         made, classes = _drawn(model, request.num_samples or _SAMPLES, wanted, request.generator)
         with replace_file(output) as path:
@@ -103,42 +113,24 @@ class AdversarialTask(Task):
         cls,
         path: Path,
         made: Tensor,
-        classes: Tensor,
+        classes: Tensor | None,
         labels: list[str],
         suffix: str = ".png",
     ) -> None:
-        """Write what was drawn, [N, ..], of classes int64 [N], as a file of that kind."""
-
-
-def check_kind(output: Path) -> None:
-    """Let a file of the same kind be replaced, but no other."""
-    begins = {".png": b"\x89PNG", ".csv": b"label,"}
-    if output.suffix not in begins:
-        raise InputError(f"--output: {output} is not of a kind that can be written; expected .png")
-    if output.is_file() and output.stat().st_size:
-        with output.open("rb") as file:
-            if not file.read(6).startswith(begins[output.suffix]):
-                raise InputError(
-                    f"--output: {output} is a file of another kind; expected a "
-                    f"{output.suffix[1:].upper()}, or none"
-                )
+        """Write what was drawn, [N, ..], of classes int64 [N] if there are such, as a file of that
+        kind."""
 
 
 def _drawn(
     model: Any, count: int, wanted: int | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Draw of one class, or of all in turn."""
+) -> tuple[Tensor, Tensor | None]:
+    """Draw of one class, or of all in turn; of a model without classes anything."""
+    if model.config.num_classes is None:
+        return model.generate(count, generator=generator), None
     classes = torch.arange(count) % model.config.num_classes
     if wanted is not None:
         classes = torch.full_like(classes, wanted)
     return model.generate(count, classes, generator), classes
-
-
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 class GANTask(AdversarialTask):
@@ -152,6 +144,7 @@ class GANTask(AdversarialTask):
     unit = "FID-like"
     sample_heading = f"{_OF_A_CLASS} images of each class, a column each"
     file = "images.png"
+    suffixes = (".png",)
 
     def __init__(
         self,
@@ -172,7 +165,9 @@ class GANTask(AdversarialTask):
         with errors_in(self.source):
             self._parts = split_images(images, _HELD_OUT)
         self.record = {"labels": list(images.classes)}
-        self.sizes = dataclasses.replace(sizes, num_classes=len(images.classes))
+        self.sizes = dataclasses.replace(sizes, num_classes=len(images.classes) or None)
+        if not images.classes:
+            self.sample_heading = f"{_SAMPLES} images"
         self.examples, self.classes = _normalized(self._parts[0])
         self._measured = _normalized(self._parts[1])
         steps = {"steps": _DRY_STEPS} if is_dry else {}
@@ -193,9 +188,8 @@ class GANTask(AdversarialTask):
         model, _, training = checkpoint
         images, labels = _load(data, model.config), labels_of(model, training)
         if list(images.classes) != labels:
-            raise InputError(
-                f"{data}: has the classes {', '.join(images.classes)}; expected {', '.join(labels)}"
-            )
+            found, expected = (", ".join(names) or "none" for names in (images.classes, labels))
+            raise InputError(f"{data}: has the classes {found}; expected {expected}")
         with errors_in(_source(data, model.config)):
             parts = (images, images) if whole else split_images(images, _HELD_OUT)
         known, measured = map(_normalized, parts)
@@ -204,21 +198,20 @@ class GANTask(AdversarialTask):
         return result, None if whole else _floor(classifier, known[0], measured[0])
 
     @classmethod
-    def digest_of(cls, data: Path | None, sizes: GANConfig) -> str:
-        return _digest_of(_load(data, sizes))
+    def digest_of(cls, data: Path | None, checkpoint: Checkpoint) -> str:
+        return _digest_of(_load(data, checkpoint.model.config))
 
     @classmethod
     def write(
         cls,
         path: Path,
         made: Tensor,
-        classes: Tensor,
+        classes: Tensor | None,
         labels: list[str],
         suffix: str = ".png",
     ) -> None:
-        if suffix != ".png":
-            raise InputError(f"--output: images are no {suffix}; expected .png")
-        save_grid(path, made, columns=len(labels) if len(classes.unique()) > 1 else None)
+        has_columns = classes is not None and len(classes.unique()) > 1
+        save_grid(path, made, columns=len(labels) if has_columns else None)
 
 
 @torch.no_grad()
@@ -233,7 +226,7 @@ def _source(data: Path | None, sizes: GANConfig) -> Path:
     of_sizes = {8: "digits", 28: "mnist"}
     if data is None and sizes.image_size not in of_sizes:
         raise InputError(
-            f"--data: missing; expected a folder of images, a folder for each class, "
+            "--data: missing; expected a folder of images, or of a folder for each class, "
             f"since no data set has images of {sizes.image_size} x {sizes.image_size}"
         )
     return data or Path(of_sizes[sizes.image_size])
@@ -251,18 +244,15 @@ def _load(data: Path | None, sizes: GANConfig) -> ImageSet:
             f"{source}: {channels} x {size} x {size} an image; expected --image-size {size} and "
             f"--channels {channels}, as with --preset {source}"
         )
-    if len(images.classes) < 2:
-        raise InputError(f"{source}: no classes; expected a folder for each, at least two")
-    return images
+    return ImageSet(images.images) if len(images.classes) == 1 else images  # nothing to tell apart
 
 
 def _digest_of(images: ImageSet) -> str:
-    assert images.labels is not None
-    return _digest(images.images, images.labels)
+    labels = [] if images.labels is None else [images.labels]
+    return digest_of_tensors(images.images, *labels)
 
 
-def _normalized(images: ImageSet) -> tuple[Tensor, Tensor]:
-    assert images.labels is not None
+def _normalized(images: ImageSet) -> tuple[Tensor, Tensor | None]:
     return normalize_images(images.images), images.labels
 
 
@@ -277,6 +267,7 @@ class RecurrentGANTask(AdversarialTask):
     unit = "KS"
     sample_heading = f"{_OF_A_CLASS} series of each process"
     file = "series.png"
+    suffixes = (".png", ".csv")
 
     def __init__(
         self,
@@ -292,7 +283,7 @@ class RecurrentGANTask(AdversarialTask):
         _check_synthetic(data)
         count = _DRY_EXAMPLES if is_dry else _SERIES
         self.examples, self.classes = synthetic_series(count, sizes.length)
-        self.digest = _digest(self.examples, self.classes)
+        self.digest = digest_of_tensors(self.examples, self.classes)
         self._measured = _held_out(_DRY_EXAMPLES if is_dry else _HELD_OUT_SERIES, sizes)
         self.record = {"labels": list(PROCESSES)}
         self.sizes = dataclasses.replace(sizes, channels=1, num_classes=len(PROCESSES))
@@ -320,18 +311,20 @@ class RecurrentGANTask(AdversarialTask):
         return evaluate_series(model, *measured), None
 
     @classmethod
-    def digest_of(cls, data: Path | None, sizes: RecurrentGANConfig) -> str:
-        return _digest(*synthetic_series(_SERIES, sizes.length))
+    def digest_of(cls, data: Path | None, checkpoint: Checkpoint) -> str:
+        return digest_of_tensors(*synthetic_series(_SERIES, checkpoint.model.config.length))
 
     @classmethod
     def write(
         cls,
         path: Path,
         made: Tensor,
-        classes: Tensor,
+        classes: Tensor | None,
         labels: list[str],
         suffix: str = ".png",
     ) -> None:
+        if classes is None:
+            classes, labels = torch.zeros(len(made), dtype=torch.int64), ["series"]
         if suffix == ".png":
             parts = {labels[c]: made[classes == c] for c in classes.unique().tolist()}
             plot_series(path, parts)

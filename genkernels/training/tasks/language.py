@@ -1,4 +1,4 @@
-"""Language models: the next token of a text."""
+"""The next token: of a text, or of what else is cut into tokens."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data import (
+    AudioTokenizer,
     Batches,
     ByteTokenizer,
     Corpus,
@@ -35,8 +36,10 @@ from ..presets import GPT_PRESETS, HMM_PRESETS, MARKOV_PRESETS, RNN_PRESETS
 from .task import (
     DEFAULT_CORPUS,
     DRAWING,
+    TEMPERATURE,
     Baseline,
     Request,
+    Task,
     TextTask,
     TokenTask,
     texts_of,
@@ -47,22 +50,19 @@ _EVALUATION_STREAMS = 16
 _PROMPT_CHARACTERS = 32
 
 
-class CausalTask(TextTask):
-    """The next token of a text, from those before it."""
+class CausalTask(Task):
+    """The next token, from those before it."""
 
-    unit = "bits/byte"
-    sample_heading = f"the first {_PROMPT_CHARACTERS} characters are given"
-    options = DRAWING
     order: ClassVar[int] = 3  # of the Markov model that it is measured against
+    tokenizer: Tokenizer | AudioTokenizer
 
     def prepare(self, tokens: Tensor, held_out: Tensor, config: Any, seed: int) -> None:
-        self._held_out = _at_least_two(held_out)
+        self._held_out = at_least_two(held_out)
         self.learn_from(tokens, config, seed)
         # Nats per token to bits per byte by the mean length of a token: exact for bytes, and over
         # the whole text for other tokens.
         lengths = self.tokenizer.byte_lengths[tokens].double()
         self.scale = 1 / math.log(2) / lengths.mean().item()
-        self.baseline = _markov(self.corpus, self.order)
 
     @abc.abstractmethod
     def learn_from(self, tokens: Tensor, config: Any, seed: int) -> None:
@@ -71,6 +71,19 @@ class CausalTask(TextTask):
     def evaluate(self, model: nn.Module, quickly: bool = False) -> Evaluation:
         streams = _EVALUATION_STREAMS if quickly else 1
         return evaluate(model, self._held_out, self.tokenizer.byte_lengths, streams)
+
+
+class CausalTextTask(CausalTask, TextTask):
+    """The next token of a text, from those before it."""
+
+    unit = "bits/byte"
+    sample_heading = f"the first {_PROMPT_CHARACTERS} characters are given"
+    options = DRAWING
+    tokenizer: Tokenizer
+
+    def prepare(self, tokens: Tensor, held_out: Tensor, config: Any, seed: int) -> None:
+        super().prepare(tokens, held_out, config, seed)
+        self.baseline = _of_bytes(self.corpus, self.order)
 
     @classmethod
     def measure(
@@ -81,15 +94,15 @@ class CausalTask(TextTask):
         with errors_in(data or DEFAULT_CORPUS):
             if not whole:
                 corpus = split_text(text)
-                text, baseline = corpus.held_out, _markov(corpus, cls.order)
-            tokens = _at_least_two(tokenizer.encode(text))
+                text, baseline = corpus.held_out, _of_bytes(corpus, cls.order)
+            tokens = at_least_two(tokenizer.encode(text))
         return evaluate(model, tokens, tokenizer.byte_lengths), baseline
 
     def sample(self, model: Any, max_new_tokens: int, seed: int) -> str:
         tokens = model.generate(
             self.tokenizer.encode(self.corpus.held_out[:_PROMPT_CHARACTERS])[None],
             max_new_tokens,
-            temperature=0.8,
+            temperature=TEMPERATURE,
             generator=torch.Generator().manual_seed(seed),
         )
         return clean_text(self.tokenizer.decode(tokens[0]))
@@ -106,8 +119,8 @@ class CausalTask(TextTask):
         return tokenizer.encode(text or "\n")[None]
 
 
-class LanguageTask(CausalTask, TokenTask):
-    """The next token of a text, by a network."""
+class NetworkTask(CausalTask, TokenTask):
+    """The next token, by a network."""
 
     def learn_from(self, tokens: Tensor, config: TrainingConfig, seed: int) -> None:
         self.batches = self.make_batches(tokens, config, seed)
@@ -117,20 +130,8 @@ class LanguageTask(CausalTask, TokenTask):
         """Return what a model is given to learn tokens, int64 [N], from."""
 
 
-def _at_least_two(tokens: Tensor) -> Tensor:
-    if len(tokens) < 2:
-        raise InputError(f"text too short: {len(tokens)} token to measure on; expected at least 2")
-    return tokens
-
-
-def _markov(corpus: Corpus, order: int) -> Baseline:
-    training, held_out = map(ByteTokenizer().encode, corpus)
-    bits = MarkovModel(order).fit(training).bits_per_byte(held_out)
-    return Baseline(f"order-{order} Markov model", bits, [f"{bits:.4f}"])
-
-
-class RNNTask(LanguageTask):
-    """The next token of a text, from all of those before it."""
+class RecurrentTask(NetworkTask):
+    """The next token, from all of those before it."""
 
     model_class = RNNLanguageModel
     presets = RNN_PRESETS
@@ -158,7 +159,25 @@ class RNNTask(LanguageTask):
         return with_weights_of(model, RNNLanguageModel(model.config, gru=plain))
 
 
-class GPTTask(LanguageTask):
+def at_least_two(tokens: Tensor) -> Tensor:
+    if len(tokens) < 2:
+        raise InputError(f"too short: {len(tokens)} token to measure on; expected at least 2")
+    return tokens
+
+
+def markov(known: Tensor, held_out: Tensor, order: int) -> Baseline:
+    """Return what a Markov model reaches that has learned from known, both of int64 [N] and of
+    bytes."""
+    bits = MarkovModel(order).fit(known).bits_per_byte(held_out)
+    return Baseline(f"order-{order} Markov model", bits, [f"{bits:.4f}"])
+
+
+def _of_bytes(corpus: Corpus, order: int) -> Baseline:
+    training, held_out = map(ByteTokenizer().encode, corpus)
+    return markov(training, held_out, order)
+
+
+class GPTTask(CausalTextTask, NetworkTask):
     """The next token of a text, from at most `context_length` before it."""
 
     model_class = GPT
@@ -178,7 +197,7 @@ class GPTTask(LanguageTask):
         return CropBatches(tokens, config.batch_size, self.sizes.context_length, seed)
 
 
-class HMMTask(CausalTask):
+class HMMTask(CausalTextTask):
     """The next byte of a text, from what hidden states those before it tell of."""
 
     model_class = HMM
@@ -201,7 +220,7 @@ class HMMTask(CausalTask):
         return Fitting(model, config, fit, self._rows.numel())
 
 
-class MarkovTask(CausalTask):
+class MarkovTask(CausalTextTask):
     """The next byte of a text, from the `order` bytes before it."""
 
     model_class = MarkovModel

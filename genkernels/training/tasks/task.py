@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import hashlib
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ...data import (
     DATES,
     DEFAULT_CORPUS,
+    AudioTokenizer,
     Batches,
     InputError,
     LabelledBatches,
@@ -36,12 +38,13 @@ from ..evaluation import Measures, TokenEvaluation
 from ..loop import Training, TrainingConfig
 from ..presets import Preset
 
-_HELD_OUT = 0.1
+HELD_OUT = 0.1
 _DRY_CHARACTERS = 20_000
 _DRY_CHARACTERS_OF_A_TOKEN = 100
 _DRY_ROWS = 200
 _QUICK_BATCHES = 8
-TEMPERATURE = 0.8  # where none is asked for
+MAX_NEW_TOKENS = 400  # where no number is asked for
+TEMPERATURE = 0.8  # the same
 MEASURED_ROWS = 32  # at once
 
 
@@ -69,7 +72,7 @@ class Request:
     """What a model is asked to make: the options of `genkernels generate`."""
 
     prompt: str | None
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -86,8 +89,9 @@ class Request:
     @property
     def drawing(self) -> tuple[Any, ...]:
         """The arguments of `stream` and `generate` after the prompt."""
+        count = self.max_new_tokens or MAX_NEW_TOKENS
         temperature = TEMPERATURE if self.temperature is None else self.temperature
-        return self.max_new_tokens, temperature, self.top_k, self.top_p, self.generator
+        return count, temperature, self.top_k, self.top_p, self.generator
 
 
 # The fields of a `Request` to a model that draws one token after another.
@@ -120,12 +124,12 @@ class Task(abc.ABC):
     items: ClassVar[str] = "tokens"  # what a step counts
     unit: ClassVar[str]  # of the figure, and of `scale` times a loss
     options: ClassVar[frozenset[str]]  # the fields of a `Request` that mean something to it
-    sample_heading: ClassVar[str]
+    sample_heading: str
 
     source: str
     digest: str  # of what there is to learn from
     record: dict[str, Any]  # what a checkpoint has to know beside its config
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer | AudioTokenizer | None = None
     sizes: Any
     scale: float | None = None  # None: losses are not to be compared with the figure
     baseline: Baseline | None = None
@@ -135,6 +139,11 @@ class Task(abc.ABC):
         """Return the task that reads such a file."""
         return cls
 
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> type[Task]:
+        """Return the task that such a model was trained on, as far as it tells."""
+        return cls
+
     @abc.abstractmethod
     def __init__(
         self,
@@ -142,7 +151,7 @@ class Task(abc.ABC):
         sizes: Any,
         config: TrainingConfig,
         seed: int = 0,
-        tokenizer: Tokenizer | None = None,
+        tokenizer: Tokenizer | AudioTokenizer | None = None,
         is_dry: bool = False,
     ) -> None: ...
 
@@ -189,8 +198,8 @@ class Task(abc.ABC):
         then beside a simpler one that has learned from the rest."""
 
     @classmethod
-    def digest_of(cls, data: Path | None, sizes: Any) -> str:
-        """Return the `digest` of a task of a model of such sizes."""
+    def digest_of(cls, data: Path | None, checkpoint: Checkpoint) -> str:
+        """Return the `digest` of a task that trains such a model."""
         return digest_of(load_text(data))
 
     @abc.abstractmethod
@@ -214,14 +223,13 @@ class TokenTask(Task):
     unit = "nats/token"
     options = DRAWING
 
-    tokenizer: Tokenizer
     batches: Batches
     scale: float
     baseline: Baseline
 
     def describe_training(self, config: TrainingConfig) -> str:
         rows, columns, *_ = self.batches.batch(0)[0].shape
-        return f"{config.optimizer}, batches of {rows} x {columns} tokens"
+        return f"{config.optimizer}, batches of {rows} x {columns} {self.items}"
 
     def training(self, model: Any, config: TrainingConfig) -> Training:
         return Training(model, self.batches, config)
@@ -238,7 +246,7 @@ class TokenTask(Task):
 
     @classmethod
     @abc.abstractmethod
-    def read_prompt(cls, model: Any, tokenizer: Tokenizer, text: str | None) -> Tensor:
+    def read_prompt(cls, model: Any, tokenizer: Any, text: str | None) -> Tensor:
         """Return what `model` reads of a prompt, int64 [1, N].
 
         Raises:
@@ -249,6 +257,7 @@ class TokenTask(Task):
 class BatchesTask(TokenTask):
     """A task that measures on batches (input, target, ...) but for targets that are -100."""
 
+    tokenizer: Tokenizer
     held_out: Sequence[tuple[Tensor, ...]]
 
     def evaluate(self, model: nn.Module, quickly: bool = False) -> TokenEvaluation:
@@ -276,9 +285,7 @@ class TextTask(Task):
     ) -> None:
         self.source = str(data or DEFAULT_CORPUS)
         length = getattr(sizes, "context_length", getattr(config, "sequence_length", None)) or 0
-        # A tenth is held out, and a token stands for several characters.
-        characters = max(_DRY_CHARACTERS, _DRY_CHARACTERS_OF_A_TOKEN * length)
-        text = load_text(data)[: characters if is_dry else None]
+        text = load_text(data)[: dry_length(length) if is_dry else None]
         self.digest = digest_of(text)
         self.record = {}
         with errors_in(self.source):
@@ -342,6 +349,12 @@ class RowsTask(Task):
         return "{:,} lines to train on, {:,} held out".format(*map(len, self.rows))
 
 
+def dry_length(sequence_length: int) -> int:
+    """How many characters, or samples, a dry run reads."""
+    # A tenth is held out, and a token stands for several characters.
+    return max(_DRY_CHARACTERS, _DRY_CHARACTERS_OF_A_TOKEN * sequence_length)
+
+
 def texts_of(
     prompt: Tensor, new: Iterable[Tensor], decode: Callable[[Tensor], str]
 ) -> Iterator[str]:
@@ -364,13 +377,38 @@ def required(prompt: str | None, model: Any) -> str:
     return prompt
 
 
+def check_kind(output: Path, *suffixes: str) -> None:
+    """Let a file of one of the kinds be replaced, but by its like alone."""
+    if output.suffix not in suffixes:
+        raise InputError(
+            f"--output: {output} is not of a kind that can be written; "
+            f"expected {' or '.join(suffixes)}"
+        )
+    check_contents(output, output.suffix)
+
+
+def check_contents(output: Path, suffix: str) -> None:
+    """Let a file be replaced that holds what such a suffix says, but no other."""
+    begins = {".png": rb"\x89PNG", ".csv": rb"label,", ".wav": rb"RIFF.{4}WAVE"}
+    if output.is_file() and output.stat().st_size:
+        with output.open("rb") as file:
+            if not re.match(begins[suffix], file.read(12), re.DOTALL):
+                raise InputError(
+                    f"--output: {output} is a file of another kind; expected a "
+                    f"{suffix[1:].upper()}, or none"
+                )
+
+
 def labels_of(model: Any, training: dict[str, Any]) -> list[str]:
-    """Return the names of the classes of `model`, by what its training wrote down.
+    """Return the names of the classes of `model`, none of a model without, by what its training
+    wrote down.
 
     Raises:
         InputError: it has not as many of them.
     """
     labels, count = training.get("labels"), model.config.num_classes
+    if count is None:
+        return []
     if not isinstance(labels, list) or len(labels) != count or {*map(type, labels)} != {str}:
         raise InputError(f"the checkpoint's labels are {labels!r}; expected {count} texts")
     return labels
@@ -384,7 +422,7 @@ def split_rows(rows: list[tuple[str, str]]) -> Rows:
     Raises:
         InputError: no row is left on one of the sides.
     """
-    count = max(int(len(rows) * _HELD_OUT), 1)
+    count = max(int(len(rows) * HELD_OUT), 1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     training = [rows[i] for i in sorted(order[count:])]
     known = set(training)
@@ -414,6 +452,13 @@ def is_table(data: Path | None) -> bool:
 
 def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_of_tensors(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def with_weights_of(model: nn.Module, twin: nn.Module) -> nn.Module:
