@@ -143,6 +143,14 @@ def test_cell(notes, tmp_path, capsys):
     assert main(again) == 0
 
 
+def test_tied_weights_are_tried_in_their_size(notes, capsys):
+    tied = ["train", "rnn", "--preset=deep", f"--data={notes}", "--dry-run"]
+    assert main([*tied, "--hidden-size=24"]) == 0
+    assert "embedding dim 24, hidden size 24" in capsys.readouterr().out
+    assert main([*tied, "--hidden-size=24", "--embedding-dim=16"]) == 2
+    assert "embedding_dim must be hidden_size 24" in capsys.readouterr().err
+
+
 def test_seed_preset_learns_its_vocabulary(notes, tmp_path, capsys):
     output = tmp_path / "seed"
     arguments = ["--data", str(notes), "--output", str(output), "--steps=2", "--no-compare"]

@@ -35,6 +35,7 @@ def small_model(num_layers: int = 1, dropout: float = 0.0, cell="gru") -> RNNLan
         ("num_layers", 10**7),
         ("dropout", 1.0),
         ("cell", "lstm"),
+        ("tie_weights", 1),
     ],
 )
 def test_config_refuses_sizes_that_are_none(field, value):
@@ -68,6 +69,35 @@ def test_is_the_model_on_torch(cell, module, num_layers):
     torch.testing.assert_close(*grads)
     calls = genkernels.stats(reset=True)  # linear leaves what records gradients to PyTorch
     assert {backend for op, backend in calls if op != "linear"} == {"cpp"}
+
+
+def test_tied_weights_are_one_parameter(tmp_path):
+    """Which learns from both ends what the same model in plain PyTorch does."""
+    with pytest.raises(ValueError, match="embedding_dim must be hidden_size 16"):
+        RNNConfig(30, 8, 16, tie_weights=True)
+    torch.manual_seed(0)
+    model = RNNLanguageModel(RNNConfig(256, 16, 16, tie_weights=True))
+    input, target = torch.randint(30, (2, 3, 11)).unbind()
+    twins = []
+    for twin in (model, RNNLanguageModel(model.config, gru=torch.nn.GRU)):
+        twin.load_state_dict(model.state_dict())
+        loss, _ = twin.loss(input, target)
+        expected = torch.nn.functional.cross_entropy(twin(input)[0].flatten(0, 1), target.flatten())
+        torch.testing.assert_close(loss, expected)
+        loss.backward()
+        twins.append([parameter.grad for parameter in twin.parameters()])
+    torch.testing.assert_close(*twins)
+    log_prob, prediction, _ = model.log_prob(input, target)
+    torch.testing.assert_close(-log_prob.mean(), loss)
+    assert torch.equal(prediction, model(input)[0].flatten(0, 1).argmax(1))
+    rows = torch.full((16,), 7.0)
+    with torch.no_grad():
+        model.embedding.weight[3] = rows
+    output, _ = model.gru(model.embedding(input))
+    torch.testing.assert_close(model(input)[0][..., 3], output @ rows + model.bias[3])
+    save_checkpoint(tmp_path, model, ByteTokenizer(), {})
+    loaded = load_checkpoint(tmp_path).model
+    assert torch.equal(loaded(input)[0], model(input)[0])
 
 
 def test_generation_runs_compiled_kernels(compiled_only):

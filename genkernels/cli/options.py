@@ -179,6 +179,13 @@ Cell = Annotated[
     CellName | None,
     typer.Option(help="gru, or tanh: Elman's, a third as large.", rich_help_panel=_MODEL),
 ]
+TieWeights = Annotated[
+    bool | None,
+    typer.Option(
+        help="Whether the last layer's weight is the embedding's, of --hidden-size then, too.",
+        rich_help_panel=_MODEL,
+    ),
+]
 ImageSize = Annotated[
     int | None,
     typer.Option(min=1, max=MAX_SIZE, help="Height and width.", rich_help_panel=_MODEL),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import tempfile
 import textwrap
@@ -73,6 +74,9 @@ def tiny(task_class: type[Task], given: dict[str, Any]) -> dict[str, Any]:
         tiny[width] += -tiny[width] % given["num_heads"]
     elif "num_heads" in tiny and width in given:
         tiny["num_heads"] = math.gcd(tiny["num_heads"], given[width])
+    for one, other in itertools.permutations(("embedding_dim", "hidden_size")):
+        if one in given and other in tiny:  # tied weights take two of one size
+            tiny[other] = given[one]
     return tiny
 
 

@@ -29,6 +29,7 @@ def train_rnn(
     hidden_size: options.HiddenSize = None,
     num_layers: options.NumLayers = None,
     cell: options.Cell = None,
+    tie_weights: options.TieWeights = None,
     dropout: options.Dropout = None,
     steps: options.Steps = None,
     minutes: options.Minutes = None,

@@ -42,6 +42,17 @@ RNN_PRESETS = {
             optimizer="adam", learning_rate=2e-3, batch_size=64, sequence_length=100, minutes=4.0
         ),
     ),
+    "deep": Preset(
+        RNNConfig(
+            vocab_size=10_000,
+            embedding_dim=512,
+            hidden_size=512,
+            num_layers=2,
+            dropout=0.2,
+            tie_weights=True,
+        ),
+        TrainingConfig(learning_rate=2e-3, batch_size=64, sequence_length=100, minutes=10.0),
+    ),
     # Sound: a token is a sample, of which a gradient has to reach more than of letters.
     "audio": Preset(
         RNNConfig(vocab_size=256, embedding_dim=64, hidden_size=384),

@@ -137,7 +137,7 @@ class RecurrentTask(NetworkTask):
     presets = RNN_PRESETS
     tiny: ClassVar = {
         "vocab_size": 260,
-        "embedding_dim": 8,
+        "embedding_dim": 16,
         "hidden_size": 16,
         "num_layers": 1,
         "batch_size": 4,
