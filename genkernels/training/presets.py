@@ -151,7 +151,7 @@ GAN_PRESETS = {
     # scikit-learn's digits.
     "digits": Preset(
         GANConfig(image_size=8, width=48),
-        AdversarialConfig(learning_rate=4e-4, schedule="cosine", minutes=8.0),
+        AdversarialConfig(learning_rate=4e-4, schedule="cosine", minutes=2.0),
     ),
     "mnist": Preset(
         GANConfig(image_size=28, width=24),
