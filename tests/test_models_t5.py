@@ -8,11 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from model_checks import assert_same_model, perturb, training_losses
+from model_checks import assert_same_model, perturb
 
 import genkernels
 from genkernels.data import (
-    ByteTokenizer,
     InputError,
     PairBatches,
     SpanBatches,
@@ -20,7 +19,6 @@ from genkernels.data import (
     corrupt_spans,
     corrupted_windows,
     load_pairs,
-    load_text,
 )
 from genkernels.models import T5, T5Config
 from genkernels.models.t5 import position_buckets
@@ -185,107 +183,10 @@ def test_initial_values_keep_the_variance():
     assert v.std().item() == pytest.approx(1, rel=0.1)
 
 
-def test_trains_as_in_plain_pytorch():
-    text = ByteTokenizer().encode(load_text()[:50_000])
-    config = T5Config(256, 2, 4, 64, 128)
-    batches = SpanBatches(text, 12, 100, 256)
-    genkernels.stats(reset=True)
-    ours = training_losses(small_model(config), batches, 30, 5e-3)
-    calls = genkernels.stats(reset=True)
-    assert calls["attention_forward", "cpp"] == calls["attention_backward", "cpp"] == 30 * 6
-    theirs = training_losses(small_model(config, fused=False), batches, 30, 5e-3)
-    assert not genkernels.stats()
-    assert ours[0] > 5.5
-    assert ours[-1] < 3.6, "has to have learned something"
-    assert ours == pytest.approx(theirs, rel=1e-3)
-
-
-def test_learns_to_answer():
-    torch.manual_seed(0)
-    pairs = [
-        (torch.randint(30, (n,)), torch.randint(30, (m,))) for n, m in ((5, 3), (2, 6), (7, 1))
-    ]
-    batches = PairBatches(pairs, 8, 12, 30)
-    model = small_model(T5Config(30, 1, 4, 32, 64, dropout=0.1))
-    training_losses(model, batches, 80, 1e-2)
-    source, _, lengths = batches.rows(torch.arange(3))
-    answers = model.generate(source, 10, temperature=0, lengths=lengths)
-    assert model.training
-    for (_, target), answer in zip(pairs, answers.tolist(), strict=True):
-        expected = [*target.tolist(), END]
-        assert answer == expected + [PAD] * (7 - len(expected)), "ends with the longest"
-
-
-@pytest.mark.parametrize("fused", [True, False])
-def test_cache_changes_no_token(fused):
-    model = small_model(SMALL, fused)
-    perturb(model, 0.1)
-    for batch, size, temperature in itertools.product((1, 3), (1, 9), (0, 1.5)):
-        source = torch.randint(30, (batch, size))
-        lengths = torch.randint(1, size + 1, (batch,)) if size > 1 else None
-        cached, plain = (
-            model.generate(
-                source,
-                25,
-                temperature,
-                generator=torch.Generator().manual_seed(1),
-                use_cache=use_cache,
-                lengths=lengths,
-            )
-            for use_cache in (True, False)
-        )
-        assert torch.equal(cached, plain), (batch, size, temperature)
-
-
-def test_greedy_generation_takes_the_likeliest_token_each_time():
-    model = small_model(T5Config(30, 2, 4, 32, 48, dropout=0.5))
-    perturb(model, 0.1)
-    source = torch.randint(30, (3, 9))
-    generated = model.generate(source, 12, temperature=0)
-    model.eval()
-    expected = torch.zeros(3, 0, dtype=torch.int64)
-    for _ in range(12):
-        logits = model(source, F.pad(expected, (0, 1)))  # the last one is not read
-        expected = torch.cat([expected, logits[:, -1:].argmax(-1)], 1)
-    assert not (expected == END).any()
-    assert torch.equal(generated, expected)
-    assert model.generate(source, 0).shape == (3, 0)
-
-
 def test_generation_runs_compiled_kernels(compiled_only):
     model = small_model(T5Config(30, 1, 4, 32, 48))
     model.generate(torch.randint(30, (2, 5)), 3, temperature=0)
     assert genkernels.stats()["attention_forward", "cpp"] == 1 + 3 * 2
-
-
-def test_what_is_padded_changes_nothing():
-    model = small_model().eval()
-    alone, target = torch.randint(30, (1, 6)), torch.randint(30, (1, 5))
-    beside = torch.cat([alone, torch.randint(30, (1, 6))], 1)
-    lengths = torch.tensor([6])
-    torch.testing.assert_close(model(beside, target, lengths), model(alone, target))
-    assert not torch.allclose(model(beside, target), model(alone, target), atol=1e-3)
-
-
-def test_log_prob_is_that_of_the_logits():
-    model = small_model().eval()
-    source, target = torch.randint(30, (2, 3, 10))
-    target[1, 6:] = -100
-    log_prob, prediction, state = model.log_prob(source, target)
-    logits = model(source, target).flatten(0, 1)
-    torch.testing.assert_close(
-        log_prob, -F.cross_entropy(logits, target.flatten(), reduction="none")
-    )
-    assert torch.equal(prediction, logits.argmax(-1))
-    assert state is None
-    assert not log_prob.view(3, 10)[1, 6:].any()
-
-
-@pytest.mark.parametrize("shape", [(5,), (2, 0)])
-def test_refuses_a_source(shape):
-    source = torch.zeros(shape, dtype=torch.int64)
-    with pytest.raises(ValueError, match="source must be"):
-        small_model().loss(source, torch.zeros(2, 3, dtype=torch.int64))
 
 
 def restored(source: list[int], target: list[int]) -> list[int]:
