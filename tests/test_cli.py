@@ -904,7 +904,11 @@ EXAMPLES = {
     "generate": [
         'genkernels generate runs/rnn --prompt "The class" --temperature 0.7 --seed 1',
     ],
-    "evaluate": ["genkernels evaluate runs/rnn --data notes.txt --whole"],
+    "evaluate": [
+        "genkernels evaluate runs/rnn --data notes.txt --whole",
+        "genkernels evaluate runs/gpt --human sheet.html --against runs/rnn",
+    ],
+    "score": ["genkernels score votes.json --key sheet.key.json"],
     "info": ["GENKERNELS_SIMD=avx2 genkernels info"],
 }
 
@@ -925,7 +929,7 @@ def test_help_explains_every_option(capsys):
     for command in commands:
         commands += getattr(command, "commands", {}).values()
         assert all(parameter.help for parameter in command.params), command.name
-    assert len(commands) == 16
+    assert len(commands) == 17
     assert main(["train", "rnn", "--help"]) == 0
     out = capsys.readouterr().out
     for value in ("hidden-size 384", "hidden-size 512", "learning-rate 0.003"):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data import DATES, DEFAULT_CORPUS, InputError, clean_text
+from ..data import DATES, DEFAULT_CORPUS, InputError, check_kind, clean_text, errors_in
 from ..models.config import MAX_LAYERS, MAX_SIZE
 from ..models.rnn import CellName
 from ..training import AdversarialLossName, OptimizerName, Preset, ScheduleName, Which
@@ -59,12 +59,8 @@ def cleaned(prompt: str | None) -> str | None:
 
 def check_picture(output: Path) -> None:
     """Let a PNG be replaced, but no file of another kind."""
-    if output.is_file() and output.stat().st_size:
-        with output.open("rb") as file:
-            if file.read(4) != b"\x89PNG":
-                raise InputError(
-                    f"--output: {output} is a file of another kind; expected a PNG, or none"
-                )
+    with errors_in("--output"):
+        check_kind(output, b"\x89PNG", "a PNG")
 
 
 def given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:

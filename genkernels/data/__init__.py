@@ -12,7 +12,7 @@ from .audio import (
 from .batches import Batches, CropBatches, RowBatches, windows_of
 from .dates import date_pairs, split_date_pairs
 from .errors import InputError, errors_in
-from .files import Errors, replace_file
+from .files import Errors, check_kind, replace_file
 from .images import (
     IMAGE_SETS,
     ImageSet,
@@ -86,6 +86,7 @@ __all__ = [
     "TextToTextTokens",
     "Tokenizer",
     "batchify",
+    "check_kind",
     "clean_text",
     "corrupt_spans",
     "corrupted_windows",

@@ -26,7 +26,7 @@ from .evaluation_gan import (
     image_classifier,
 )
 from .fitting import EMConfig, Fitting, FittingConfig
-from .human import Kind, Preference, score_votes, write_sheet
+from .human import Kind, Preference, check_sheet, score_votes, write_sheet
 from .loop import (
     OptimizerName,
     Run,
@@ -98,6 +98,7 @@ __all__ = [
     "TrainingConfig",
     "Which",
     "autocorrelations",
+    "check_sheet",
     "compare_step_time",
     "evaluate",
     "evaluate_batches",

@@ -8,7 +8,7 @@ from .gan import GANTask, RecurrentGANTask
 from .language import GPTTask, HMMTask, MarkovTask, RNNTask
 from .seq2seq import Seq2SeqTask
 from .t5 import T5Task
-from .task import TEMPERATURE, Baseline, Request, SampleFile, Task, TokenTask
+from .task import TEMPERATURE, Baseline, Example, Request, SampleFile, Task, TokenTask
 
 # By the model's name; `Task.of` then goes by the data.
 TASKS: dict[str, type[Task]] = {
@@ -42,6 +42,7 @@ __all__ = [
     "TASKS",
     "TEMPERATURE",
     "Baseline",
+    "Example",
     "Request",
     "SampleFile",
     "Task",

@@ -6,7 +6,8 @@ import abc
 import csv
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from ...data import (
     ImageSet,
     InputError,
     RowBatches,
+    check_kind,
     errors_in,
     load_image_set,
     load_images,
@@ -41,7 +43,7 @@ from ..evaluation_gan import (
 )
 from ..plot import plot_series
 from ..presets import GAN_PRESETS, RECURRENT_GAN_PRESETS
-from .task import Baseline, Request, SampleFile, Task, labels_of
+from .task import Baseline, Example, Request, SampleFile, Task, drawn, labels_of
 
 _OF_A_CLASS = 8  # in a sample
 _SAMPLES = 64
@@ -58,6 +60,7 @@ class AdversarialTask(Task):
 
     config_class = AdversarialConfig
     options = frozenset({"num_samples", "seed", "label", "output"})
+    medium = "image"
     file: ClassVar[str]  # that is written if no other is named
 
     examples: Tensor
@@ -90,12 +93,52 @@ class AdversarialTask(Task):
         if label is not None and label not in labels:
             raise InputError(f"--label: {label!r}; expected one of {', '.join(labels)}")
         output = request.output or Path(cls.file)
-        check_kind(output)
+        _check_output(output)
         wanted = None if label is None else labels.index(label)
         made, classes = _drawn(model, request.num_samples or _SAMPLES, wanted, request.generator)
         with replace_file(output) as path:
             cls.write(path, made, classes, labels, output.suffix)
         yield f"{cls.items:<15} {output}: {len(made):,}\n"
+
+    @classmethod
+    def examples_of(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool, count: int, seed: int
+    ) -> list[Example]:
+        labels = labels_of(checkpoint.model, checkpoint.training)
+        measured, classes = cls.measured(checkpoint, data, whole)
+        chosen = drawn(count, len(measured), seed)
+        names = [labels[c] for c in classes[chosen].tolist()]
+        pictures = cls._pictures(measured[chosen], names)
+        return list(map(Example, names, pictures))
+
+    @classmethod
+    def made(cls, checkpoint: Checkpoint, examples: Sequence[Example], seed: int) -> list[bytes]:
+        model, _, training = checkpoint
+        labels, names = labels_of(model, training), [given for given, _ in examples]
+        for name in names:
+            if name not in labels:
+                raise InputError(f"a model of {', '.join(labels)} draws no {name!r}; expected one")
+        classes = torch.tensor([labels.index(name) for name in names])
+        generator = torch.Generator().manual_seed(seed)
+        return cls._pictures(model.generate(len(names), classes, generator), names)
+
+    @classmethod
+    def _pictures(cls, made: Tensor, labels: Sequence[str]) -> list[bytes]:
+        """Return a PNG of each."""
+        pictures = []
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "picture.png"
+            for one, label in zip(made.split(1), labels, strict=True):
+                cls.write(path, one, torch.tensor([0]), [label])
+                pictures.append(path.read_bytes())
+        return pictures
+
+    @classmethod
+    @abc.abstractmethod
+    def measured(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return what a model is measured on, [N, ..], and the classes, int64 [N]."""
 
     @classmethod
     @abc.abstractmethod
@@ -110,18 +153,13 @@ class AdversarialTask(Task):
         """Write what was drawn, [N, ..], of classes int64 [N], as a file of that kind."""
 
 
-def check_kind(output: Path) -> None:
+def _check_output(output: Path) -> None:
     """Let a file of the same kind be replaced, but no other."""
     begins = {".png": b"\x89PNG", ".csv": b"label,"}
     if output.suffix not in begins:
         raise InputError(f"--output: {output} is not of a kind that can be written; expected .png")
-    if output.is_file() and output.stat().st_size:
-        with output.open("rb") as file:
-            if not file.read(6).startswith(begins[output.suffix]):
-                raise InputError(
-                    f"--output: {output} is a file of another kind; expected a "
-                    f"{output.suffix[1:].upper()}, or none"
-                )
+    with errors_in("--output"):
+        check_kind(output, begins[output.suffix], f"a {output.suffix[1:].upper()}")
 
 
 def _drawn(
@@ -148,7 +186,7 @@ class GANTask(AdversarialTask):
     presets = GAN_PRESETS
     tiny: ClassVar = {"latent_dim": 8, "width": 4, "num_heads": 2, "batch_size": 16}
     kernel = "attention"
-    items = "images"
+    items = judged = "images"
     unit = "FID-like"
     sample_heading = f"{_OF_A_CLASS} images of each class, a column each"
     file = "images.png"
@@ -190,6 +228,22 @@ class GANTask(AdversarialTask):
     def measure(
         cls, checkpoint: Checkpoint, data: Path | None, whole: bool
     ) -> tuple[ImageEvaluation, Baseline | None]:
+        known, measured = cls._split(checkpoint, data, whole)
+        classifier = image_classifier(*known)
+        result = evaluate_images(checkpoint.model, classifier, *measured)
+        return result, None if whole else _floor(classifier, known[0], measured[0])
+
+    @classmethod
+    def measured(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[Tensor, Tensor]:
+        return cls._split(checkpoint, data, whole)[1]
+
+    @classmethod
+    def _split(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return what is known of the data, and what the model is measured on."""
         model, _, training = checkpoint
         images, labels = _load(data, model.config), labels_of(model, training)
         if list(images.classes) != labels:
@@ -198,10 +252,7 @@ class GANTask(AdversarialTask):
             )
         with errors_in(_source(data, model.config)):
             parts = (images, images) if whole else split_images(images, _HELD_OUT)
-        known, measured = map(_normalized, parts)
-        classifier = image_classifier(*known)
-        result = evaluate_images(model, classifier, *measured)
-        return result, None if whole else _floor(classifier, known[0], measured[0])
+        return list(map(_normalized, parts))
 
     @classmethod
     def digest_of(cls, data: Path | None, sizes: GANConfig) -> str:
@@ -273,7 +324,7 @@ class RecurrentGANTask(AdversarialTask):
     presets = RECURRENT_GAN_PRESETS
     tiny: ClassVar = {"length": 8, "latent_dim": 4, "hidden_size": 8, "batch_size": 16}
     kernel = "gru"
-    items = "series"
+    items = judged = "series"
     unit = "KS"
     sample_heading = f"{_OF_A_CLASS} series of each process"
     file = "series.png"
@@ -310,14 +361,17 @@ class RecurrentGANTask(AdversarialTask):
     def measure(
         cls, checkpoint: Checkpoint, data: Path | None, whole: bool
     ) -> tuple[SeriesEvaluation, Baseline | None]:
+        return evaluate_series(checkpoint.model, *cls.measured(checkpoint, data, whole)), None
+
+    @classmethod
+    def measured(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[Tensor, Tensor]:
         _check_synthetic(data)
-        model = checkpoint.model
-        measured = (
-            synthetic_series(_SERIES, model.config.length)
-            if whole
-            else _held_out(_HELD_OUT_SERIES, model.config)
-        )
-        return evaluate_series(model, *measured), None
+        sizes = checkpoint.model.config
+        if whole:
+            return synthetic_series(_SERIES, sizes.length)
+        return _held_out(_HELD_OUT_SERIES, sizes)
 
     @classmethod
     def digest_of(cls, data: Path | None, sizes: RecurrentGANConfig) -> str:

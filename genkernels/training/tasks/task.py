@@ -33,6 +33,7 @@ from ...data import (
 from ..checkpoint import Checkpoint
 from ..comparison import Comparison, compare_step_time
 from ..evaluation import Measures, TokenEvaluation
+from ..human import Kind
 from ..loop import Training, TrainingConfig
 from ..presets import Preset
 
@@ -70,11 +71,11 @@ class Request:
 
     prompt: str | None
     max_new_tokens: int
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    num_samples: int | None
-    seed: int
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    num_samples: int | None = None
+    seed: int = 0
     beam_size: int | None = None
     label: str | None = None
     output: Path | None = None
@@ -88,6 +89,17 @@ class Request:
         """The arguments of `stream` and `generate` after the prompt."""
         temperature = TEMPERATURE if self.temperature is None else self.temperature
         return self.max_new_tokens, temperature, self.top_k, self.top_p, self.generator
+
+
+class Example(NamedTuple):
+    """An example of the data, for people to judge what a model makes in its place.
+
+    given: what one goes by who makes such, a text.
+    real: what is there in the data: a text, or the content of a file of the task's `medium`.
+    """
+
+    given: str
+    real: str | bytes
 
 
 # The fields of a `Request` to a model that draws one token after another.
@@ -121,6 +133,8 @@ class Task(abc.ABC):
     unit: ClassVar[str]  # of the figure, and of `scale` times a loss
     options: ClassVar[frozenset[str]]  # the fields of a `Request` that mean something to it
     sample_heading: ClassVar[str]
+    judged: ClassVar[str | None] = None  # what `made` makes, if people can judge it
+    medium: ClassVar[Kind] = "text"  # of that
 
     source: str
     digest: str  # of what there is to learn from
@@ -205,6 +219,25 @@ class Task(abc.ABC):
         Raises:
             InputError: the request is not one for this model.
         """
+
+    @classmethod
+    def examples_of(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool, count: int, seed: int
+    ) -> list[Example]:
+        """Draw so many examples from all of a file, or from the part of it that training would hold
+        out.
+
+        Raises:
+            InputError: there are not as many, or the file is none for this model.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def made(
+        cls, checkpoint: Checkpoint, examples: Sequence[Example], seed: int
+    ) -> list[str] | list[bytes]:
+        """Make one of the kind of each example, by what it gives."""
+        raise NotImplementedError
 
 
 class TokenTask(Task):
@@ -362,6 +395,17 @@ def required(prompt: str | None, model: Any) -> str:
     if prompt is None:
         raise InputError(f"--prompt: missing; expected a text for the {model.name} to read")
     return prompt
+
+
+def drawn(count: int, available: int, seed: int) -> list[int]:
+    """Choose so many numbers below `available`, in random order.
+
+    Raises:
+        InputError: there are not as many.
+    """
+    if available < count:
+        raise InputError(f"{available} examples to show; expected at least --pairs {count}")
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].tolist()
 
 
 def labels_of(model: Any, training: dict[str, Any]) -> list[str]:
