@@ -895,7 +895,10 @@ EXAMPLES = {
     "train t5": ["genkernels train t5 --data pairs.tsv --output runs/pairs"],
     "attend": ['genkernels attend runs/t5 --prompt "The <extra_id_0> of a class" --head 0'],
     "train hmm": ["genkernels train hmm --data notes.txt --num-states 32"],
-    "train bayesian-network": ["genkernels train bayesian-network --data notes.txt"],
+    "train bayesian-network": [
+        "genkernels train bayesian-network --data notes.txt",
+        "genkernels train bayesian-network --data table.csv --output runs/table",
+    ],
     "compare": ["genkernels compare --data notes.txt --minutes 2"],
     "train gan": ["genkernels train gan --preset mnist --output runs/mnist"],
     "train recurrent-gan": ["genkernels train recurrent-gan --minutes 5"],

@@ -62,10 +62,10 @@ def evaluate(
     """Measure how well a trained model predicts what it was not trained on.
 
     rnn, gpt, hmm and bayesian-network: bits per byte, cross-entropy, perplexity and token accuracy
-    of a text. bert: the cross-entropy and accuracy of masked tokens, or of labels; t5 and seq2seq:
-    those of the tokens of answers, and how many answers are exact. gan and recurrent-gan: how far
-    what they draw is from what was held out. On a held-out split also what a simpler model
-    reaches that has learned from the rest.
+    of a text; of a table bits per row. bert: the cross-entropy and accuracy of masked tokens, or of
+    labels; t5 and seq2seq: those of the tokens of answers, and how many answers are exact. gan and
+    recurrent-gan: how far what they draw is from what was held out. On a held-out split also what a
+    simpler model reaches that has learned from the rest.
 
     With --human, people are to judge: a page shows what the model makes beside what was held out,
     or beside what another model makes, of one text, source or class. Whoever opens it in a browser
@@ -86,28 +86,26 @@ def evaluate(
         with errors_in("--human"):
             check_sheet(human)
     loaded = load_checkpoint(checkpoint, which)
-    task_class = task_of(loaded.model)
-    if data is None:
-        data = data_of(loaded.training)
+    is_own = data is None
+    data = data_of(loaded.training) if data is None else data
+    task_class = task_of(loaded.model).of(data)
+    if not isinstance(loaded.model, task_class.model_class):
+        raise _unlike(data, checkpoint)
+    if is_own and not whole:
         digest = loaded.training.get("digest")  # older checkpoints have none
-        if not whole and digest not in (
-            None,
-            task_class.of(data).digest_of(data, loaded.model.config),
-        ):
+        if digest not in (None, task_class.digest_of(data, loaded.model.config)):
             raise InputError(
                 f"{data or DEFAULT_CORPUS}: has changed since {checkpoint} learned from it, "
                 "perhaps what would be held out; expected it as it was, --whole or --data"
             )
     if human is None:
-        result, baseline = task_class.of(data).measure(loaded, data, whole)
+        result, baseline = task_class.measure(loaded, data, whole)
         for line in evaluation_lines(result, baseline):
             print(line)
         return
     task = _judged(checkpoint, loaded)
-    if task_class.of(data) is not task:
-        raise InputError(
-            f"{data}: is not like what {checkpoint} learned from; expected such a file"
-        )
+    if task_class is not task:
+        raise _unlike(data, checkpoint)
     rival = None
     if against is not None:
         rival = load_checkpoint(against, which)
@@ -126,6 +124,10 @@ def evaluate(
     print(f"sheet           {human}: {pairs} pairs of {task.judged}, {' and '.join(names)}")
     print(f"key             {key}, not for those who vote")
     print(f"their votes     genkernels score votes.json --key {key}")
+
+
+def _unlike(data: Path | None, checkpoint: Path) -> InputError:
+    return InputError(f"{data}: is not like what {checkpoint} learned from; expected such a file")
 
 
 def _judged(checkpoint: Path, loaded: Checkpoint) -> type[Task]:

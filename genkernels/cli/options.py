@@ -95,6 +95,13 @@ Prompt = Annotated[
     str | None, typer.Option(help="Text that is read.", show_default="a new line for rnn and gpt")
 ]
 Data = Annotated[Path | None, typer.Option(help="UTF-8 text file.", show_default=DEFAULT_CORPUS)]
+TableData = Annotated[
+    Path | None,
+    typer.Option(
+        help="UTF-8 text file; or, ending in .csv, a table whose first line names the columns.",
+        show_default=DEFAULT_CORPUS,
+    ),
+]
 ImageData = Annotated[
     Path | None,
     typer.Option(
@@ -218,6 +225,14 @@ NumStates = Annotated[
 Order = Annotated[
     int | None,
     typer.Option(min=0, max=6, help="Bytes that the next one depends on.", rich_help_panel=_MODEL),
+]
+TableStructure = Annotated[
+    str | None,
+    typer.Option(
+        help="Which columns depend on which, as in a->b,b->c; empty: none on another.",
+        show_default="the Chow-Liu tree",
+        rich_help_panel=_MODEL,
+    ),
 ]
 Bidirectional = Annotated[
     bool | None,

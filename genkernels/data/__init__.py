@@ -1,4 +1,4 @@
-"""Text, images and sound: reading, cleaning, the held-out split, tokenizers and batches."""
+"""Text, tables, images and sound: reading, cleaning, the held-out split, tokenizers and batches."""
 
 from .audio import (
     AudioTokenizer,
@@ -43,6 +43,7 @@ from .special import (
     spell_masked,
 )
 from .streams import SequenceBatches, batchify, sequence_batches
+from .table import Table, load_table
 from .text import (
     DATES,
     DEFAULT_CORPUS,
@@ -81,6 +82,7 @@ __all__ = [
     "Sinusoid",
     "SpanBatches",
     "SpecialTokens",
+    "Table",
     "TextCleaner",
     "TextStream",
     "TextToTextTokens",
@@ -101,6 +103,7 @@ __all__ = [
     "load_image_set",
     "load_images",
     "load_pairs",
+    "load_table",
     "load_text",
     "load_tokenizer",
     "load_tokens",

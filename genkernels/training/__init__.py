@@ -14,7 +14,14 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .comparison import Comparison, compare_step_time, kernel_share
-from .evaluation import Evaluation, Measures, TokenEvaluation, evaluate, evaluate_batches
+from .evaluation import (
+    Evaluation,
+    Measures,
+    RowEvaluation,
+    TokenEvaluation,
+    evaluate,
+    evaluate_batches,
+)
 from .evaluation_gan import (
     ImageClassifier,
     ImageEvaluation,
@@ -25,7 +32,7 @@ from .evaluation_gan import (
     frechet_distance,
     image_classifier,
 )
-from .fitting import EMConfig, Fitting, FittingConfig
+from .fitting import CountingConfig, EMConfig, Fitting, FittingConfig
 from .human import Kind, Preference, check_sheet, score_votes, write_sheet
 from .loop import (
     OptimizerName,
@@ -48,6 +55,7 @@ from .presets import (
     RNN_PRESETS,
     SEQ2SEQ_PRESETS,
     T5_PRESETS,
+    TABLE_PRESETS,
     Preset,
 )
 from .tasks import TASKS, TEMPERATURE, Baseline, Request, SampleFile, Task, TokenTask, task_of
@@ -64,6 +72,7 @@ __all__ = [
     "RNN_PRESETS",
     "SEQ2SEQ_PRESETS",
     "T5_PRESETS",
+    "TABLE_PRESETS",
     "TASKS",
     "TEMPERATURE",
     "AdversarialConfig",
@@ -73,6 +82,7 @@ __all__ = [
     "Baseline",
     "Checkpoint",
     "Comparison",
+    "CountingConfig",
     "EMConfig",
     "Evaluation",
     "Fitting",
@@ -85,6 +95,7 @@ __all__ = [
     "Preference",
     "Preset",
     "Request",
+    "RowEvaluation",
     "Run",
     "RunFolder",
     "SampleFile",

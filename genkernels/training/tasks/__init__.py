@@ -8,6 +8,7 @@ from .gan import GANTask, RecurrentGANTask
 from .language import GPTTask, HMMTask, MarkovTask, RNNTask
 from .seq2seq import Seq2SeqTask
 from .t5 import T5Task
+from .table import TableTask
 from .task import TEMPERATURE, Baseline, Example, Request, SampleFile, Task, TokenTask
 
 # By the model's name; `Task.of` then goes by the data.
@@ -21,6 +22,7 @@ TASKS: dict[str, type[Task]] = {
         Seq2SeqTask,
         HMMTask,
         MarkovTask,
+        TableTask,
         GANTask,
         RecurrentGANTask,
     )

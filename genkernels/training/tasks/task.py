@@ -428,17 +428,24 @@ def split_rows(rows: list[tuple[str, str]]) -> Rows:
     Raises:
         InputError: no row is left on one of the sides.
     """
-    count = max(int(len(rows) * _HELD_OUT), 1)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    training = [rows[i] for i in sorted(order[count:])]
+    known_places, places = rows_held_out(len(rows))
+    training = [rows[i] for i in known_places]
     known = set(training)
-    held_out = [rows[i] for i in sorted(order[:count]) if rows[i] not in known]
+    held_out = [rows[i] for i in places if rows[i] not in known]
     if not training or not held_out:
         raise InputError(
             f"nothing to hold out: a tenth of the {len(rows)} lines is empty or a copy of others; "
             "expected more lines"
         )
     return Rows(training, held_out)
+
+
+def rows_held_out(count: int) -> tuple[list[int], list[int]]:
+    """Return which of so many rows to learn from, and which tenth of them, at least one, to hold
+    out."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    cut = max(int(count * _HELD_OUT), 1)
+    return sorted(order[cut:]), sorted(order[:cut])
 
 
 def in_order(batches: LabelledBatches | PairBatches) -> list[tuple[Tensor, ...]]:
