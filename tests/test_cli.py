@@ -946,7 +946,10 @@ EXAMPLES = {
     "train t5": ["genkernels train t5 --data pairs.tsv --output runs/pairs"],
     "attend": ['genkernels attend runs/t5 --prompt "The <extra_id_0> of a class" --head 0'],
     "train hmm": ["genkernels train hmm --data notes.txt --num-states 32"],
-    "train bayesian-network": ["genkernels train bayesian-network --data notes.txt"],
+    "train bayesian-network": [
+        "genkernels train bayesian-network --data notes.txt",
+        "genkernels train bayesian-network --data table.csv --output runs/table",
+    ],
     "compare": ["genkernels compare --data notes.txt --minutes 2"],
     "train gan": ["genkernels train gan --preset mnist --output runs/mnist"],
     "train recurrent-gan": ["genkernels train recurrent-gan --minutes 5"],
@@ -955,7 +958,11 @@ EXAMPLES = {
     "generate": [
         'genkernels generate runs/rnn --prompt "The class" --temperature 0.7 --seed 1',
     ],
-    "evaluate": ["genkernels evaluate runs/rnn --data notes.txt --whole"],
+    "evaluate": [
+        "genkernels evaluate runs/rnn --data notes.txt --whole",
+        "genkernels evaluate runs/gpt --human sheet.html --against runs/rnn",
+    ],
+    "score": ["genkernels score votes.json --key sheet.key.json"],
     "info": ["GENKERNELS_SIMD=avx2 genkernels info"],
 }
 
@@ -976,7 +983,7 @@ def test_help_explains_every_option(capsys):
     for command in commands:
         commands += getattr(command, "commands", {}).values()
         assert all(parameter.help for parameter in command.params), command.name
-    assert len(commands) == 16
+    assert len(commands) == 17
     assert main(["train", "rnn", "--help"]) == 0
     out = capsys.readouterr().out
     for value in ("hidden-size 384", "hidden-size 512", "learning-rate 0.003"):

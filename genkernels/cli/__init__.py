@@ -1,4 +1,4 @@
-"""The command `genkernels`: train, generate, attend, evaluate, info."""
+"""The command `genkernels`: train, generate, attend, evaluate, score, compare, info."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from . import (
     compare,
     evaluate,
     generate,
+    score,
     train_bayesian_network,
     train_bert,
     train_gan,
@@ -40,6 +41,7 @@ app.add_typer(train, name="train")
 app.command("generate")(generate.generate)
 app.command("attend")(attend.attend)
 app.command("evaluate")(evaluate.evaluate)
+app.command("score")(score.score)
 app.command("compare")(compare.compare)
 
 

@@ -13,7 +13,6 @@ from ..data import MASK, InputError, Tokenizer, spell_answer, spell_masked
 from ..models import BERT, EncoderDecoder, attention_maps
 from ..training import (
     TokenTask,
-    check_contents,
     load_checkpoint,
     plot_attention,
     replace_file,
@@ -52,7 +51,7 @@ def attend(
         genkernels attend runs/t5 --prompt "The <extra_id_0> of a class" --head 0
     """
     text = options.cleaned(prompt)
-    check_contents(output, ".png")
+    options.check_picture(output)
     loaded = load_checkpoint(checkpoint, which)
     model, tokenizer, _ = loaded
     if not hasattr(model, "functions"):

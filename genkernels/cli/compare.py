@@ -13,7 +13,7 @@ import torch
 import typer
 
 from ..data import InputError, is_audio
-from ..training import TASKS, Evaluation, check_contents, kernel_share, plot_runs, replace_file
+from ..training import TASKS, Evaluation, kernel_share, plot_runs, replace_file
 from . import options
 from .report import plain_console, progress_bar
 from .train import new_run, tiny
@@ -76,7 +76,7 @@ def compare(
             pass
         print("dry run         all of it works; nothing was left behind")
         return
-    check_contents(output, ".png")
+    options.check_picture(output)
     with replace_file(output) as file:
         file.touch()  # a place that cannot be written to is found before the work
         runs = _runs(names, {"data": data, "seed": seed, "dry_run": False}, minutes)

@@ -63,8 +63,8 @@ def generate(
         typer.Option(
             min=1,
             max=10_000,
-            help="How many texts, images or series, drawn side by side.",
-            show_default="1 text, 64 images or series",
+            help="How many texts, rows, images or series, drawn side by side.",
+            show_default="1 text or row, 64 images or series",
         ),
     ] = None,
     seed: Annotated[
@@ -87,8 +87,10 @@ def generate(
     rnn, gpt, hmm and bayesian-network continue the prompt, and t5 answers it, with <extra_id_0>,
     <extra_id_1>, ... where spans are missing, and seq2seq; a single text is printed as it comes.
     bert fills in each [MASK], and shows the --top-k likeliest tokens of each, or says how likely
-    each label is. gan draws images and recurrent-gan series, into the file --output; there an rnn
-    that has learned sound writes what comes after silence, without a prompt.
+    each label is. A bayesian-network of a table prints how likely each value is of the columns that
+    the prompt does not name, or, with --num-samples, draws rows with what it gives, as CSV. gan
+    draws images and recurrent-gan series, into the file --output; there an rnn that has
+    learned sound writes what comes after silence, without a prompt.
 
     Examples:
 
@@ -97,6 +99,8 @@ def generate(
         genkernels generate runs/bert --prompt "The [MASK] of a class"
         genkernels generate runs/t5 --prompt "The <extra_id_0> of a class"
         genkernels generate runs/seq2seq --prompt "the 3rd of May 1998" --beam-size 4
+        genkernels generate runs/table --prompt "season=winter,rain=no"
+        genkernels generate runs/table --prompt "rain=yes" --num-samples 5
         genkernels generate runs/gan --label 7 --num-samples 25 --output sevens.png
         genkernels generate runs/recurrent-gan --output series.csv
         genkernels generate runs/audio --max-new-tokens 80000 --output tune.wav

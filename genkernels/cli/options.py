@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..data import DATES, DEFAULT_CORPUS, MELODY, InputError, clean_text
+from ..data import DATES, DEFAULT_CORPUS, MELODY, InputError, check_kind, clean_text, errors_in
 from ..models.config import MAX_LAYERS, MAX_SIZE
 from ..models.rnn import CellName
 from ..training import AdversarialLossName, OptimizerName, Preset, ScheduleName, Which
@@ -57,6 +57,12 @@ def cleaned(prompt: str | None) -> str | None:
     return text
 
 
+def check_picture(output: Path) -> None:
+    """Let a PNG be replaced, but no file of another kind."""
+    with errors_in("--output"):
+        check_kind(output, b"\x89PNG", "a PNG")
+
+
 def given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of the values of options that were given on the command line."""
     return {
@@ -94,6 +100,13 @@ SoundData = Annotated[
     typer.Option(
         help=f"UTF-8 text file; or sound: a WAV or FLAC file, a folder of them, or {MELODY}.",
         show_default=f"{DEFAULT_CORPUS}, or {MELODY} with --preset audio",
+    ),
+]
+TableData = Annotated[
+    Path | None,
+    typer.Option(
+        help="UTF-8 text file; or, ending in .csv, a table whose first line names the columns.",
+        show_default=DEFAULT_CORPUS,
     ),
 ]
 ImageData = Annotated[
@@ -227,6 +240,14 @@ NumStates = Annotated[
 Order = Annotated[
     int | None,
     typer.Option(min=0, max=6, help="Bytes that the next one depends on.", rich_help_panel=_MODEL),
+]
+TableStructure = Annotated[
+    str | None,
+    typer.Option(
+        help="Which columns depend on which, as in a->b,b->c; empty: none on another.",
+        show_default="the Chow-Liu tree",
+        rich_help_panel=_MODEL,
+    ),
 ]
 Bidirectional = Annotated[
     bool | None,

@@ -49,7 +49,8 @@ def train_model(model: str, context: typer.Context, **values: Any) -> None:
     """Train as the options say, those of a command named as in `options`, by `_ABSENT` where it has
     none of them."""
     values = _ABSENT | values
-    task_class = TASKS[model]
+    task_class = TASKS[model].of(values["data"])
+    values["preset"] = values["preset"] or next(iter(task_class.presets))
     given = options.given(context, values)
     if not values["dry_run"]:
         _train(task_class, values, given, values["output"])

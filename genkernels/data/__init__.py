@@ -1,4 +1,4 @@
-"""Text, images and sound: reading, cleaning, the held-out split, tokenizers and batches."""
+"""Text, tables, images and sound: reading, cleaning, the held-out split, tokenizers and batches."""
 
 from .audio import (
     MELODY,
@@ -14,7 +14,7 @@ from .audio import (
 from .batches import Batches, CropBatches, RowBatches, windows_of
 from .dates import date_pairs, split_date_pairs
 from .errors import InputError, errors_in
-from .files import Errors, replace_file
+from .files import Errors, check_kind, replace_file
 from .images import (
     IMAGE_SETS,
     ImageSet,
@@ -45,6 +45,7 @@ from .special import (
     spell_masked,
 )
 from .streams import SequenceBatches, batchify, sequence_batches
+from .table import Table, load_table
 from .text import (
     DATES,
     DEFAULT_CORPUS,
@@ -84,11 +85,13 @@ __all__ = [
     "Sinusoid",
     "SpanBatches",
     "SpecialTokens",
+    "Table",
     "TextCleaner",
     "TextStream",
     "TextToTextTokens",
     "Tokenizer",
     "batchify",
+    "check_kind",
     "clean_text",
     "corrupt_spans",
     "corrupted_windows",
@@ -104,6 +107,7 @@ __all__ = [
     "load_image_set",
     "load_images",
     "load_pairs",
+    "load_table",
     "load_text",
     "load_tokenizer",
     "load_tokens",

@@ -71,6 +71,18 @@ def read_each(
     return contents
 
 
+def check_kind(path: Path, begin: bytes, expected: str) -> None:
+    """Let a file be replaced that begins so, or is empty, but no other.
+
+    Raises:
+        InputError: it is another.
+    """
+    if path.is_file() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(len(begin)) != begin:
+                raise InputError(f"{path} is a file of another kind; expected {expected}, or none")
+
+
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Give a file to write, and let it take the place of `path` when the block ends well.

@@ -160,22 +160,47 @@ class BayesianNetwork(nn.Module):
             log_prob += table.flatten()[self._places(data, self.config.family(name))].log()
         return log_prob
 
-    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(
+        self,
+        count: int,
+        generator: torch.Generator | None = None,
+        evidence: Mapping[str, int] | None = None,
+    ) -> Tensor:
         """Draw `count` cases, int64 [count, K]: each variable given its parents.
 
-        The same generator state draws the same.
+        With evidence, of P(case | evidence), exactly: what `query` sums out is drawn in the reverse
+        order, each variable from the product that it was summed out of. It takes the time and
+        memory of a query. The same generator state draws the same.
 
         Raises:
-            ValueError: count < 1.
+            ValueError: count < 1, or evidence that `query` refuses.
         """
         if count < 1:
             raise ValueError(f"count must be >= 1, got {count}")
+        evidence = evidence or {}
+        states, names = self.config.states, list(self.config.states)
+        self._check_evidence([], evidence)
         tables = dict(self._named_tables())
-        names = list(self.config.states)
         data = self.tables[0].new_zeros((count, len(names)), dtype=torch.int64)
-        for name in self.config.order():
-            rows = tables[name].view(-1, self.config.states[name])
-            logits = rows[self._places(data, self.config.parents[name])].log()  # [count, states]
+        for name, value in evidence.items():
+            data[:, names.index(name)] = value
+        if evidence:
+            hidden = [name for name in names if name not in evidence]
+            products, rest = self._eliminate(hidden, self._factors(names, evidence))
+            self._joint(rest, evidence)  # raises where there is no such case
+            order = [
+                (name, tuple(member for member in product.names if member != name), product)
+                for name, product in reversed(products)
+            ]
+        else:
+            order = [
+                (name, self.config.parents[name], _Factor(self.config.family(name), tables[name]))
+                for name in self.config.order()
+            ]
+        for name, given, factor in order:
+            places = [factor.names.index(member) for member in (*given, name)]
+            rows = factor.table.permute(places).reshape(-1, states[name])
+            logits = rows[self._places(data, given)].log()  # [count, states]
             data[:, names.index(name)] = sample_token(logits, generator=generator)[:, 0]
         return data
 
@@ -194,36 +219,54 @@ class BayesianNetwork(nn.Module):
                 have, or evidence that is impossible.
         """
         evidence = evidence or {}
-        states = self.config.states
         if not variables:
             raise ValueError("variables must name at least 1, got none")
+        self._check_evidence(variables, evidence)
+        # What is neither asked nor given nor an ancestor of such sums to one.
+        relevant = self._ancestors([*variables, *evidence])
+        hidden = [name for name in relevant if name not in variables and name not in evidence]
+        _, factors = self._eliminate(hidden, self._factors(relevant, evidence))
+        joint = self._joint(factors, evidence)
+        table = joint.table / joint.table.sum()
+        # A factor's dimensions come in the order in which its names were met.
+        return table.permute([joint.names.index(name) for name in variables])
+
+    def _check_evidence(self, variables: Sequence[str], evidence: Mapping[str, int]) -> None:
+        states = self.config.states
         check_names(states, [*variables, *evidence])
         for name, value in evidence.items():
             if not 0 <= value < states[name]:
                 raise ValueError(f"{name!r} must be from 0 to {states[name] - 1}, got {value}")
-        # What is neither asked nor given nor an ancestor of such sums to one.
-        relevant = self._ancestors([*variables, *evidence])
+
+    def _factors(self, names: Sequence[str], evidence: Mapping[str, int]) -> list[_Factor]:
+        """The tables of some variables, for the values that are given."""
         factors = []
         for name, table in self._named_tables():
-            if name in relevant:
+            if name in names:
                 family = self.config.family(name)
                 part = table[tuple(evidence.get(member, slice(None)) for member in family)]
-                names = tuple(member for member in family if member not in evidence)
-                factors.append(_Factor(names, part))
-        hidden = [name for name in relevant if name not in variables and name not in evidence]
+                factors.append(_Factor(tuple(m for m in family if m not in evidence), part))
+        return factors
+
+    def _eliminate(
+        self, hidden: Sequence[str], factors: list[_Factor]
+    ) -> tuple[list[tuple[str, _Factor]], list[_Factor]]:
+        """Sum variables out; returns each with the product that it stood in, and what is left."""
+        hidden, products = list(hidden), []
         while hidden:
             name = min(hidden, key=lambda name: self._cost(name, factors))
             hidden.remove(name)
             product = functools.reduce(_Factor.times, (f for f in factors if name in f.names))
             factors = [f for f in factors if name not in f.names] + [product.without(name)]
-        one = _Factor((), self.tables[0].new_ones(()))
-        # A factor's dimensions come in the order in which its names were met.
-        joint = functools.reduce(_Factor.times, factors, one)
-        total = joint.table.sum()
-        if total == 0:
+            products.append((name, product))
+        return products, factors
+
+    def _joint(self, factors: Sequence[_Factor], evidence: Mapping[str, int]) -> _Factor:
+        joint = functools.reduce(_Factor.times, factors, _Factor((), self.tables[0].new_ones(())))
+        if not joint.table.any():
             given = ", ".join(f"{name} = {value}" for name, value in evidence.items())
             raise ValueError(f"evidence must be possible, got {given}, whose probability is 0")
-        return (joint.table / total).permute([joint.names.index(name) for name in variables])
+        return joint
 
     def _named_tables(self) -> zip[tuple[str, nn.Parameter]]:
         return zip(self.config.states, self.tables, strict=True)

@@ -14,7 +14,14 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .comparison import Comparison, compare_step_time, kernel_share
-from .evaluation import Evaluation, Measures, TokenEvaluation, evaluate, evaluate_batches
+from .evaluation import (
+    Evaluation,
+    Measures,
+    RowEvaluation,
+    TokenEvaluation,
+    evaluate,
+    evaluate_batches,
+)
 from .evaluation_gan import (
     ImageClassifier,
     ImageEvaluation,
@@ -25,8 +32,8 @@ from .evaluation_gan import (
     frechet_distance,
     image_classifier,
 )
-from .fitting import EMConfig, Fitting, FittingConfig
-from .human import Kind, Preference, score_votes, write_sheet
+from .fitting import CountingConfig, EMConfig, Fitting, FittingConfig
+from .human import Kind, Preference, check_sheet, score_votes, write_sheet
 from .loop import (
     OptimizerName,
     Run,
@@ -48,6 +55,7 @@ from .presets import (
     RNN_PRESETS,
     SEQ2SEQ_PRESETS,
     T5_PRESETS,
+    TABLE_PRESETS,
     Preset,
 )
 from .tasks import (
@@ -59,7 +67,6 @@ from .tasks import (
     SampleFile,
     Task,
     TokenTask,
-    check_contents,
     task_of,
 )
 
@@ -76,6 +83,7 @@ __all__ = [
     "RNN_PRESETS",
     "SEQ2SEQ_PRESETS",
     "T5_PRESETS",
+    "TABLE_PRESETS",
     "TASKS",
     "TEMPERATURE",
     "AdversarialConfig",
@@ -85,6 +93,7 @@ __all__ = [
     "Baseline",
     "Checkpoint",
     "Comparison",
+    "CountingConfig",
     "EMConfig",
     "Evaluation",
     "Fitting",
@@ -97,6 +106,7 @@ __all__ = [
     "Preference",
     "Preset",
     "Request",
+    "RowEvaluation",
     "Run",
     "RunFolder",
     "SampleFile",
@@ -110,7 +120,7 @@ __all__ = [
     "TrainingConfig",
     "Which",
     "autocorrelations",
-    "check_contents",
+    "check_sheet",
     "compare_step_time",
     "evaluate",
     "evaluate_batches",

@@ -88,6 +88,26 @@ class TokenEvaluation(NamedTuple):
         ]
 
 
+class RowEvaluation(NamedTuple):
+    """Measures over the rows of a table.
+
+    bits_per_row: mean -log2 P(row).
+    targets: how many there are.
+    """
+
+    bits_per_row: float
+    targets: int
+
+    @property
+    def figure(self) -> float:
+        """The one that training goes by; less is better."""
+        return self.bits_per_row
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the measures in words, `figure` first."""
+        return [("bits per row", f"{self.bits_per_row:.4f}"), ("rows", f"{self.targets:,}")]
+
+
 LogProb = Callable[..., tuple[Tensor, ...]]
 
 

@@ -40,6 +40,16 @@ class EMConfig(FittingConfig):
     pseudo_count: float = 0.01
 
 
+@dataclass(frozen=True)
+class CountingConfig(FittingConfig):
+    """How to count; what `FittingConfig` has, and
+
+    pseudo_count: that of `BayesianNetwork.fit`.
+    """
+
+    pseudo_count: float = 1.0
+
+
 class Fitting:
     """A run of `fit` that can be saved between two steps and continued, as a `Training` can.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..models import (
@@ -16,7 +17,7 @@ from ..models import (
     T5Config,
 )
 from .adversarial import AdversarialConfig
-from .fitting import EMConfig, FittingConfig
+from .fitting import CountingConfig, EMConfig, FittingConfig
 from .loop import TrainingConfig
 
 
@@ -28,6 +29,13 @@ class Preset(NamedTuple):
 
     model: Any
     training: Any
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Which columns of a table depend on which, as in "a->b,b->c"; None: the Chow-Liu tree."""
+
+    structure: str | None = None
 
 
 RNN_PRESETS = {
@@ -145,6 +153,10 @@ HMM_PRESETS = {
 
 MARKOV_PRESETS = {
     "bytes": Preset(MarkovConfig(order=5), FittingConfig(steps=1)),
+}
+
+TABLE_PRESETS = {
+    "table": Preset(Structure(), CountingConfig(steps=1)),
 }
 
 GAN_PRESETS = {

@@ -8,15 +8,16 @@ from .language import GPTTask, HMMTask, MarkovTask
 from .rnn import RNNTask
 from .seq2seq import Seq2SeqTask
 from .t5 import T5Task
+from .table import TableTask
 from .task import (
     MAX_NEW_TOKENS,
     TEMPERATURE,
     Baseline,
+    Example,
     Request,
     SampleFile,
     Task,
     TokenTask,
-    check_contents,
 )
 
 # By the model's name; `Task.of` then goes by the data.
@@ -30,6 +31,7 @@ TASKS: dict[str, type[Task]] = {
         Seq2SeqTask,
         HMMTask,
         MarkovTask,
+        TableTask,
         GANTask,
         RecurrentGANTask,
     )
@@ -53,6 +55,7 @@ __all__ = [
     "TASKS",
     "TEMPERATURE",
     "Baseline",
+    "Example",
     "Request",
     "SampleFile",
     "Task",

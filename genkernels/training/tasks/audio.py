@@ -32,7 +32,7 @@ from .task import (
     Baseline,
     Request,
     SampleFile,
-    check_kind,
+    check_output,
     digest_of_tensors,
     dry_length,
 )
@@ -135,7 +135,7 @@ class AudioTask(RecurrentTask):
     def generate(cls, checkpoint: Checkpoint, request: Request) -> Iterator[str]:
         model, tokenizer, _ = checkpoint
         output = request.output or Path("sound.wav")
-        check_kind(output, ".wav")
+        check_output(output, ".wav")
         rate = tokenizer.sample_rate
         count = request.max_new_tokens or _SECONDS * rate
         request = dataclasses.replace(request, max_new_tokens=count)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import abc
 import csv
 import dataclasses
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,11 +43,13 @@ from ..plot import plot_series
 from ..presets import GAN_PRESETS, RECURRENT_GAN_PRESETS
 from .task import (
     Baseline,
+    Example,
     Request,
     SampleFile,
     Task,
-    check_kind,
+    check_output,
     digest_of_tensors,
+    drawn,
     labels_of,
 )
 
@@ -65,6 +68,7 @@ class AdversarialTask(Task):
 
     config_class = AdversarialConfig
     options = frozenset({"num_samples", "seed", "label", "output"})
+    medium = "image"
     file: ClassVar[str]  # that is written if no other is named
     suffixes: ClassVar[tuple[str, ...]]  # that it may have
 
@@ -100,12 +104,53 @@ class AdversarialTask(Task):
         if label is not None and label not in labels:
             raise InputError(f"--label: {label!r}; expected one of {', '.join(labels)}")
         output = request.output or Path(cls.file)
-        check_kind(output, *cls.suffixes)
+        check_output(output, *cls.suffixes)
         wanted = None if label is None else labels.index(label)
         made, classes = _drawn(model, request.num_samples or _SAMPLES, wanted, request.generator)
         with replace_file(output) as path:
             cls.write(path, made, classes, labels, output.suffix)
         yield f"{cls.items:<15} {output}: {len(made):,}\n"
+
+    @classmethod
+    def examples_of(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool, count: int, seed: int
+    ) -> list[Example]:
+        labels = labels_of(checkpoint.model, checkpoint.training)
+        measured, classes = cls.measured(checkpoint, data, whole)
+        chosen = drawn(count, len(measured), seed)
+        names = [""] * count if classes is None else [labels[c] for c in classes[chosen].tolist()]
+        pictures = cls._pictures(measured[chosen], names)
+        return list(map(Example, names, pictures))
+
+    @classmethod
+    def made(cls, checkpoint: Checkpoint, examples: Sequence[Example], seed: int) -> list[bytes]:
+        model, _, training = checkpoint
+        labels, names = labels_of(model, training), [given for given, _ in examples]
+        for name in names:
+            if name not in (labels or [""]):
+                known = f"of {', '.join(labels)}" if labels else "without classes"
+                raise InputError(f"a model {known} draws no {name!r}; expected one")
+        classes = torch.tensor([labels.index(name) for name in names]) if labels else None
+        generator = torch.Generator().manual_seed(seed)
+        return cls._pictures(model.generate(len(names), classes, generator), names)
+
+    @classmethod
+    def _pictures(cls, made: Tensor, labels: Sequence[str]) -> list[bytes]:
+        """Return a PNG of each."""
+        pictures = []
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "picture.png"
+            for one, label in zip(made.split(1), labels, strict=True):
+                cls.write(path, one, torch.tensor([0]), [label])
+                pictures.append(path.read_bytes())
+        return pictures
+
+    @classmethod
+    @abc.abstractmethod
+    def measured(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what a model is measured on, [N, ..], and the classes, int64 [N], if there are."""
 
     @classmethod
     @abc.abstractmethod
@@ -140,7 +185,7 @@ class GANTask(AdversarialTask):
     presets = GAN_PRESETS
     tiny: ClassVar = {"latent_dim": 8, "width": 4, "num_heads": 2, "batch_size": 16}
     kernel = "attention"
-    items = "images"
+    items = judged = "images"
     unit = "FID-like"
     sample_heading = f"{_OF_A_CLASS} images of each class, a column each"
     file = "images.png"
@@ -185,6 +230,22 @@ class GANTask(AdversarialTask):
     def measure(
         cls, checkpoint: Checkpoint, data: Path | None, whole: bool
     ) -> tuple[ImageEvaluation, Baseline | None]:
+        known, measured = cls._split(checkpoint, data, whole)
+        classifier = image_classifier(*known)
+        result = evaluate_images(checkpoint.model, classifier, *measured)
+        return result, None if whole else _floor(classifier, known[0], measured[0])
+
+    @classmethod
+    def measured(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return cls._split(checkpoint, data, whole)[1]
+
+    @classmethod
+    def _split(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> list[tuple[Tensor, Tensor | None]]:
+        """Return what is known of the data, and what the model is measured on."""
         model, _, training = checkpoint
         images, labels = _load(data, model.config), labels_of(model, training)
         if list(images.classes) != labels:
@@ -192,10 +253,7 @@ class GANTask(AdversarialTask):
             raise InputError(f"{data}: has the classes {found}; expected {expected}")
         with errors_in(_source(data, model.config)):
             parts = (images, images) if whole else split_images(images, _HELD_OUT)
-        known, measured = map(_normalized, parts)
-        classifier = image_classifier(*known)
-        result = evaluate_images(model, classifier, *measured)
-        return result, None if whole else _floor(classifier, known[0], measured[0])
+        return list(map(_normalized, parts))
 
     @classmethod
     def digest_of(cls, data: Path | None, checkpoint: Checkpoint) -> str:
@@ -263,7 +321,7 @@ class RecurrentGANTask(AdversarialTask):
     presets = RECURRENT_GAN_PRESETS
     tiny: ClassVar = {"length": 8, "latent_dim": 4, "hidden_size": 8, "batch_size": 16}
     kernel = "gru"
-    items = "series"
+    items = judged = "series"
     unit = "KS"
     sample_heading = f"{_OF_A_CLASS} series of each process"
     file = "series.png"
@@ -301,14 +359,17 @@ class RecurrentGANTask(AdversarialTask):
     def measure(
         cls, checkpoint: Checkpoint, data: Path | None, whole: bool
     ) -> tuple[SeriesEvaluation, Baseline | None]:
+        return evaluate_series(checkpoint.model, *cls.measured(checkpoint, data, whole)), None
+
+    @classmethod
+    def measured(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool
+    ) -> tuple[Tensor, Tensor]:
         _check_synthetic(data)
-        model = checkpoint.model
-        measured = (
-            synthetic_series(_SERIES, model.config.length)
-            if whole
-            else _held_out(_HELD_OUT_SERIES, model.config)
-        )
-        return evaluate_series(model, *measured), None
+        sizes = checkpoint.model.config
+        if whole:
+            return synthetic_series(_SERIES, sizes.length)
+        return _held_out(_HELD_OUT_SERIES, sizes)
 
     @classmethod
     def digest_of(cls, data: Path | None, checkpoint: Checkpoint) -> str:

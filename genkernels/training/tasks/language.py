@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,16 +38,20 @@ from .task import (
     DRAWING,
     TEMPERATURE,
     Baseline,
+    Example,
     Request,
     Task,
     TextTask,
     TokenTask,
+    drawn,
     texts_of,
     with_weights_of,
 )
 
 _EVALUATION_STREAMS = 16
 _PROMPT_CHARACTERS = 32
+_JUDGED_CHARACTERS = 300  # of which the first ones are given
+_GIVEN_CHARACTERS = 100
 
 
 class CausalTask(Task):
@@ -79,6 +83,7 @@ class CausalTextTask(CausalTask, TextTask):
     unit = "bits/byte"
     sample_heading = f"the first {_PROMPT_CHARACTERS} characters are given"
     options = DRAWING
+    judged = "continued texts"
     tokenizer: Tokenizer
 
     def prepare(self, tokens: Tensor, held_out: Tensor, config: Any, seed: int) -> None:
@@ -117,6 +122,36 @@ class CausalTextTask(CausalTask, TextTask):
     @classmethod
     def read_prompt(cls, model: Any, tokenizer: Tokenizer, text: str | None) -> Tensor:
         return tokenizer.encode(text or "\n")[None]
+
+    @classmethod
+    def examples_of(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool, count: int, seed: int
+    ) -> list[Example]:
+        """What is given ends with a word where it can."""
+        text = load_text(data)
+        with errors_in(data or DEFAULT_CORPUS):
+            text = text if whole else split_text(text).held_out
+            pieces = drawn(count, len(text) // _JUDGED_CHARACTERS, seed)
+        examples = []
+        for number in pieces:
+            piece = text[number * _JUDGED_CHARACTERS :][:_JUDGED_CHARACTERS]
+            cut = max(piece.rfind(" ", 0, _GIVEN_CHARACTERS + 1), 0) or _GIVEN_CHARACTERS
+            examples.append(Example(piece[:cut], piece[cut:]))
+        return examples
+
+    @classmethod
+    def made(cls, checkpoint: Checkpoint, examples: Sequence[Example], seed: int) -> list[str]:
+        made = []
+        for number, (given, real) in enumerate(examples):
+            text, end = "", len(given) + len(real)
+            # A character has at most four bytes, and a token at least one.
+            request = Request(given, 4 * len(real), seed=seed + number)
+            for piece in cls.generate(checkpoint, request):
+                text += piece
+                if len(text) >= end:
+                    break
+            made.append(text[len(given) : end])
+        return made
 
 
 class NetworkTask(CausalTask, TokenTask):

@@ -29,8 +29,10 @@ from .task import (
     MEASURED_ROWS,
     Baseline,
     BatchesTask,
+    Example,
     Request,
     RowsTask,
+    drawn,
     frequencies,
     in_order,
     required,
@@ -75,6 +77,14 @@ class AnswersTask(BatchesTask):
         return encode_source(required(text, model), tokenizer, has_spans=cls.has_spans)[None]
 
     @classmethod
+    def made(cls, checkpoint: Checkpoint, examples: Sequence[Example], seed: int) -> list[str]:
+        length = checkpoint.training.get("length", LENGTH)
+        requests = (Request(given, length, seed=seed + i) for i, (given, _) in enumerate(examples))
+        return [
+            "".join(cls.generate(checkpoint, request)).removesuffix("\n") for request in requests
+        ]
+
+    @classmethod
     def measured(cls, model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> TokenEvaluation:
         return evaluate_batches(model, batches, "target token", has_rows=True)
 
@@ -94,6 +104,7 @@ class PairsTask(AnswersTask, RowsTask):
 
     columns = ("source", "target")
     sample_heading = "a held-out source and its answer"
+    judged = "answers"
 
     def prepare(self, config: TrainingConfig, seed: int) -> None:
         assert config.batch_size != "full"
@@ -119,6 +130,17 @@ class PairsTask(AnswersTask, RowsTask):
         batches = _in_order(rows, *sizes)
         baseline = known and unigram(_in_order(known, *sizes), batches)
         return cls.measured(model, batches), baseline or None
+
+    @classmethod
+    def examples_of(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool, count: int, seed: int
+    ) -> list[Example]:
+        data = data or cls.default
+        assert data is not None
+        rows = load_pairs(data, *cls.columns)
+        with errors_in(data):
+            rows = rows if whole else split_rows(rows).held_out
+            return [Example(*rows[i]) for i in drawn(count, len(rows), seed)]
 
 
 def unigram(known: Sequence[tuple[Tensor, ...]], batches: Sequence[tuple[Tensor, ...]]) -> Baseline:

@@ -6,7 +6,6 @@ import abc
 import dataclasses
 import hashlib
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from ...data import (
     PairBatches,
     TextStream,
     Tokenizer,
+    check_kind,
     clean_text,
     errors_in,
     load_pairs,
@@ -35,6 +35,7 @@ from ...data import (
 from ..checkpoint import Checkpoint
 from ..comparison import Comparison, compare_step_time
 from ..evaluation import Measures, TokenEvaluation
+from ..human import Kind
 from ..loop import Training, TrainingConfig
 from ..presets import Preset
 
@@ -72,12 +73,12 @@ class Request:
     """What a model is asked to make: the options of `genkernels generate`."""
 
     prompt: str | None
-    max_new_tokens: int | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    num_samples: int | None
-    seed: int
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    num_samples: int | None = None
+    seed: int = 0
     beam_size: int | None = None
     label: str | None = None
     output: Path | None = None
@@ -92,6 +93,17 @@ class Request:
         count = self.max_new_tokens or MAX_NEW_TOKENS
         temperature = TEMPERATURE if self.temperature is None else self.temperature
         return count, temperature, self.top_k, self.top_p, self.generator
+
+
+class Example(NamedTuple):
+    """An example of the data, for people to judge what a model makes in its place.
+
+    given: what one goes by who makes such, a text.
+    real: what is there in the data: a text, or the content of a file of the task's `medium`.
+    """
+
+    given: str
+    real: str | bytes
 
 
 # The fields of a `Request` to a model that draws one token after another.
@@ -125,6 +137,8 @@ class Task(abc.ABC):
     unit: ClassVar[str]  # of the figure, and of `scale` times a loss
     options: ClassVar[frozenset[str]]  # the fields of a `Request` that mean something to it
     sample_heading: str
+    judged: ClassVar[str | None] = None  # what `made` makes, if people can judge it
+    medium: ClassVar[Kind] = "text"  # of that
 
     source: str
     digest: str  # of what there is to learn from
@@ -214,6 +228,25 @@ class Task(abc.ABC):
         Raises:
             InputError: the request is not one for this model.
         """
+
+    @classmethod
+    def examples_of(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool, count: int, seed: int
+    ) -> list[Example]:
+        """Draw so many examples from all of a file, or from the part of it that training would hold
+        out.
+
+        Raises:
+            InputError: there are not as many, or the file is none for this model.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def made(
+        cls, checkpoint: Checkpoint, examples: Sequence[Example], seed: int
+    ) -> list[str] | list[bytes]:
+        """Make one of the kind of each example, by what it gives."""
+        raise NotImplementedError
 
 
 class TokenTask(Task):
@@ -377,26 +410,29 @@ def required(prompt: str | None, model: Any) -> str:
     return prompt
 
 
-def check_kind(output: Path, *suffixes: str) -> None:
+_BEGINS = {".png": b"\x89PNG", ".csv": b"label,", ".wav": b"RIFF"}
+
+
+def check_output(output: Path, *suffixes: str) -> None:
     """Let a file of one of the kinds be replaced, but by its like alone."""
     if output.suffix not in suffixes:
         raise InputError(
             f"--output: {output} is not of a kind that can be written; "
             f"expected {' or '.join(suffixes)}"
         )
-    check_contents(output, output.suffix)
+    with errors_in("--output"):
+        check_kind(output, _BEGINS[output.suffix], f"a {output.suffix[1:].upper()}")
 
 
-def check_contents(output: Path, suffix: str) -> None:
-    """Let a file be replaced that holds what such a suffix says, but no other."""
-    begins = {".png": rb"\x89PNG", ".csv": rb"label,", ".wav": rb"RIFF.{4}WAVE"}
-    if output.is_file() and output.stat().st_size:
-        with output.open("rb") as file:
-            if not re.match(begins[suffix], file.read(12), re.DOTALL):
-                raise InputError(
-                    f"--output: {output} is a file of another kind; expected a "
-                    f"{suffix[1:].upper()}, or none"
-                )
+def drawn(count: int, available: int, seed: int) -> list[int]:
+    """Choose so many numbers below `available`, in random order.
+
+    Raises:
+        InputError: there are not as many.
+    """
+    if available < count:
+        raise InputError(f"{available} examples to show; expected at least --pairs {count}")
+    return torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count].tolist()
 
 
 def labels_of(model: Any, training: dict[str, Any]) -> list[str]:
@@ -422,17 +458,24 @@ def split_rows(rows: list[tuple[str, str]]) -> Rows:
     Raises:
         InputError: no row is left on one of the sides.
     """
-    count = max(int(len(rows) * HELD_OUT), 1)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    training = [rows[i] for i in sorted(order[count:])]
+    known_places, places = rows_held_out(len(rows))
+    training = [rows[i] for i in known_places]
     known = set(training)
-    held_out = [rows[i] for i in sorted(order[:count]) if rows[i] not in known]
+    held_out = [rows[i] for i in places if rows[i] not in known]
     if not training or not held_out:
         raise InputError(
             f"nothing to hold out: a tenth of the {len(rows)} lines is empty or a copy of others; "
             "expected more lines"
         )
     return Rows(training, held_out)
+
+
+def rows_held_out(count: int) -> tuple[list[int], list[int]]:
+    """Return which of so many rows to learn from, and which tenth of them, at least one, to hold
+    out."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    cut = max(int(count * HELD_OUT), 1)
+    return sorted(order[cut:]), sorted(order[:cut])
 
 
 def in_order(batches: LabelledBatches | PairBatches) -> list[tuple[Tensor, ...]]:
