@@ -536,6 +536,9 @@ def test_a_gan_of_images_without_classes(photos, tmp_path, monkeypatch, capsys):
     assert "FID-like distance " in printed
     assert "(training images: " in printed
     assert "class " not in printed.partition("FID-like distance")[2]
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    with image.open(whole / "sample-1.png") as picture:
+        assert picture.size == (73, 73), "eight by eight"
     assert main([*command, "--steps=4", "--stop-after=2", "--output", str(parts)]) == 0
     assert main(["train", "gan", "--resume", "--output", str(parts)]) == 0
     expected, actual = (load_checkpoint(run, "last").model for run in (whole, parts))
