@@ -1000,7 +1000,7 @@ TRAIN = {
     "not UTF-8": (["--data", "{tmp}/latin1.txt"], "{tmp}/latin1.txt: not UTF-8 at byte 3 (0xe9)"),
     "one sequence is longer": (["--data", "{tmp}/short.txt"], "{tmp}/short.txt: too short"),
     "nothing to hold out": (["--data", "{tmp}/word.txt"], "{tmp}/word.txt: nothing to hold out"),
-    "unknown preset": (["--preset", "huge"], "'huge'; expected one of bytes, seed, audio"),
+    "unknown preset": (["--preset", "huge"], "'huge'; expected one of bytes, seed, deep, audio"),
     "negative steps": (["--steps", "-1"], "'--steps'"),
     "no steps": (["--steps", "0"], "'--steps'"),
     "steps in words": (["--steps", "many"], "'--steps'"),
