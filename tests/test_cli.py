@@ -536,6 +536,9 @@ def test_a_gan_of_images_without_classes(photos, tmp_path, monkeypatch, capsys):
     assert "FID-like distance " in printed
     assert "(training images: " in printed
     assert "class " not in printed.partition("FID-like distance")[2]
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    with image.open(whole / "sample-1.png") as picture:
+        assert picture.size == (73, 73), "eight by eight"
     assert main([*command, "--steps=4", "--stop-after=2", "--output", str(parts)]) == 0
     assert main(["train", "gan", "--resume", "--output", str(parts)]) == 0
     expected, actual = (load_checkpoint(run, "last").model for run in (whole, parts))
@@ -1004,7 +1007,7 @@ TRAIN = {
     "not UTF-8": (["--data", "{tmp}/latin1.txt"], "{tmp}/latin1.txt: not UTF-8 at byte 3 (0xe9)"),
     "one sequence is longer": (["--data", "{tmp}/short.txt"], "{tmp}/short.txt: too short"),
     "nothing to hold out": (["--data", "{tmp}/word.txt"], "{tmp}/word.txt: nothing to hold out"),
-    "unknown preset": (["--preset", "huge"], "'huge'; expected one of bytes, seed, audio"),
+    "unknown preset": (["--preset", "huge"], "'huge'; expected one of bytes, seed, deep, audio"),
     "negative steps": (["--steps", "-1"], "'--steps'"),
     "no steps": (["--steps", "0"], "'--steps'"),
     "steps in words": (["--steps", "many"], "'--steps'"),

@@ -190,11 +190,15 @@ def test_the_melody_is_there_without_a_file(options, tmp_path, monkeypatch, caps
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_the_melodys_name_is_read(tmp_path, monkeypatch, capsys):
+def test_what_has_the_melodys_name_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "melody").mkdir()
     assert main(["train", "rnn", "--dry-run", "--data=melody"]) == 2
     assert "melody: no such files in it" in capsys.readouterr().err
+    (tmp_path / "melody").rmdir()
+    (tmp_path / "melody").write_text("la la la, and so on\n" * 100)
+    assert main(["train", "rnn", "--dry-run", "--data=melody", "--no-compare"]) == 0
+    assert "melody: 1,800 bytes to train on" in capsys.readouterr().out
 
 
 REFUSED = {
