@@ -197,7 +197,10 @@ def test_continues_to_the_last_bit(kind, loss):
 
 def test_a_step_is_k_of_the_discriminator_and_one_of_the_generator():
     model, examples, classes = model_and_data("series")
-    drawn = []
+    drawn, is_trained = [], []
+    model.discriminator.register_forward_pre_hook(
+        lambda module, _: is_trained.append(module.output.weight.requires_grad)
+    )
 
     class Recorder(RowBatches):
         def batch(self, step):
@@ -212,6 +215,7 @@ def test_a_step_is_k_of_the_discriminator_and_one_of_the_generator():
     training = AdversarialTraining(model, batches, config)
     steps = list(training)
     assert drawn == list(range(12))
+    assert is_trained == ([True, True] * 3 + [False]) * 4, "not with the generator"
     assert [step.number for step in steps] == [1, 2, 3, 4]
     assert [step.progress for step in steps] == [0.25, 0.5, 0.75, 1]
     assert all(step.tokens == 12 and step.seconds > 0 for step in steps)

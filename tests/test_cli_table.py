@@ -231,7 +231,10 @@ REFUSED = {
         ["generate", "{run}", "--prompt=rain=no,rain=no"],
         "--prompt: 'rain=no'; expected NAME=VALUE, once for each of rain, season",
     ),
-    "temperature": (["generate", "{run}", "--temperature=1"], "--temperature: means nothing to this"),
+    "temperature": (
+        ["generate", "{run}", "--temperature=1"],
+        "--temperature: means nothing to this",
+    ),
     "broken": (["generate", "{tmp}/broken"], "the checkpoint's values are ["),
 }
 

@@ -257,7 +257,13 @@ def test_learns_two_examples_by_heart(make, config, examples, settings):
 @MODELS
 @pytest.mark.parametrize("loss", ["hinge", "wgan-gp"])
 def test_trains_as_in_plain_pytorch(make, loss):
-    """Thirty steps, in float64, where Adam makes no steps of rounding errors."""
+    """Thirty steps, in float64, where Adam makes no steps of rounding errors; the gradient of the
+    penalty's gradient is a kernel's of attention, and of the GRU a closed form in PyTorch."""
+    op, second = {
+        small_gan: ("attention", ("attention_double_backward", "cpp")),
+        small_recurrent: ("gru", ("gru_backward", "reference")),
+    }[make]
+    kernels = {(f"{op}_forward", "cpp"), (f"{op}_backward", "cpp")}
     generator = seeded(0)
     shape = (1, 8, 8) if make is small_gan else (6, 2)
     data = torch.randn(20, *shape, generator=generator, dtype=torch.float64).tanh()
@@ -272,7 +278,18 @@ def test_trains_as_in_plain_pytorch(make, loss):
                     module.gate.fill_(0.5)
         torch.manual_seed(1)
         training = AdversarialTraining(model, batches, config)
+        genkernels.stats(reset=True)
         losses.append([(step.loss, training.generator_loss) for step in training])
+        calls = genkernels.stats(reset=True)
+        if fused:
+            # Each network twice forward a step, and backward the discriminator twice.
+            penalties = 30 * (loss == "wgan-gp")
+            assert calls[f"{op}_forward", "cpp"] == 120 + penalties
+            assert calls[f"{op}_backward", "cpp"] >= 90 + penalties
+            assert calls.get(second, 0) == penalties
+            assert {call for call in calls if op in call[0]} <= {*kernels, second}
+        else:
+            assert not calls
         drawn.append(model.generate(4, generator=seeded(2)))
     actual, expected = (list(itertools.chain(*each)) for each in losses)
     assert len(actual) == 60

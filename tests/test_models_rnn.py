@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import genkernels
-from genkernels.data import ByteTokenizer, load_text
+from genkernels.data import ByteTokenizer, load_text, sequence_batches
 from genkernels.models import (
     MarkovConfig,
     MarkovModel,
@@ -17,7 +17,10 @@ from genkernels.models import (
     RNNLanguageModel,
     sample_token,
 )
-from genkernels.training import evaluate, load_checkpoint, save_checkpoint
+from genkernels.training import TrainingConfig, evaluate, load_checkpoint, save_checkpoint, train
+
+TORCH = {"gru": torch.nn.GRU, "tanh": torch.nn.RNN}
+CELLS = pytest.mark.parametrize("cell", list(TORCH))
 
 
 def small_model(num_layers: int = 1, dropout: float = 0.0, cell="gru") -> RNNLanguageModel:
@@ -45,8 +48,9 @@ def test_config_refuses_sizes_that_are_none(field, value):
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
-@pytest.mark.parametrize(("cell", "module"), [("gru", torch.nn.GRU), ("tanh", torch.nn.RNN)])
-def test_is_the_model_on_torch(cell, module, num_layers):
+@CELLS
+def test_is_the_model_on_torch(cell, num_layers):
+    module = TORCH[cell]
     genkernels.stats(reset=True)
     model = small_model(num_layers, cell=cell)
     twin = RNNLanguageModel(model.config, gru=module)
@@ -100,14 +104,55 @@ def test_tied_weights_are_one_parameter(tmp_path):
     assert torch.equal(loaded(input)[0], model(input)[0])
 
 
-def test_generation_runs_compiled_kernels(compiled_only):
-    model = small_model()
+@CELLS
+@pytest.mark.usefixtures("one_thread")
+def test_trains_as_in_plain_pytorch(cell):
+    text = ByteTokenizer().encode(load_text()[:50_000])
+    batches = sequence_batches(text, 16, 32)
+    config = TrainingConfig(learning_rate=1e-2, steps=30)
+    sizes = RNNConfig(256, 32, 64, num_layers=2, cell=cell)
+    curves = []
+    genkernels.stats(reset=True)
+    for module in (None, TORCH[cell]):
+        torch.manual_seed(0)
+        model = RNNLanguageModel(sizes, module)
+        curves.append([step.loss for step in train(model, batches, config)])
+        calls = genkernels.stats(reset=True)
+        if module is None:
+            op = {"gru": "gru", "tanh": "rnn"}[cell]
+            assert calls[f"{op}_forward", "cpp"] == calls[f"{op}_backward", "cpp"] == 60
+        else:
+            assert not calls
+    ours, theirs = curves
+    assert ours[0] > 5
+    assert ours[-1] < 3.7, "has to have learned something"
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@CELLS
+@pytest.mark.usefixtures("one_thread")
+def test_recites_a_text_that_it_learned(cell):
+    text = "the quick brown fox jumps over the lazy dog\n"
+    tokens = ByteTokenizer().encode(text * 40)
+    torch.manual_seed(0)
+    model = RNNLanguageModel(RNNConfig(256, 16, 64, cell=cell))
+    config = TrainingConfig(learning_rate=1e-2, steps=150)
+    losses = [step.loss for step in train(model, sequence_batches(tokens, 8, 22), config)]
+    assert losses[-1] < 0.2
+    recited = model.generate(tokens[None, :10], 2 * len(text), temperature=0)
+    assert torch.equal(recited[0], tokens[: recited.shape[1]])
+
+
+@CELLS
+def test_generation_runs_compiled_kernels(cell, compiled_only):
+    model = small_model(cell=cell)
     model.generate(torch.randint(30, (2, 5)), 4)
     assert genkernels.stats()["linear_forward", "cpp"] == 4
 
 
-def test_hidden_state_continues_the_text():
-    model = small_model(num_layers=2)
+@CELLS
+def test_hidden_state_continues_the_text(cell):
+    model = small_model(num_layers=2, cell=cell)
     input = torch.randint(30, (2, 10))
     whole, h_n = model(input)
     first, hx = model(input[:, :4])
@@ -124,8 +169,9 @@ def test_dropout_is_for_training_only():
     assert torch.equal(model(input)[0], model(input)[0])
 
 
-def test_greedy_generation_takes_the_likeliest_token_each_time():
-    model = small_model(num_layers=2, dropout=0.5)
+@CELLS
+def test_greedy_generation_takes_the_likeliest_token_each_time(cell):
+    model = small_model(num_layers=2, dropout=0.5, cell=cell)
     prompt = torch.randint(30, (3, 5))
     generated = model.generate(prompt, 7, temperature=0)
     assert model.training, "generate must leave the mode as it was"
@@ -139,8 +185,9 @@ def test_greedy_generation_takes_the_likeliest_token_each_time():
     assert torch.equal(model.generate(prompt, 0), prompt)
 
 
-def test_generation_follows_its_generator():
-    model = small_model()
+@CELLS
+def test_generation_follows_its_generator(cell):
+    model = small_model(cell=cell)
     prompt = torch.randint(30, (2, 1))
     first, again, other = (
         model.generate(prompt, 50, generator=torch.Generator().manual_seed(seed))
