@@ -8,6 +8,7 @@ import io
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -235,7 +236,8 @@ REFUSED = {
         ["generate", "{run}", "--temperature=1"],
         "--temperature: means nothing to this",
     ),
-    "broken": (["generate", "{tmp}/broken"], "the checkpoint's values are ["),
+    "broken": (["generate", "{tmp}/broken"], "the checkpoint's values are ['rain']; expected"),
+    "short": (["generate", "{tmp}/short"], "the checkpoint's values are {{'rain': ['no'], "),
 }
 
 
@@ -245,12 +247,12 @@ def test_refuses(case, trained, table, tmp_path, capsys):
     write(tmp_path / "less.csv", [COLUMNS[:2], *(row[:2] for row in rows)])
     write(tmp_path / "more.csv", [COLUMNS, rows[0], ["maybe", *rows[1][1:]], *rows])
     (tmp_path / "x.txt").write_text("a text\n" * 100)
-    (tmp_path / "broken").mkdir()
-    for file in Path(trained[0]).iterdir():
-        (tmp_path / "broken" / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "broken" / "config.json").read_text())
-    config["training"]["values"] = ["rain"]
-    (tmp_path / "broken" / "config.json").write_text(json.dumps(config))
+    known = load_checkpoint(trained[0]).training["values"]
+    for name, values in (("broken", ["rain"]), ("short", known | {"rain": ["no"]})):
+        shutil.copytree(trained[0], tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        config["training"]["values"] = values
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
     before = tree(tmp_path)
     arguments, message = REFUSED[case]
     names = {"tmp": tmp_path, "run": trained[0], "table": table}
