@@ -159,15 +159,28 @@ TABLE_PRESETS = {
     "table": Preset(Structure(), CountingConfig(steps=1)),
 }
 
+# wgan-gp: with hinge or non-saturating loss each class soon has one image, whatever the noise.
 GAN_PRESETS = {
     # scikit-learn's digits.
     "digits": Preset(
-        GANConfig(image_size=8, width=48),
-        AdversarialConfig(learning_rate=4e-4, schedule="cosine", minutes=2.0),
+        GANConfig(image_size=8, width=48, spectral_norm=False),
+        AdversarialConfig(
+            learning_rate=4e-4,
+            schedule="cosine",
+            loss="wgan-gp",
+            discriminator_steps=2,
+            minutes=3.0,
+        ),
     ),
     "mnist": Preset(
-        GANConfig(image_size=28, width=24),
-        AdversarialConfig(learning_rate=4e-4, schedule="cosine", minutes=12.0),
+        GANConfig(image_size=28, width=24, spectral_norm=False),
+        AdversarialConfig(
+            learning_rate=4e-4,
+            schedule="cosine",
+            loss="wgan-gp",
+            discriminator_steps=2,
+            minutes=12.0,
+        ),
     ),
 }
 
