@@ -3,9 +3,11 @@ makes up."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
+import re
 import shutil
 import tempfile
 import wave
@@ -16,7 +18,13 @@ import torch
 from test_cli import files_of, generated, measures, tree
 
 from genkernels.cli import main
-from genkernels.data import AudioTokenizer, load_audio, melody, save_audio
+from genkernels.data import (
+    AudioTokenizer,
+    load_audio,
+    melody,
+    mu_law_encode,
+    save_audio,
+)
 from genkernels.models import MarkovModel
 from genkernels.training import load_checkpoint
 from genkernels.training.tasks import audio as audio_task
@@ -290,3 +298,28 @@ def test_help_teaches(capsys):
     assert main(["generate", "--help"]) == 0
     out = capsys.readouterr().out
     assert "4 seconds" in out
+
+
+def test_people_choose_between_sounds(trained, sounds, tmp_path, monkeypatch, capsys):
+    """Of one length; a page shows what is held out as it is, and another seed makes others."""
+    monkeypatch.setattr(audio_task, "_JUDGED", 0.05)
+    run, page = str(trained[0]), tmp_path / "sheet.html"
+    pages = []
+    for seed in ("--seed=0", "--seed=1"):
+        assert main(["evaluate", run, f"--human={page}", "--pairs=4", "--whole", seed]) == 0
+        assert "4 pairs of sounds" in capsys.readouterr().out
+        pages.append(page.read_text())
+    first, second = (re.findall('src="data:audio/wav;base64,([^"]*)"', page) for page in pages)
+    heard = []
+    for source in first:
+        (tmp_path / "heard.wav").write_bytes(base64.b64decode(source))
+        heard.append(load_audio(tmp_path / "heard.wav"))
+    assert [len(sound) for sound in heard] == [400] * 8
+    pieces = mu_law_encode(load_audio(sounds / "tone.WAV")).split(400)
+    is_real = [any(torch.equal(mu_law_encode(sound), piece) for piece in pieces) for sound in heard]
+    assert sum(is_real) == 4
+    made = {source for source, real in zip(first, is_real, strict=True) if not real}
+    assert len(made) == 4
+    assert not made & {*second}
+    assert main(["evaluate", run, f"--human={page}", "--pairs=41", "--whole"]) == 2
+    assert "40 examples to show; expected at least --pairs 41" in capsys.readouterr().err

@@ -69,9 +69,9 @@ def evaluate(
     from the rest.
 
     With --human, people are to judge: a page shows what the model makes beside what was held out,
-    or beside what another model makes, of one text, source or class. Whoever opens it in a browser
-    votes and saves a file; `genkernels score` counts those, by the key beside the page, which is
-    not for those who vote. Of all models but bert.
+    or beside what another model makes, of one text, source or class; of sound, a second. Whoever
+    opens it in a browser votes and saves a file; `genkernels score` counts those, by the key beside
+    the page, which is not for those who vote. Of all models but bert.
 
     Examples:
 

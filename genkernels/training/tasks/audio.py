@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,17 @@ from .task import (
     HELD_OUT,
     TEMPERATURE,
     Baseline,
+    Example,
     Request,
     SampleFile,
     check_output,
     digest_of_tensors,
+    drawn,
     dry_length,
 )
 
 _SECONDS = 4  # that are generated
+_JUDGED = 1  # seconds of what people choose between
 _GIVEN = 0.1  # seconds
 _TOKEN = 0.005  # seconds of a sample where that of a text has a token
 
@@ -62,6 +66,8 @@ class AudioTask(RecurrentTask):
     unit = "bits"
     sample_heading = f"the first {_GIVEN} s are given"
     options = DRAWING - {"prompt", "num_samples"} | {"output"}
+    judged = "sounds"
+    medium = "audio"
     order = 6  # the strongest: a wave goes on from several samples before it
 
     tokenizer: AudioTokenizer
@@ -117,6 +123,28 @@ class AudioTask(RecurrentTask):
         return AudioEvaluation(*evaluate(model, levels, tokenizer.byte_lengths)), baseline
 
     @classmethod
+    def examples_of(
+        cls, checkpoint: Checkpoint, data: Path | None, whole: bool, count: int, seed: int
+    ) -> list[Example]:
+        data, tokenizer = data or Path(MELODY), checkpoint.tokenizer
+        levels = _load(data, _of_sound(data, tokenizer))
+        with errors_in(data):
+            levels = levels if whole else _split(levels)[1]
+            pieces = levels.split(int(_JUDGED * tokenizer.sample_rate))
+            whole_pieces = len(pieces) - (len(pieces[-1]) < len(pieces[0]))
+            chosen = drawn(count, whole_pieces, seed)
+        return [Example("", _wav(pieces[number], tokenizer)) for number in chosen]
+
+    @classmethod
+    def made(cls, checkpoint: Checkpoint, examples: Sequence[Example], seed: int) -> list[bytes]:
+        """After silence, as `generate` does, all side by side."""
+        model, tokenizer, _ = checkpoint
+        silence = cls.read_prompt(model, tokenizer, None).expand(len(examples), -1)  # [N, 1]
+        request = Request(None, int(_JUDGED * tokenizer.sample_rate), seed=seed)
+        levels = torch.cat([*model.stream(silence, *request.drawing)], dim=1)  # [N, T]
+        return [_wav(row, tokenizer) for row in levels]
+
+    @classmethod
     def digest_of(cls, data: Path | None, checkpoint: Checkpoint) -> str:
         return _digest(_load(data or Path(MELODY), checkpoint.tokenizer))
 
@@ -163,6 +191,13 @@ def _load(data: Path, tokenizer: AudioTokenizer) -> Tensor:
     rate = tokenizer.sample_rate
     sounds = load_audio_folder(data, rate) if data.is_dir() else [load_audio(data, rate)]
     return torch.cat([tokenizer.encode(sound) for sound in sounds])
+
+
+def _wav(levels: Tensor, tokenizer: AudioTokenizer) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sound.wav"
+        save_audio(path, tokenizer.decode(levels), tokenizer.sample_rate)
+        return path.read_bytes()
 
 
 def _split(levels: Tensor) -> tuple[Tensor, Tensor]:
