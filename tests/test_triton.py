@@ -147,9 +147,12 @@ def test_gpu_that_it_cannot_serve(
 
 def test_without_triton(tmp_path: Path) -> None:
     """All packages of this environment but that one."""
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if not entry.name.startswith("triton") and entry.suffix != ".pth":
-            (tmp_path / entry.name).symlink_to(entry)
+    # torch's may be those of another environment, which this one sees by a .pth file.
+    for packages in {Path(sysconfig.get_path("purelib")), Path(torch.__file__).parents[1]}:
+        for entry in packages.iterdir():
+            link = tmp_path / entry.name
+            if not entry.name.startswith("triton") and entry.suffix != ".pth" and not link.exists():
+                link.symlink_to(entry)
     path = os.pathsep.join([str(ROOT), str(tmp_path)])
     code = "import runpy, genkernels; runpy.run_module('genkernels.info', run_name='__main__')"
     result = subprocess.run(

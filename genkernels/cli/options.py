@@ -60,7 +60,7 @@ def cleaned(prompt: str | None) -> str | None:
 def check_picture(output: Path) -> None:
     """Let a PNG be replaced, but no file of another kind."""
     with errors_in("--output"):
-        check_kind(output, b"\x89PNG", "a PNG")
+        check_kind(output, rb"\x89PNG", "a PNG")
 
 
 def given(context: typer.Context, values: Mapping[str, Any]) -> dict[str, Any]:

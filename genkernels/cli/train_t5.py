@@ -52,6 +52,7 @@ def train_t5(
 
         genkernels train t5 --data notes.txt --minutes 2
         genkernels train t5 --data pairs.tsv --output runs/pairs
+        genkernels train t5 --data dates --preset bytes --output runs/dates
         genkernels train t5 --resume --output runs/pairs
     """
     train_model("t5", **locals())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from .errors import InputError
 Errors = Literal["raise", "skip"]
 
 TEMPORARY = ".genkernels-"
+_LONGEST = 512  # bytes by which a kind is known
 
 _Content = TypeVar("_Content")
 
@@ -72,14 +74,14 @@ def read_each(
 
 
 def check_kind(path: Path, begin: bytes, expected: str) -> None:
-    """Let a file be replaced that begins so, or is empty, but no other.
+    """Let a file be replaced that begins so (a regular expression), or is empty, but no other.
 
     Raises:
         InputError: it is another.
     """
     if path.is_file() and path.stat().st_size:
         with path.open("rb") as file:
-            if file.read(len(begin)) != begin:
+            if not re.match(begin, file.read(_LONGEST), re.DOTALL):
                 raise InputError(f"{path} is a file of another kind; expected {expected}, or none")
 
 

@@ -8,6 +8,7 @@ import html
 import json
 import os
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -186,7 +187,7 @@ def check_sheet(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     ):
         if file.is_dir():
             raise InputError(f"{file} is a folder; expected {expected}, or none")
-        check_kind(file, begin, expected)
+        check_kind(file, re.escape(begin), expected)
     return path, key_path
 
 

@@ -132,6 +132,13 @@ BERT_PRESETS = {
 }
 
 T5_PRESETS = {
+    # Letter by letter: an answer may have to copy a part of what a longer token would hide.
+    "bytes": Preset(
+        T5Config(vocab_size=256, num_layers=2, num_heads=4, embedding_dim=128, feedforward_dim=512),
+        TrainingConfig(
+            learning_rate=2e-3, warmup=0.05, batch_size=64, sequence_length=64, minutes=4.0
+        ),
+    ),
     "words": Preset(
         T5Config(
             vocab_size=2_000,

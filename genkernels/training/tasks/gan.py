@@ -79,7 +79,7 @@ class AdversarialTask(Task):
     def describe_training(self, config: AdversarialConfig) -> str:
         return (
             f"{config.optimizer}, {config.loss} loss, batches of {config.batch_size} {self.items}, "
-            f"{config.discriminator_steps} to 1 steps"
+            f"{config.discriminator_steps} of the discriminator to one of the generator"
         )
 
     def training(self, model: Any, config: AdversarialConfig) -> AdversarialTraining:

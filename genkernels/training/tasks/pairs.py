@@ -26,6 +26,7 @@ from ..evaluation import TokenEvaluation, evaluate_batches
 from ..loop import TrainingConfig
 from .task import (
     DRAWING,
+    MAX_NEW_TOKENS,
     MEASURED_ROWS,
     Baseline,
     BatchesTask,
@@ -68,7 +69,8 @@ class AnswersTask(BatchesTask):
                     "--beam-size: draws nothing; expected it without --temperature, --top-k, "
                     "--top-p and --num-samples"
                 )
-            answers = [model.beam_search(source, request.max_new_tokens, request.beam_size)]
+            length = request.max_new_tokens or MAX_NEW_TOKENS
+            answers = [model.beam_search(source, length, request.beam_size)]
         decode = functools.partial(spell_answer, tokenizer=tokenizer)
         yield from texts_of(source[:, :0], answers, decode)
 

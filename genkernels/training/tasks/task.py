@@ -410,7 +410,7 @@ def required(prompt: str | None, model: Any) -> str:
     return prompt
 
 
-_BEGINS = {".png": b"\x89PNG", ".csv": b"label,", ".wav": b"RIFF"}
+_BEGINS = {".png": rb"\x89PNG", ".csv": rb"label,", ".wav": rb"RIFF.{4}WAVE"}
 
 
 def check_output(output: Path, *suffixes: str) -> None:
