@@ -573,6 +573,15 @@ def generated_file(capsys, checkpoint: Path, output: Path, *arguments: str) -> b
     return output.read_bytes()
 
 
+def test_a_series_has_two_numbers_at_least(tmp_path, capsys):
+    """One alone has no autocorrelation to be measured."""
+    arguments = ["train", "recurrent-gan", "--output", str(tmp_path / "run")]
+    assert main([*arguments, "--length=1"]) == 2
+    assert "genkernels: Invalid value for '--length': " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main([*arguments, "--length=2", "--dry-run"]) == 0
+
+
 def test_gan_refuses(photos, notes, tmp_path, capsys):
     for arguments, message in (
         (["--data", str(tmp_path / "none")], "none: No such file"),

@@ -236,6 +236,10 @@ REFUSED = {
         "--prompt: means nothing to this rnn; expected --max-new-tokens, --output, --seed",
     ),
     "several": (["generate", "{run}", "--num-samples=2"], "--num-samples: means nothing to this"),
+    "vocabulary": (
+        ["train", "rnn", "--data={tmp}/short.wav", "--vocab-size=300"],
+        "--vocab-size: means nothing to sound, which has 256 levels; expected it with a text",
+    ),
     "no output": (["generate", "{text}", "--output=a.wav"], "--output: means nothing to this rnn"),
     "another kind": (
         ["generate", "{run}", "--output={tmp}/tune.mp3"],

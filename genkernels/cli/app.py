@@ -71,7 +71,7 @@ def _genkernels(
 
 @train.callback()
 def _train() -> None:
-    """Train a model on a text file.
+    """Train a model on text, sound, images, series or a table.
 
     Examples:
 

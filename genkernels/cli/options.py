@@ -231,7 +231,7 @@ SpectralNorm = Annotated[
 ]
 SeriesLength = Annotated[
     int | None,
-    typer.Option(min=1, max=MAX_SIZE, help="Numbers in a series.", rich_help_panel=_MODEL),
+    typer.Option(min=2, max=MAX_SIZE, help="Numbers in a series.", rich_help_panel=_MODEL),
 ]
 NumStates = Annotated[
     int | None,

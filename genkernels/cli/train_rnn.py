@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..data import MELODY, is_audio
+from ..data import MELODY, InputError, is_audio
 from ..training import RNN_PRESETS
 from . import options
 from .train import train_model
@@ -68,5 +68,9 @@ def train_rnn(
     """
     if data is None and preset == "audio":
         data = Path(MELODY)
+    if vocab_size is not None and data and is_audio(data):
+        raise InputError(
+            "--vocab-size: means nothing to sound, which has 256 levels; expected it with a text"
+        )
     preset = preset or ("audio" if data and is_audio(data) else "bytes")
     train_model("rnn", **locals())
