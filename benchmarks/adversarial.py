@@ -70,9 +70,9 @@ def of_preset(
 
 CASES = {
     GAN.name: [
-        of_preset(GAN, GAN_PRESETS, preset, 1.0, loss=loss)
+        of_preset(GAN, GAN_PRESETS, preset, 1.0, loss=loss, discriminator_steps=steps)
         for preset in GAN_PRESETS
-        for loss in ("hinge", "wgan-gp")
+        for loss, steps in (("hinge", 1), ("wgan-gp", 2))
     ],
     RecurrentGAN.name: [
         of_preset(
