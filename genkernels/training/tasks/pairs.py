@@ -63,8 +63,8 @@ class AnswersTask(BatchesTask):
                 request = dataclasses.replace(request, temperature=cls.temperature)
             answers: Iterable[Tensor] = model.stream(source, *request.drawing)
         else:
-            drawn = request.temperature, request.top_k, request.top_p, request.num_samples
-            if drawn != (None, None, None, None):
+            drawing = request.temperature, request.top_k, request.top_p, request.num_samples
+            if drawing != (None, None, None, None):
                 raise InputError(
                     "--beam-size: draws nothing; expected it without --temperature, --top-k, "
                     "--top-p and --num-samples"
