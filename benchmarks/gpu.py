@@ -280,8 +280,10 @@ def timed(case: Case, device: str, rounds: int, product: int) -> Row:
             genkernels.stats(reset=True)
             check(name, dict(zip(case.results, step(), strict=True)), expected, case.dtype)
             taken = memory_of(step, device)
-        except (Wrong, RuntimeError) as error:  # no kernel for it, or no memory
-            result.left_out[name] = str(error).strip().partition("\n")[0]
+        except Exception as error:  # wrong, no kernel for it, no memory, or a kernel not compiled
+            what = str(error).strip().partition("\n")[0]
+            is_said = isinstance(error, (Wrong, RuntimeError))
+            result.left_out[name] = what if is_said else f"{type(error).__name__} {what}"
             continue
         if name == "genkernels":
             result.backends = sorted({backend for _, backend in genkernels.stats()})

@@ -57,8 +57,11 @@ class Config(NamedTuple):
     reason: str = ""
 
 
+_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # torch.compile cannot trace that
+
+
 def is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return _IS_INSTALLED
 
 
 def obstacle(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

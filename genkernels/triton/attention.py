@@ -13,6 +13,7 @@ Source: Dao 2023, https://arxiv.org/abs/2307.08691; of few queries Dao et al. 20
 https://pytorch.org/blog/flash-decoding/.
 """
 
+import functools
 import itertools
 import math
 import warnings
@@ -28,6 +29,7 @@ from ..reference import varlen_attn as varlen_reference
 from ..reference.attention import Features
 from . import DTYPES, Config, architecture_of
 from . import attention_kernels as kernels
+from .launch import launch
 
 # The largest head size that is served.
 LARGEST = 128
@@ -116,6 +118,7 @@ def _tile(
     return rows, keys, 8 if architecture == "sm_100" and is_shared else warps
 
 
+@functools.cache
 def config(
     kernel: Any,
     architecture: str,
@@ -159,6 +162,7 @@ def config(
     return constants, options if is_amd else options | {"maxnreg": min(255, 2048 // warps)}
 
 
+@functools.cache
 def _parts(
     kernel: Any, architecture: str, dtype: torch.dtype, D: int, is_plain: bool
 ) -> list[dict[str, bool]]:
@@ -198,9 +202,7 @@ def _launch(
     for part in parts if groups * blocks else ():
         given = arguments | {"blocks": blocks, "places": places} | constants | part
         with torch.cuda.device_of(query):
-            kernel[(groups * blocks,)](
-                **{name: given[name] for name in kernel.arg_names}, **options
-            )
+            launch(kernel, (groups * blocks,), [given[n] for n in kernel.arg_names], options)
 
 
 def _places(cu_seq: Tensor, rows: int, block: int) -> Tensor:

@@ -173,12 +173,14 @@ def _scores(
 
 @triton.jit
 def _slope(slopes, slopes_batch, slopes_head, b, h):
-    return None if slopes is None else tl.load(slopes + b * slopes_batch + h * slopes_head)
+    if slopes is not None:  # Triton 3.5 and 3.6 return nothing as None, and None not at all
+        return tl.load(slopes + b * slopes_batch + h * slopes_head)
 
 
 @triton.jit
 def _mask(mask, mask_batch, mask_head, b, h):
-    return None if mask is None else mask + b * mask_batch + h * mask_head
+    if mask is not None:
+        return mask + b * mask_batch + h * mask_head
 
 
 # Whether dropout keeps weights: of rows i and the KEYS from key_of on, multiples of 64. Of the four

@@ -27,6 +27,7 @@ from torch.nn.functional import linear
 from ..reference.gru import _nrz, _rzn, each_backward, each_forward
 from ..reference.recurrent import entering_states, handed_on, join, order_of, steps_of
 from . import DTYPES, Config, architecture_of, check_like
+from .launch import launch, launch_each
 from .math import tanh
 
 
@@ -203,6 +204,9 @@ def _backward_sequence(
     BLOCK_H: tl.constexpr,
 ):
     COUNT: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    # float32's products are added up gate by gate: a sum of 3 H, one after the other, has twice the
+    # rounding errors.
+    SUMS: tl.constexpr = 3 if deltas.dtype.element_ty == tl.float32 else 1
     rows = tl.arange(0, BLOCK_B)
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     is_row = rows < B - first
@@ -240,20 +244,26 @@ def _backward_sequence(
             read = _load_step(
                 gates, hx, grad_output, row, is_row, H, HAS_GRAD_OUTPUT, BLOCK_B, BLOCK_H
             )
+        for _ in tl.static_range((SUMS - 1) * COUNT):
+            sums += (tl.zeros((BLOCK_B, BLOCK_H), tl.float32),)
         for k in tl.static_range(COUNT):
             for gate in tl.static_range(3):
                 delta = gradients[3 * k + gate].to(deltas.dtype.element_ty)
                 added: tl.tuple = ()
-                for j in tl.static_range(COUNT):
-                    part = weight[(gate * COUNT + k) * COUNT + j]
-                    added += (tl.dot(delta, part, sums[j], input_precision="ieee"),)
+                for j in tl.static_range(SUMS * COUNT):
+                    if j // COUNT == gate % SUMS:
+                        part = weight[(gate * COUNT + k) * COUNT + j % COUNT]
+                        added += (tl.dot(delta, part, sums[j], input_precision="ieee"),)
+                    else:
+                        added += (sums[j],)
                 sums = added
                 _store_rows(to, delta, is_row, 1 + gate, k, H, 4, BLOCK_B, BLOCK_H)
-        dh = sums
-        if HAS_RESETS:
-            dh = ()
-            for k in tl.static_range(COUNT):
-                dh += (tl.where(is_dropped, 0.0, sums[k]),)
+        dh = ()
+        for k in tl.static_range(COUNT):
+            own = sums[k]
+            if SUMS == 3:
+                own += sums[COUNT + k] + sums[2 * COUNT + k]
+            dh += (tl.where(is_dropped, 0.0, own) if HAS_RESETS else own,)
     for k in tl.static_range(COUNT):
         _store_rows(carry + first * H, dh[k], is_row, 0, k, H, 1, BLOCK_B, BLOCK_H)
 
@@ -541,7 +551,8 @@ def _run_sequence(
 ) -> None:
     T, B, H = output.shape
     given = _sequence(kernel, architecture_of(output.device), output.dtype, H)
-    kernel[triton.cdiv(B, given["BLOCK_B"]),](*tensors, T, B, REVERSE=reverse, **flags, **given)
+    constants, options = _constants(kernel, given | flags | {"REVERSE": reverse})
+    launch(kernel, (triton.cdiv(B, given["BLOCK_B"]),), (*tensors, T, B, *constants), options)
 
 
 def _run_forward_steps(
@@ -551,24 +562,20 @@ def _run_forward_steps(
     rows_of, (outputs, gates) = steps_of(projected, sizes), (steps_of(t, sizes) for t in results)
     H = h.size(1)
     given = _step_of(architecture_of(h.device), h.dtype, H)
-    for t in order_of(len(outputs), reverse):
-        rows = len(outputs[t])
-        grid = triton.cdiv(rows, given["BLOCK_B"]), triton.cdiv(H, given["BLOCK_H"])
-        _forward_step[grid](
-            rows_of[t],
-            h,
-            weight_hh,
-            bias_hh,
-            resets[t],
-            outputs[t],
-            gates[t],
-            rows,
-            H,
-            **flags,
-            **given,
-        )
-        h = handed_on(outputs[t], h, t, None)
-    return h
+    constants, options = _constants(_forward_step, given | flags)
+    counts = [h.size(0)] * len(outputs) if sizes is None else sizes.tolist()
+    unit_blocks = triton.cdiv(H, given["BLOCK_H"])
+
+    def steps() -> Iterator[tuple[tuple[int, int], Sequence[Any]]]:
+        nonlocal h
+        for t in order_of(len(outputs), reverse):
+            rows = counts[t]
+            values = (rows_of[t], h, weight_hh, bias_hh, resets[t], outputs[t], gates[t], rows, H)
+            yield (triton.cdiv(rows, given["BLOCK_B"]), unit_blocks), (*values, *constants)
+            h = outputs[t] if sizes is None else handed_on(outputs[t], h, t, None)
+
+    launch_each(_forward_step, steps(), options, _regular(h, sizes, flags, len(outputs)))
+    return h if sizes is not None else outputs[0 if reverse else -1]
 
 
 def _run_backward_steps(
@@ -578,31 +585,40 @@ def _run_backward_steps(
     grads, states, gates, deltas, grad_states = (steps_of(t, sizes) for t in of_steps)
     H = weight_hh.size(1)
     given = _step_of(architecture_of(weight_hh.device), weight_hh.dtype, H)
+    constants, options = _constants(_backward_step, given | flags)
+    counts = [carry.size(0)] * len(deltas) if sizes is None else sizes.tolist()
+    unit_blocks = triton.cdiv(H, given["BLOCK_H"])
 
-    def launch(t: int, rows: int, later: int, known: int) -> None:
-        blocks = triton.cdiv(max(rows, known), given["BLOCK_B"])
-        _backward_step[blocks, triton.cdiv(H, given["BLOCK_H"])](
-            carry,
-            deltas[later],
-            resets[later],
-            weight_hh,
-            grads[t],
-            states[t],
-            gates[t],
-            deltas[t],
-            grad_states[t],
-            rows,
-            known,
-            H,
-            **flags,
-            **given,
-        )
+    def step(t: int, rows: int, later: int, known: int) -> tuple[tuple[int, int], Sequence[Any]]:
+        states_of = (grads[t], states[t], gates[t], deltas[t], grad_states[t])
+        values = (carry, deltas[later], resets[later], weight_hh, *states_of, rows, known, H)
+        grid = triton.cdiv(max(rows, known), given["BLOCK_B"]), unit_blocks
+        return grid, (*values, *constants)
 
-    later, known = 0, 0
-    for t in order_of(len(deltas), not reverse):
-        launch(t, len(deltas[t]), later, known)
-        later, known = t, len(deltas[t])
-    launch(later, 0, later, known)  # what the first step hands on to hx
+    order = order_of(len(deltas), not reverse)
+
+    def steps() -> Iterator[tuple[tuple[int, int], Sequence[Any]]]:
+        later, known = 0, 0
+        for t in order:
+            yield step(t, counts[t], later, known)
+            later, known = t, counts[t]
+
+    launch_each(_backward_step, steps(), options, _regular(carry, sizes, flags, len(order)))
+    first = order[-1]
+    launch(_backward_step, *step(first, 0, first, counts[first]), options)  # what it hands on to hx
+
+
+def _regular(states: Tensor, sizes: Tensor | None, flags: dict[str, bool], steps: int) -> int:
+    """How many steps read and write one after the other, at multiples of 16 bytes in each if in
+    one."""
+    is_even = states.size(1) % 8 == 0 and sizes is None and not flags["HAS_RESETS"]
+    return steps if is_even else 0
+
+
+def _constants(kernel: Any, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """A kernel's constants, which are its last arguments, and the compiler's options."""
+    options = {name: value for name, value in given.items() if name in _OPTIONS}
+    return [given[name] for name in kernel.arg_names if name in given], options
 
 
 def _states_before(
