@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 DATA ?=
 ARGS ?=
 BASE ?=
+# That pyproject.toml takes.
+OLDEST_TRITON := triton==3.5.0
 
 BIN := .venv/bin
 PY := $(BIN)/python
@@ -37,6 +39,8 @@ triton-check: .venv/built .venv/installed  ## the GPU kernels without a GPU: int
 	  $(PY) -m benchmarks.$${table%:*} > .venv/compiled.md && \
 	  grep '^|' benchmarks/$${table#*:}.md | tail -n +3 | diff - .venv/compiled.md || exit 1; \
 	done
+	$(PY) -m pip install --quiet --no-deps --upgrade --target .venv/oldest $(OLDEST_TRITON)
+	PYTHONPATH=.venv/oldest $(PY) -m benchmarks.triton_table --only sm_90 > .venv/compiled.md
 
 cuda-check: .venv/dependencies  ## the CUDA kernels compiled for three architectures, without a GPU (needs nvcc)
 	$(PY) -m benchmarks.cuda_table $(ARGS)

@@ -361,15 +361,24 @@ def run(options: argparse.Namespace) -> int:
     if not cases:
         raise Failure(f"--only {options.only}: no case is named so")
     rows: list[Row] = []
+
+    def save(not_run: Sequence[str]) -> None:
+        if options.save:
+            report = {"rows": [dataclasses.asdict(row) for row in rows], "not_run": not_run}
+            command.write_json(Path(options.save) / "gpu.json", {**settings, **report})
+
     start = time.perf_counter()
     for number, case in enumerate(cases, 1):
         if time.perf_counter() - start > 60 * options.minutes:
             break
-        rows.append(timed(case, device, options.rounds, SIZES[device].product))
-        left_out = "".join(f", without {name}: {why}" for name, why in rows[-1].left_out.items())
+        row = timed(case, device, options.rounds, SIZES[device].product)
+        rows.append(row)
+        save([case.name for case in cases[number:]])  # whoever ends this early keeps what there is
+        speeds = ", ".join(f"{name} {speed:.3g}" for name, speed in row.tflops.items())
+        left_out = "".join(f", without {name}: {why}" for name, why in row.left_out.items())
         print(
             f"[{number}/{len(cases)}, {time.perf_counter() - start:.0f} s] {case.name}, "
-            f"{' '.join(rows[-1].backends)}{left_out}",
+            f"{' '.join(row.backends)}: {speeds} TFLOP/s{left_out}",
             file=sys.stderr,
             flush=True,
         )
@@ -380,9 +389,7 @@ def run(options: argparse.Namespace) -> int:
         print("Tiny sizes, to see that everything runs: these figures mean nothing.")
     if not_run:
         print(f"Not run within {options.minutes:g} minutes: {'; '.join(not_run)}")
-    if options.save:
-        report = {"rows": [dataclasses.asdict(row) for row in rows], "not_run": not_run}
-        command.write_json(Path(options.save) / "gpu.json", {**settings, **report})
+    save(not_run)
     wrong = [
         f"{row.case}: {row.left_out['genkernels']}" for row in rows if "genkernels" in row.left_out
     ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,12 +28,14 @@ def test_everything_runs(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [dict(zip(names, map(str.strip, line), strict=True)) for line in lines[1:]]
     cases = list(gpu.plan(gpu.SIZES["cpu"], "cpu", True))
     assert [row[names[0]] for row in rows] == [case.name for case in cases]
-    for case, row in zip(cases, rows, strict=True):
+    reported = [line for line in progress.splitlines() if line.startswith("[")]
+    for case, row, line in zip(cases, rows, reported, strict=True):
         missing = {name for name in case.make if not row[name]}
         # PyTorch has its attention of cuDNN on GPUs alone.
         assert missing == ({"cuDNN"} if case.name.startswith("attention") else set())
-        if missing:
-            assert f"{case.name}, cpp, without cuDNN: No viable backend" in progress
+        assert f" s] {case.name}, " in line
+        assert f": genkernels {row['genkernels']}" in line
+        assert ("without cuDNN: No viable backend" in line) == bool(missing)
     assert "these figures mean nothing" in output
 
 
@@ -53,6 +57,26 @@ def test_names_what_the_time_does_not_do_for(capsys: pytest.CaptureFixture[str])
     assert gpu.main([*DRY, "--only", "GRU", "--minutes", "0"]) == 0
     output = capsys.readouterr().out
     assert "Not run within 0 minutes: GRU T=3 B=2 I=5 H=7, forward+backward, bfloat16;" in output
+
+
+def test_keeps_what_it_had_when_it_ends_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed, times = gpu.timed, []
+
+    def until_the_third(case: gpu.Case, *args: Any) -> gpu.Row:
+        times.append(case.name)
+        if len(times) == 3:
+            raise KeyboardInterrupt
+        return timed(case, *args)
+
+    monkeypatch.setattr(gpu, "timed", until_the_third)
+    settings = {"device": "cpu", "only": "GRU", "compile": False, "minutes": 9.0, "rounds": 1}
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run(Namespace(save=tmp_path, **settings))
+    report = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert [row["case"] for row in report["rows"]] == times[:2]
+    assert report["not_run"][0] == times[2]
 
 
 def test_what_is_wrong_is_not_timed(

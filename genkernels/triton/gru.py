@@ -204,9 +204,9 @@ def _backward_sequence(
     BLOCK_H: tl.constexpr,
 ):
     COUNT: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    # float32's products are added up gate by gate: a sum of 3 H, one after the other, has twice the
-    # rounding errors.
-    SUMS: tl.constexpr = 3 if deltas.dtype.element_ty == tl.float32 else 1
+    # float32's products are added up gate by gate, where registers hold three sums: one of 3 H, one
+    # after the other, has twice the rounding errors.
+    SUMS: tl.constexpr = 3 if deltas.dtype.element_ty == tl.float32 and BLOCK_H < 64 else 1
     rows = tl.arange(0, BLOCK_B)
     first = tl.program_id(0).to(tl.int64) * BLOCK_B
     is_row = rows < B - first
@@ -446,25 +446,28 @@ def _sequence(kernel: Any, architecture: str, dtype: torch.dtype, H: int) -> dic
     return given | {"maxnreg": 255} if is_told else given
 
 
-def _step_of(architecture: str, dtype: torch.dtype, H: int) -> dict[str, int]:
+def _step_of(kernel: Any, architecture: str, dtype: torch.dtype, H: int) -> dict[str, int]:
     """Constants and options of the kernels of a step, for every batch.
 
     64 rows are what the tensor cores of sm_90 and sm_100 multiply at once, elsewhere 16 for each
-    warp: of fewer, two would multiply the same. Where a batch has fewer, the rest costs them idle
-    work and no reading, and a step is bound by reading: a program of _forward_step reads 192 H
-    bytes of weights and 128 H of states for 12288 H operations, 38 for each byte, where an H100's
-    tensor cores do 295 for each byte of its memory, by their published peaks. Twice the rows halve
-    the reading of weights for each row.
-
+    warp: of fewer, two would multiply the same. Few units make many programs, since a step waits
+    for what it reads: of 64 rows and 1024 units there are 64, where an H100 has 132
+    multiprocessors. There, steps of 16 units take 0.84 of the time of those of 32, in float32 0.6.
     Where H is a multiple of 16, Triton makes wide loads; else each load has an address of its own,
-    and with a BLOCK_K of 64 they would spill. float32 has no tensor cores on NVIDIA's.
+    and with a larger BLOCK_K they would spill. float32 has no tensor cores on NVIDIA's.
     """
+    is_amd, is_even = architecture.startswith("gfx"), H % 16 == 0
     if dtype == torch.float32:
-        blocks = {"BLOCK_B": 16, "BLOCK_H": 32, "BLOCK_K": 32, "num_stages": 2}
+        blocks = {"BLOCK_B": 16, "BLOCK_H": 16, "BLOCK_K": 64, "num_stages": 2}
+        if is_amd or not is_even:
+            blocks |= {"BLOCK_H": 32, "BLOCK_K": 32}
     else:
-        columns = 64 if H % 16 == 0 else 32
-        blocks = {"BLOCK_B": 64, "BLOCK_H": 32, "BLOCK_K": columns, "num_stages": 3}
-    if architecture.startswith("gfx"):  # instructions of 16 rows, where the compiler takes 32
+        blocks = {"BLOCK_B": 64, "BLOCK_H": 16, "BLOCK_K": 64, "num_stages": 3}
+        if is_amd or not is_even:
+            blocks |= {"BLOCK_H": 32, "BLOCK_K": 64 if is_even else 32}
+        elif kernel is _backward_step:
+            blocks |= {"BLOCK_K": 128, "num_stages": 4}
+    if is_amd:  # instructions of 16 rows, where the compiler takes 32
         blocks["matrix_instr_nonkdim"] = 16
     return blocks | {"num_warps": 4}
 
@@ -480,7 +483,7 @@ def configs(architecture: str) -> Iterator[Config]:
                 yield _config(kernel, f"gru {way}, H {H}", dtype, given)
         for H in (256, 257):
             for kernel, way in ((_forward_step, "forward"), (_backward_step, "backward")):
-                given = _step_of(architecture, dtype, H)
+                given = _step_of(kernel, architecture, dtype, H)
                 config = _config(kernel, f"gru {way} step, H {H}", dtype, given)
                 yield config._replace(divisible=("H",) if H % 16 == 0 else ())
 
@@ -561,7 +564,7 @@ def _run_forward_steps(
     projected, h, weight_hh, bias_hh, resets, *results = tensors
     rows_of, (outputs, gates) = steps_of(projected, sizes), (steps_of(t, sizes) for t in results)
     H = h.size(1)
-    given = _step_of(architecture_of(h.device), h.dtype, H)
+    given = _step_of(_forward_step, architecture_of(h.device), h.dtype, H)
     constants, options = _constants(_forward_step, given | flags)
     counts = [h.size(0)] * len(outputs) if sizes is None else sizes.tolist()
     unit_blocks = triton.cdiv(H, given["BLOCK_H"])
@@ -584,7 +587,8 @@ def _run_backward_steps(
     carry, weight_hh, resets, *of_steps = tensors
     grads, states, gates, deltas, grad_states = (steps_of(t, sizes) for t in of_steps)
     H = weight_hh.size(1)
-    given = _step_of(architecture_of(weight_hh.device), weight_hh.dtype, H)
+    architecture, dtype = architecture_of(weight_hh.device), weight_hh.dtype
+    given = _step_of(_backward_step, architecture, dtype, H)
     constants, options = _constants(_backward_step, given | flags)
     counts = [carry.size(0)] * len(deltas) if sizes is None else sizes.tolist()
     unit_blocks = triton.cdiv(H, given["BLOCK_H"])
