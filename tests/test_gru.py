@@ -45,6 +45,8 @@ LONG_SHAPES = [
     (6, 1, 260, 513),
     (4, 100, 64, 128),
 ]
+# Of whole registers, and of more rows than a block of the backward pass or a chain of sums has.
+WHOLE_SHAPES = [(9, 70, 32, 48), (3, 130, 16, 16), (2, 600, 48, 32), (40, 40, 80, 128)]
 
 
 def plain_gru(
@@ -196,6 +198,14 @@ class TestParity:
         # Of many elements alone, PyTorch's error is not small by luck.
         T, B, _, H = shape
         check(lambda seed: arguments(*shape, dtype, seed=seed), draws=2 if T * B * H > 800 else 4)
+
+    @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+    @pytest.mark.parametrize("shape", WHOLE_SHAPES, ids=shape_id)
+    def test_reads_in_place(
+        self, shape: tuple[int, ...], dtype: torch.dtype, reverse: bool
+    ) -> None:
+        check(lambda seed: arguments(*shape, dtype, seed=seed) | {"reverse": reverse}, draws=2)
 
     @each_dtype
     @pytest.mark.parametrize("shape", [(5, 7, 17, 33), (4, 19, 33, 16)], ids=shape_id)

@@ -19,6 +19,7 @@ from test_gru import (
     LONG_SHAPES,
     OUTPUTS,
     TENSORS,
+    WHOLE_SHAPES,
     assert_bitwise_equal,
     dtype_id,
     each_direction,
@@ -100,6 +101,21 @@ class TestParity:
         # Of many elements alone, PyTorch's error is not small by luck.
         T, B, _, H = shape
         check(lambda seed: arguments(*shape, dtype, seed=seed), draws=2 if T * B * H > 800 else 4)
+
+    @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+    @pytest.mark.parametrize("shape", WHOLE_SHAPES, ids=shape_id)
+    def test_reads_in_place(
+        self, shape: tuple[int, ...], dtype: torch.dtype, reverse: bool
+    ) -> None:
+        check(lambda seed: arguments(*shape, dtype, seed=seed) | {"reverse": reverse}, draws=2)
+
+    @each_dtype
+    @pytest.mark.parametrize("shape", [(3, 40, 20, 250), (3, 9, 20, 275)], ids=shape_id)
+    def test_last_block_of_fewer_registers(
+        self, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
+        check(lambda seed: arguments(*shape, dtype, seed=seed), draws=2)
 
     @each_dtype
     @pytest.mark.parametrize(

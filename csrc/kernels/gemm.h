@@ -214,13 +214,13 @@ GENKERNELS_INLINE void product_of_few_rows(const E* a, ptrdiff_t row_stride, con
 // total[i][v] = a[i][:] b[:][v] for at most kRunRows rows.
 template <class E, int kVectors, class Next = NothingAhead>
 GENKERNELS_INLINE void product_of_rows(const E* a, ptrdiff_t row_stride, int64_t rows, const E* b, int64_t K,
-                                       Vector<E> (&total)[kRunRows][kVectors], Next ahead = {}) {
+                                       Vector<E> (&total)[kRunRows][kVectors], Next ahead = {},
+                                       ptrdiff_t b_step = Panel<E, kVectors>::kStep) {
   for (int64_t k = 0; k < K || k == 0; k += kChain)
     for_row_tiles(rows, [&]<int kRows>(int64_t first) {
       Vector<E> sum[kRows][kVectors] = {};
-      multiply<E, kRows, kVectors>(a + first * row_stride + k, row_stride, kGroup<E>,
-                                   b + k / kGroup<E> * Panel<E, kVectors>::kStep, smaller(kChain, K - k), sum,
-                                   ahead.from(k / kGroup<E>));
+      multiply<E, kRows, kVectors>(a + first * row_stride + k, row_stride, kGroup<E>, b + k / kGroup<E> * b_step,
+                                   smaller(kChain, K - k), sum, ahead.from(k / kGroup<E>), b_step);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 8

@@ -14,7 +14,7 @@ struct GruCell {
   using T = Element;
   using A = Accumulator<T>;
   static constexpr int kGates = 3, kSaved = 4, kColumns = 4, kStateColumn = 1, kBiases = 4;
-  static constexpr bool kSplitsLast = true;
+  static constexpr bool kSplitsLast = true, kPassesBy = true;
 
   // r and z (0 and 1), and of n the input's part and the state's (2 and 3).
   template <class OfInput, class OfState>

@@ -7,6 +7,7 @@
 //                 the input, and as many, from kStateColumn on, to the state. The input's last gate is the first
 //                 column.
 //   kSplitsLast   whether the last gate has the state's part apart from the input's
+//   kPassesBy     whether a part of dh reaches the state before without a product
 //   kBiases       registers of biases in a block of units
 //   sum(v, of_input, of_state)                 register v of the sums that finish() takes
 //   pack_biases(layer, to)                     the biases as finish() reads them
@@ -231,6 +232,18 @@ struct GateWeights {
             {at + (input_size + run * (block_size - input_size) / 3) * int64_t(sizeof(E))}};
   }
 
+  // Calls body.operator()<vectors>(), of the registers of block j that hold units. They are the first ones where there
+  // is one gate.
+  template <class Body>
+  GENKERNELS_INLINE void with_width(int64_t j, const Body& body) const {
+    const int64_t units = layer.hidden_size - j * kUnits;
+    if constexpr (Cell::kGates == 1) {
+      if (units <= kLanes<A>) return body.template operator()<1>();
+      if (units <= 2 * kLanes<A>) return body.template operator()<2>();
+    }
+    body.template operator()<kBlockVectors>();
+  }
+
   // What register v of a block's tile holds: the gate, and the first unit.
   static constexpr int64_t gate_of(int v) { return v / kUnitVectors; }
   static constexpr int64_t unit_of(int64_t first, int v) { return first + v % kUnitVectors * kLanes<A>; }
@@ -280,28 +293,30 @@ GENKERNELS_INLINE void finish_all_rows(const Block<typename Cell::T>& block, int
   });
 }
 
-// One step of a block's units, for at most kRunRows rows.
-template <class Cell, class T = typename Cell::T>
+// One step of a block's units, for at most kRunRows rows. Of a last block that is not full, kVectors registers are.
+template <class Cell, int kVectors = kBlockVectors, class T = typename Cell::T>
 GENKERNELS_INLINE void forward_run(const Recurrent& layer, const Block<T>& block, Rows<const Operand<T>> input,
                                    Rows<const Operand<T>> state, int64_t rows, T* output, T* gates,
                                    const BlockAhead& ahead) {
   using E = Operand<T>;
-  constexpr int kLast = kBlockVectors - 1;
+  constexpr int kLast = kVectors - 1;
+  constexpr ptrdiff_t kStep = GateWeights<Cell>::kStep;
+  static_assert(kVectors == kBlockVectors || !Cell::kSplitsLast);
   const int64_t I = layer.input_size, H = layer.hidden_size;
   if (I + H <= kChain)  // one chain for both, out of which only the input's part of a last gate apart has to be taken
     return for_row_tiles(rows, [&]<int kRows>(int64_t first) {
-      Vector<Accumulator<T>> sum[kRows][kBlockVectors] = {}, apart[kRows];
+      Vector<Accumulator<T>> sum[kRows][kVectors] = {}, apart[kRows];
       // States are small, inputs may not be: a small product that is added to a large sum is rounded as that is.
       if constexpr (!Cell::kSplitsLast)
-        multiply<E, kRows, kBlockVectors>(state[first], state.stride, kGroup<E>, block.state, H, sum, ahead.state);
-      multiply<E, kRows, kBlockVectors>(input[first], input.stride, kGroup<E>, block.input, I, sum, ahead.input);
+        multiply<E, kRows, kVectors>(state[first], state.stride, kGroup<E>, block.state, H, sum, ahead.state, kStep);
+      multiply<E, kRows, kVectors>(input[first], input.stride, kGroup<E>, block.input, I, sum, ahead.input, kStep);
       if constexpr (Cell::kSplitsLast) {
 #pragma GCC unroll 8
         for (int i = 0; i < kRows; ++i) {
           apart[i] = sum[i][kLast];
           sum[i][kLast] = Vector<Accumulator<T>>{};
         }
-        multiply<E, kRows, kBlockVectors>(state[first], state.stride, kGroup<E>, block.state, H, sum, ahead.state);
+        multiply<E, kRows, kVectors>(state[first], state.stride, kGroup<E>, block.state, H, sum, ahead.state, kStep);
       }
       finish_tile<Cell, kRows>(
           block, H,
@@ -310,15 +325,15 @@ GENKERNELS_INLINE void forward_run(const Recurrent& layer, const Block<T>& block
           [&](int64_t i) GENKERNELS_LAMBDA { return state[first + i]; }, output ? output + first * H : nullptr,
           gates ? gates + first * Cell::kSaved * H : nullptr);
     });
-  Vector<Accumulator<T>> from_input[kRunRows][kBlockVectors], from_state[kRunRows][kBlockVectors];
-  product_of_rows<E, kBlockVectors>(input.first, input.stride, rows, block.input, I, from_input, ahead.input);
-  product_of_rows<E, kBlockVectors>(state.first, state.stride, rows, block.state, H, from_state, ahead.state);
+  Vector<Accumulator<T>> from_input[kRunRows][kVectors], from_state[kRunRows][kVectors];
+  product_of_rows<E, kVectors>(input.first, input.stride, rows, block.input, I, from_input, ahead.input, kStep);
+  product_of_rows<E, kVectors>(state.first, state.stride, rows, block.state, H, from_state, ahead.state, kStep);
   finish_all_rows<Cell>(
       block, H, rows,
       [&](int64_t i, int g) GENKERNELS_LAMBDA {
         return Cell::sum(
-            g, [&](int v) GENKERNELS_LAMBDA { return from_input[i][v]; },
-            [&](int v) GENKERNELS_LAMBDA { return from_state[i][v]; });
+            g, [&](int v) GENKERNELS_LAMBDA { return from_input[i][v > kLast ? kLast : v]; },
+            [&](int v) GENKERNELS_LAMBDA { return from_state[i][v > kLast ? kLast : v]; });
       },
       [&](int64_t i) GENKERNELS_LAMBDA { return state[i]; }, output, gates);
 }
@@ -439,10 +454,13 @@ void forward_steps(const Sequence<Cell>& sequence, const GateWeights<Cell>& weig
       T* gates = layer.gates ? sequence.gates(t, begin) : nullptr;
       for (int64_t j = first_block; j < last_block; ++j) {
         const auto block = weights.block(j, thread);
-        for (int64_t i = 0; i < rows; i += kRunRows)
-          forward_run<Cell>(layer, block, {input[i], input.stride}, {state[i], state.stride},
-                            smaller(kRunRows, rows - i), output + i * H, gates ? gates + i * Cell::kSaved * H : nullptr,
-                            weights.ahead(j + 1 < last_block ? j + 1 : at_next_step, i / kRunRows, block));
+        weights.with_width(j, [&]<int kVectors>() {
+          for (int64_t i = 0; i < rows; i += kRunRows)
+            forward_run<Cell, kVectors>(layer, block, {input[i], input.stride}, {state[i], state.stride},
+                                        smaller(kRunRows, rows - i), output + i * H,
+                                        gates ? gates + i * Cell::kSaved * H : nullptr,
+                                        weights.ahead(j + 1 < last_block ? j + 1 : at_next_step, i / kRunRows, block));
+        });
       }
     }
     finish(s);
@@ -801,7 +819,9 @@ struct Backward {
       Vector<A> dh = load(carry + b * H + u, count);
       if (from_output) dh += load(from_output + u, count);
       if (states) store(states + u, dh, count);
-      store(carry + b * H + u, Cell::delta(dh, H, u, count, saved, state, output, to), count);
+      const Vector<A> passed = Cell::delta(dh, H, u, count, saved, state, output, to);
+      // A single step adds its product to this; others put theirs in its place where nothing passes by.
+      if (Cell::kPassesBy || step_delta != nullptr) store(carry + b * H + u, passed, count);
     }
   }
 
@@ -873,7 +893,7 @@ struct Backward {
       multiply_rows(weight_hh, thread, {rows_delta + Cell::kStateColumn * H, delta_stride}, rows, first_panel,
                     last_panel, layer.batch < kTileRows, [&](int64_t i, int64_t column, int count, Vector<A> sum) {
                       A* to = carry + (begin + i) * H + column;
-                      store(to, load(to, count) + sum, count);
+                      store(to, Cell::kPassesBy ? load(to, count) + sum : sum, count);
                     });
       for (int64_t i = 0; layer.resets && i < rows; ++i)
         if (layer.resets[t * layer.batch + begin + i])
@@ -992,26 +1012,48 @@ struct Backward {
 
   // Shared out by rows, or by panels where there are few rows.
   void input_gradient(int64_t base, int64_t rows, const BackwardWeight<Cell>& weight_ih) const {
+    const int64_t shares = input_shares(rows, weight_ih);
+    parallel(runtime, shares, [&](int64_t i) { input_gradient_share(base, rows, weight_ih, i, shares); });
+  }
+
+  static bool shares_rows(int64_t tiles, const BackwardWeight<Cell>& weight_ih, const Runtime& runtime) {
+    return weight_ih.at_once && tiles >= runtime.threads;
+  }
+
+  int64_t input_shares(int64_t rows, const BackwardWeight<Cell>& weight_ih) const {
+    const int64_t tiles = ceil_div(rows, kTileRows);
+    return smaller(runtime.threads, shares_rows(tiles, weight_ih, runtime) ? tiles : weight_ih.columns.panels);
+  }
+
+  void input_gradient_share(int64_t base, int64_t rows, const BackwardWeight<Cell>& weight_ih, int64_t i,
+                            int64_t shares) const {
     const int64_t tiles = ceil_div(rows, kTileRows), panels = weight_ih.columns.panels;
-    const bool by_rows = weight_ih.at_once && tiles >= runtime.threads;
-    const int64_t shares = smaller(runtime.threads, by_rows ? tiles : panels);
+    const bool by_rows = shares_rows(tiles, weight_ih, runtime);
     T* to = static_cast<T*>(grad.grad_input) + base * I;
-    parallel(runtime, shares, [&](int64_t i) {
-      const int64_t begin = by_rows ? tiles * i / shares * kTileRows : 0;
-      const int64_t end = by_rows ? smaller(rows, tiles * (i + 1) / shares * kTileRows) : rows;
-      multiply_rows(weight_ih, i, {delta + begin * delta_stride, delta_stride}, end - begin,
-                    by_rows ? 0 : panels * i / shares, by_rows ? panels : panels * (i + 1) / shares, false,
-                    [&](int64_t row, int64_t column, int count, Vector<A> sum) {
-                      store(to + (begin + row) * I + column, sum, count);
-                    });
-    });
+    const int64_t begin = by_rows ? tiles * i / shares * kTileRows : 0;
+    const int64_t end = by_rows ? smaller(rows, tiles * (i + 1) / shares * kTileRows) : rows;
+    multiply_rows(weight_ih, i, {delta + begin * delta_stride, delta_stride}, end - begin,
+                  by_rows ? 0 : panels * i / shares, by_rows ? panels : panels * (i + 1) / shares, false,
+                  [&](int64_t row, int64_t column, int count, Vector<A> sum) {
+                    store(to + (begin + row) * I + column, sum, count);
+                  });
+  }
+
+  // Whether the weights' gradients read inputs, states and delta where they lie: as matrices, whose columns are whole
+  // registers and whose rows are not a page apart.
+  bool reads_in_place() const {
+    if constexpr (!__is_same(T, E)) return false;
+    return layer.batch_sizes == nullptr && layer.resets == nullptr &&
+           layer.input_stride_t == layer.batch * layer.input_stride_b && H % kTileRows == 0 &&
+           delta_stride * int64_t(sizeof(E)) <= kFarApart && are_panels(Columns<E>(I), layer.input_stride_b) &&
+           are_panels(Columns<E>(H), H);
   }
 
   WeightGradients prepare_weight_gradients() const {
     const bool needed = grad.needs_weights;
     const Columns<E> input_columns(needed ? I : 0), state_columns(needed ? H : 0);
     const int64_t gate_tiles = needed ? ceil_div(H, kTileRows) : 0;
-    const int64_t K = ceil_div(block_rows, kGroup<E>) * kGroup<E>;
+    const int64_t K = reads_in_place() ? 0 : ceil_div(block_rows, kGroup<E>) * kGroup<E>;
     const auto sums = [&](void* gradient, int64_t columns) {
       if constexpr (__is_same(T, A)) return static_cast<A*>(gradient);
       return allocate<A>(runtime, needed ? Cell::kGates * H * columns : 0);
@@ -1030,6 +1072,56 @@ struct Backward {
   // The rows of delta^T that belong to a tile of units.
   const E* delta_tile(const WeightGradients& of, int64_t gate, int64_t unit, int64_t K) const {
     return of.transposed + (gate * of.gate_tiles * kTileRows + unit) * K;
+  }
+
+  // Neighbouring rows of a matrix, which are rows first to first + count of a block.
+  struct Part {
+    Rows<const T> rows;
+    int64_t first, count;
+  };
+
+  // All gradients that follow from a block's delta. Nobody waits in between.
+  void gradients_in_place(const WeightGradients& to, int64_t base, int64_t rows, bool is_first_block,
+                          const BackwardWeight<Cell>& weight_ih) const {
+    const int64_t B = layer.batch, shares = runtime.threads, tiles = Cell::kGates * to.gate_tiles;
+    const T *input = static_cast<const T*>(layer.input), *hx = static_cast<const T*>(layer.hx);
+    const T* states = static_cast<const T*>(layer.output) + (layer.reverse ? base + B : base - B) * H;
+    const bool has_start = layer.reverse ? base + rows == sequence.rows() : base == 0;
+    const int64_t start = has_start ? B : 0;  // rows whose states are hx
+    const Part of_input[] = {{{input + base * layer.input_stride_b, layer.input_stride_b}, 0, rows}, {}};
+    const Part of_start = {{hx, H}, layer.reverse ? rows - start : 0, start};
+    const int64_t first = layer.reverse ? 0 : start;
+    const Part of_states[] = {of_start, {{states + first * H, H}, first, rows - start}};
+    const int64_t shares_of_input = grad.grad_input ? input_shares(rows, weight_ih) : 0;
+    parallel(runtime, shares, [&](int64_t i) {
+      if (i < shares_of_input) input_gradient_share(base, rows, weight_ih, i, shares_of_input);
+      const int64_t last = tiles * (i + 1) / shares;
+      const auto accumulate = [&](const Columns<E>& columns, const Part(&parts)[2], int64_t column0, A* sums,
+                                  int64_t N) {
+        bool is_first = is_first_block;
+        for (const Part& part : parts)
+          for (int64_t k = 0; k < part.count; k += kBlockRows, is_first = false)
+            for (int64_t group = tiles * i / shares; group < last; group += kTileGroup)
+              for (int64_t p = 0; p < columns.panels; ++p)
+                columns.with_width(p, [&]<int kVectors>() {
+                  for (int64_t tile = group; tile < smaller(group + kTileGroup, last); ++tile) {
+                    const int64_t column = column0 + tile / to.gate_tiles, unit = tile % to.gate_tiles * kTileRows;
+                    A* rows_to = sums + ((column + Cell::kGates - 1) % Cell::kGates * H + unit) * N;
+                    const E* of_tile = delta + (part.first + k) * delta_stride + column * H + unit;
+                    const E* panel = reinterpret_cast<const E*>(part.rows[k]) + columns.first_column(p);
+                    add_tile<kVectors, E>(columns, p, {panel, part.rows.stride}, {of_tile, delta_stride},
+                                          smaller(kBlockRows, part.count - k), kTileRows, rows_to, N, is_first);
+                  }
+                });
+      };
+      accumulate(to.input_columns, of_input, 0, to.weight_ih, I);
+      accumulate(to.state_columns, of_states, Cell::kStateColumn, to.weight_hh, H);
+      const int64_t vectors = ceil_div(Cell::kColumns * H, kLanes<A>);
+      add_columns<A>(
+          rows, vectors * i / shares * kLanes<A>, smaller(Cell::kColumns * H, vectors * (i + 1) / shares * kLanes<A>),
+          [&](int64_t row, int64_t n) GENKERNELS_LAMBDA { return load(delta + row * delta_stride + n, kLanes<A>); },
+          to.bias, is_first_block);
+    });
   }
 
   void weight_gradients(const WeightGradients& to, int64_t base, int64_t rows, bool is_first_block) const {
@@ -1174,6 +1266,8 @@ struct BackwardBlocks {
   }
 
   void finish_block() const {
+    if (pass.grad.needs_weights && pass.reads_in_place())
+      return pass.gradients_in_place(sums, base, rows, last == pass.layer.steps, weight_ih);
     if (pass.grad.grad_input) pass.input_gradient(base, rows, weight_ih);
     if (pass.grad.needs_weights) pass.weight_gradients(sums, base, rows, last == pass.layer.steps);
   }

@@ -13,7 +13,7 @@ struct RnnCell {
   using T = Element;
   using A = Accumulator<T>;
   static constexpr int kGates = 1, kSaved = 0, kColumns = 1, kStateColumn = 0, kBiases = kBlockVectors;
-  static constexpr bool kSplitsLast = false;
+  static constexpr bool kSplitsLast = false, kPassesBy = false;
 
   template <class OfInput, class OfState>
   static GENKERNELS_INLINE Vector<A> sum(int v, const OfInput& of_input, const OfState& of_state) {
