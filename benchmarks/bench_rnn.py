@@ -20,6 +20,7 @@ SHAPES = (  # T, B, I, H
     (128, 64, 512, 512),
     (128, 128, 128, 128),
     (32, 64, 1024, 1024),
+    (64, 32, 128, 384),  # what `genkernels train rnn` runs, if it is not told otherwise
 )
 CONTESTANTS: dict[str, Callable[..., Any]] = {
     "genkernels": genkernels.nn.RNN,
