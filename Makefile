@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 DATA ?=
 ARGS ?=
 BASE ?=
-# That pyproject.toml takes.
+# The oldest that pyproject.toml accepts.
 OLDEST_TRITON := triton==3.5.0
 
 BIN := .venv/bin
@@ -39,7 +39,7 @@ triton-check: .venv/built .venv/installed  ## the GPU kernels without a GPU: int
 	  $(PY) -m benchmarks.$${table%:*} > .venv/compiled.md && \
 	  grep '^|' benchmarks/$${table#*:}.md | tail -n +3 | diff - .venv/compiled.md || exit 1; \
 	done
-	$(PY) -m pip install --quiet --no-deps --upgrade --target .venv/oldest $(OLDEST_TRITON)
+	test -d .venv/oldest/triton || $(PY) -m pip install --quiet --no-deps --target .venv/oldest $(OLDEST_TRITON)
 	PYTHONPATH=.venv/oldest $(PY) -m benchmarks.triton_table --only sm_90 > .venv/compiled.md
 
 cuda-check: .venv/dependencies  ## the CUDA kernels compiled for three architectures, without a GPU (needs nvcc)

@@ -46,7 +46,13 @@ LONG_SHAPES = [
     (4, 100, 64, 128),
 ]
 # Of whole registers, and of more rows than a block of the backward pass or a chain of sums has.
-WHOLE_SHAPES = [(9, 70, 32, 48), (3, 130, 16, 16), (2, 600, 48, 32), (40, 40, 80, 128)]
+WHOLE_SHAPES = [
+    (9, 70, 32, 48),
+    (3, 130, 16, 16),
+    (2, 600, 48, 32),
+    (40, 40, 80, 128),
+    (1, 40, 32, 16),
+]
 
 
 def plain_gru(
@@ -292,6 +298,15 @@ class TestParity:
                 for name, value in arguments(5, 6, 16, 24, dtype, seed=seed).items()
             },
         )
+
+    def test_no_rows_of_an_expanded_input(self) -> None:
+        """Its steps lie as far apart as no rows take."""
+
+        def draw(seed: int) -> dict[str, Any]:
+            values = arguments(5, 0, 32, 16, seed=seed)
+            return values | {"input": values["input"][:1].expand(5, 0, 32)}
+
+        check(draw, draws=1)
 
     @each_dtype
     @pytest.mark.parametrize(

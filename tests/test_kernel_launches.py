@@ -141,7 +141,7 @@ def test_attention(gpu: Driver, monkeypatch: pytest.MonkeyPatch, causal: int, le
         saved = (q, k, v, None, None, torch.zeros_like(output), statistics)
         attention.attention_backward(output, None, *saved, *settings, False)
 
-    # The backward pass pads what is not a multiple of 16 anew: its addresses are another's.
+    # The backward pass pads what is not a multiple of 16 anew: which changes addresses.
     monkeypatch.setattr(attention, "_aligned", lambda tensor: tensor)
     monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: 16 * tensor.dim())
     twice(gpu, monkeypatch, run)
@@ -157,9 +157,12 @@ def noted(pointer, number, factor, other, CONSTANT: tl.constexpr):
 def test_what_the_compiler_tells_apart(gpu: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arguments that Triton compiles anew for are never launched with another's kernel."""
     numbers = [0, 1, 2, 15, 16, 17, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**40, 3 * 2**40 + 1]
+    numbers += [True, False, 2**63, 2**64 - 1]
     block = torch.zeros(64, dtype=torch.float32)
     pointers = [block, block[1:], block[4:], block.view(torch.int32), block.bfloat16()]
-    every = list(itertools.product(pointers, numbers, [1.0, 0.5], [None, block], [1, 2, 3, 16]))
+    every = list(
+        itertools.product(pointers, numbers, [1.0, 0.5], [None, block], [1, 2, 3, 16, True])
+    )
 
     def run() -> None:
         for values in every:

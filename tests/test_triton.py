@@ -44,6 +44,15 @@ def test_table_has_every_configuration() -> None:
     assert [" | ".join(line.split(" | ")[:3]) + " |" for line in found] == expected
 
 
+def test_what_is_given_is_no_constant() -> None:
+    """A configuration that leaves out what it is named after would be compiled without."""
+    for architecture in ARCHITECTURES:
+        for config in triton_table.configs(architecture):
+            assert not config.tensors.keys() & config.constants.keys(), config.name
+            has_all = "every feature" in config.name and "backward mask" in config.name
+            assert not has_all or "alibi_slopes" in config.tensors, config.name
+
+
 def test_table_of_sm_90() -> None:
     """The committed figures in bfloat16, of kernels without features, compiled again; `make
     triton-check` compiles all for all."""

@@ -293,7 +293,8 @@ GENKERNELS_INLINE void finish_all_rows(const Block<typename Cell::T>& block, int
   });
 }
 
-// One step of a block's units, for at most kRunRows rows. Of a last block that is not full, kVectors registers are.
+// One step of a block's units, for at most kRunRows rows. Of a last block that is not full, only the kVectors registers
+// that hold units are computed.
 template <class Cell, int kVectors = kBlockVectors, class T = typename Cell::T>
 GENKERNELS_INLINE void forward_run(const Recurrent& layer, const Block<T>& block, Rows<const Operand<T>> input,
                                    Rows<const Operand<T>> state, int64_t rows, T* output, T* gates,
@@ -1007,7 +1008,7 @@ struct Backward {
     E *input, *state;          // the block's x and h, packed
     E* transposed;             // the block's delta as tiles: [kColumns][gate_tiles][K][kTileRows]
     A *weight_ih, *weight_hh;  // [gates H, I], [gates H, H]
-    double* bias;              // [kColumns H]. Sums over all rows of all steps: double costs one add in I + H
+    double* bias;              // [kColumns H]. Sums over all rows of all steps, at last in double
   };
 
   // Shared out by rows, or by panels where there are few rows.
@@ -1040,10 +1041,10 @@ struct Backward {
   }
 
   // Whether the weights' gradients read inputs, states and delta where they lie: as matrices, whose columns are whole
-  // registers and whose rows are not a page apart.
+  // registers and whose rows neither share the cache's sets nor, delta's, lie far apart.
   bool reads_in_place() const {
     if constexpr (!__is_same(T, E)) return false;
-    return layer.batch_sizes == nullptr && layer.resets == nullptr &&
+    return layer.batch > 0 && layer.batch_sizes == nullptr && layer.resets == nullptr &&
            layer.input_stride_t == layer.batch * layer.input_stride_b && H % kTileRows == 0 &&
            delta_stride * int64_t(sizeof(E)) <= kFarApart && are_panels(Columns<E>(I), layer.input_stride_b) &&
            are_panels(Columns<E>(H), H);

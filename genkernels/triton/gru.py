@@ -613,8 +613,8 @@ def _run_backward_steps(
 
 
 def _regular(states: Tensor, sizes: Tensor | None, flags: dict[str, bool], steps: int) -> int:
-    """How many steps read and write one after the other, at multiples of 16 bytes in each if in
-    one."""
+    """`steps` if the addresses of each follow from those of the last by a multiple of 16 bytes,
+    else 0."""
     is_even = states.size(1) % 8 == 0 and sizes is None and not flags["HAS_RESETS"]
     return steps if is_even else 0
 

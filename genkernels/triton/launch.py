@@ -4,8 +4,8 @@ Triton's own launch looks at each argument to find what it has compiled for such
 with 55 arguments that takes the CPU 60 microseconds, more than a GPU takes for many a launch. Here
 what was compiled is found by a key that is made in 6 and tells apart whatever Triton does: dtypes,
 constants, tensors that begin at multiples of 16 bytes, and numbers that are 1, that are multiples
-of 16, or that 32 bits do not hold. Tensors are handed to the driver as addresses, of which it need
-not ask what they are.
+of 16, or that 32 or 64 bits with a sign do not hold. Tensors are handed to the driver as addresses,
+so that it does not ask of each where it lies: that they are the GPU's the launchers have checked.
 """
 
 import itertools
@@ -25,8 +25,9 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 def launch(
     kernel: Any, grid: tuple[int, ...], values: Sequence[Any], options: Mapping[str, Any]
 ) -> Any:
-    """Equivalent to: ``kernel[grid](*values, **options)``, of all arguments in their order. Returns
-    what was compiled for them; None where Triton launches."""
+    """Equivalent to: ``kernel[grid](*values, **options)``, of all arguments, in order, which are
+    tensors, numbers, None, and constants that can be hashed. Returns what was compiled for them;
+    None from the interpreter and from a Triton that is not known."""
     if not _IS_KNOWN or not isinstance(kernel, triton.JITFunction):  # the interpreter's is none
         kernel[grid](*values, **options)
         return None
@@ -47,9 +48,10 @@ def launch_each(
     options: Mapping[str, Any],
     regular: int = 0,
 ) -> None:
-    """A launch for each step, of its grid and arguments. Of so many steps, if any, all from the
-    third on differ from the one before as the third does from the second, and that in addresses
-    alone, by multiples of 16 bytes: each takes 4 microseconds, and is not asked for."""
+    """A launch for each step, of its grid and arguments. `regular` is the number of steps if each
+    from the third on differs from the one before in addresses alone, by the same multiples of 16
+    bytes as the third from the second: then `steps` is read up to the third, and a launch takes 4
+    microseconds."""
     before: Sequence[Any] = ()
     for number, (grid, values) in enumerate(steps):
         compiled = launch(kernel, grid, values, options)
@@ -82,11 +84,12 @@ def _stream() -> int:
 
 def _told_apart(value: Any, address: Any, is_constant: bool) -> Any:
     if is_constant or value is None or isinstance(value, bool):
-        return value
+        return type(value), value  # True is not 1 there
     if isinstance(value, Tensor):
         return value.dtype, address % 16 == 0
     if isinstance(value, int):
-        return 1 if value == 1 else (value % 16 == 0, -(2**31) <= value < 2**31)
+        bits = 32 if -(2**31) <= value < 2**31 else 64 if value < 2**63 else -64
+        return 1 if value == 1 else (value % 16 == 0, bits)
     return type(value)
 
 

@@ -6,16 +6,17 @@ logits from the largest and the most likely class. A program has a range of the 
 rows occupy a GPU, too, and a second kernel merges the ranges. For gradients a third multiplies
 again, for a chunk of the classes and all rows, and stores the gradients of these logits in the
 operands' dtype. Those of linear_weight and linear_bias are then a product and a sum of PyTorch's;
-input's are added up over the chunks in float32, for bfloat16 and float16 by a fourth kernel, since
-PyTorch's own products round each chunk's result to the operands' dtype on some devices.
+input's are added up over the chunks in float32: of bfloat16 and float16 on NVIDIA's GPUs from
+cuBLAS's products of that dtype, elsewhere, where PyTorch's round each chunk's result to the
+operands' dtype, by a fourth kernel.
 
 With N rows, K features and V classes gradients take four products of 2NKV operations, one more than
 with logits in memory; these would be 4NV bytes, written once and read twice. Chunks are of classes,
 not of rows, since the statistics of all are known by then: so each linear_weight's gradient is
 formed at once, and only input's sums, 4NK bytes, are read and written with each chunk. Chunks of
 rows would do so with 4VK bytes, a second copy of what is the largest tensor of most models. Held at
-a time are a chunk's gradients, SCRATCH bytes or as many as input has, whichever is more, and
-input's sums.
+a time are a chunk's gradients, SCRATCH bytes or as many as input has, whichever is more,
+input's sums, and with cuBLAS as much again for a chunk's part of them.
 
 Each sum belongs to one program, so there are no atomics, results are the same in each run, and
 nothing waits for the device. Products are summed in float32, those of float32 in full ("ieee") and
