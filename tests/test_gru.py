@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -175,6 +176,11 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 each_direction = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+each_of_whole_registers = pytest.mark.parametrize(
+    ("shape", "dtype"),
+    list(itertools.product(WHOLE_SHAPES, [torch.float32, torch.float64])),
+    ids=lambda value: shape_id(value) if isinstance(value, tuple) else dtype_id(value),
+)
 each_dtype_and_direction = pytest.mark.parametrize(
     ("reverse", "dtype"),
     [(False, torch.float32), (True, torch.float32), (True, torch.bfloat16), (False, torch.float64)],
@@ -205,9 +211,8 @@ class TestParity:
         T, B, _, H = shape
         check(lambda seed: arguments(*shape, dtype, seed=seed), draws=2 if T * B * H > 800 else 4)
 
-    @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
-    @pytest.mark.parametrize("shape", WHOLE_SHAPES, ids=shape_id)
+    @each_direction
+    @each_of_whole_registers
     def test_reads_in_place(
         self, shape: tuple[int, ...], dtype: torch.dtype, reverse: bool
     ) -> None:

@@ -19,12 +19,12 @@ from test_gru import (
     LONG_SHAPES,
     OUTPUTS,
     TENSORS,
-    WHOLE_SHAPES,
     assert_bitwise_equal,
     dtype_id,
     each_direction,
     each_dtype,
     each_dtype_and_direction,
+    each_of_whole_registers,
     relaid,
     shape_id,
     with_gradients,
@@ -102,9 +102,8 @@ class TestParity:
         T, B, _, H = shape
         check(lambda seed: arguments(*shape, dtype, seed=seed), draws=2 if T * B * H > 800 else 4)
 
-    @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
-    @pytest.mark.parametrize("shape", WHOLE_SHAPES, ids=shape_id)
+    @each_direction
+    @each_of_whole_registers
     def test_reads_in_place(
         self, shape: tuple[int, ...], dtype: torch.dtype, reverse: bool
     ) -> None:
