@@ -40,7 +40,7 @@ triton-check: .venv/built .venv/installed  ## the GPU kernels without a GPU: int
 	  grep '^|' benchmarks/$${table#*:}.md | tail -n +3 | diff - .venv/compiled.md || exit 1; \
 	done
 	test -d .venv/oldest/triton || $(PY) -m pip install --quiet --no-deps --target .venv/oldest $(OLDEST_TRITON)
-	PYTHONPATH=.venv/oldest $(PY) -m benchmarks.triton_table --only sm_90 > .venv/compiled.md
+	PYTHONPATH=.venv/oldest $(PY) -m benchmarks.triton_table --only sm_90 --compiles > .venv/compiled.md
 
 cuda-check: .venv/dependencies  ## the CUDA kernels compiled for three architectures, without a GPU (needs nvcc)
 	$(PY) -m benchmarks.cuda_table $(ARGS)

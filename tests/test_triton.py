@@ -349,3 +349,13 @@ def test_work_of_a_gru() -> None:
     assert each["gru forward, H 64"].bytes == forward
     backward = (1 + 1 + 4 + 4 + 1) * 128 * state + 2 * state + weight
     assert each["gru backward, H 64"].bytes == backward
+
+
+@pytest.mark.parametrize("fault", ["spills 8", "does not compile: no"])
+@pytest.mark.parametrize("options", [[], ["--compiles"]], ids=str)
+def test_what_an_older_triton_may_do(
+    monkeypatch: pytest.MonkeyPatch, fault: str, options: list[str]
+) -> None:
+    monkeypatch.setattr(triton_table, "rows", lambda *_, **__: iter([("| a row |", [fault])]))
+    is_wrong = not options or fault != "spills 8"
+    assert triton_table.main(["--only", "sm_90", *options]) == is_wrong
